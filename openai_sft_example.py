@@ -1,0 +1,333 @@
+"""The command line of ``openai_sft``: each flag calls a method of :class:`OpenAISFT`.
+
+Results go to stdout, everything else to stderr. Exit codes: 0 done; 2 bad input, no key, too few
+examples, over budget; 1 the service or a failed job; 130 / 143 Ctrl-C / SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import re
+import signal
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from openai_sft import CostEstimate, OpenAISFT, OpenAISFTError, explain_api_error, printable
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+DESCRIPTION = """\
+対話データ（既定はKokoroChat）でチャットモデルをファインチューニングし、評価します。
+読み込み → 8:1:1分割 → JSONL変換 → 料金の確認 → アップロード → 学習 → 評価 → 保存。"""
+
+EXAMPLES = """\
+例:
+  openai-sft --rehearse                    キーも料金もなしで全体を試す
+  openai-sft --data-only                   データと料金だけを確かめる（キー不要）
+  openai-sft --max-samples 20 --epochs 1   少量で本番を試す
+  openai-sft                               全データで学習して評価する
+  openai-sft --evaluate-only               最後に学習したモデルを評価する
+
+終了コード: 0 完了、1 サービスの失敗、2 入力・設定・予算、130/143 中断"""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, brought to the same place as Ctrl-C."""
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Wraps by what a terminal shows: a full-width character takes two columns."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        lines, line = [], ""
+        for word in re.findall(r"[!-~]+ ?|.[）、。」]*", text):
+            if line and columns(line + word.rstrip()) > width:
+                lines.append(line.rstrip())
+                line = ""
+            line += word
+        return [*lines, line.rstrip()]
+
+
+def columns(text: str) -> int:
+    """Columns of a terminal that ``text`` takes."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WFA" else 1 for c in text)
+
+
+class Parser(argparse.ArgumentParser):
+    """Speaks Japanese about a wrong command line; exit code 2."""
+
+    MESSAGES = (
+        (r"unrecognized arguments: (.*)", r"知らない指定です: \1"),
+        (r"argument (\S+): expected one argument", r"\1 には値が1つ必要です"),
+        (r"argument (\S+): ignored explicit argument .*", r"\1 に値は付けられません"),
+        (r"argument (\S+): not allowed with argument (\S+)", r"\1 と \2 は同時に使えません"),
+        (r"argument (\S+): (.*)", r"\1: \2"),
+    )
+
+    def error(self, message: str) -> NoReturn:
+        for pattern, japanese in self.MESSAGES:
+            if re.fullmatch(pattern, message):
+                message = re.sub(pattern, japanese, message)
+                break
+        self.exit(2, f"エラー: {message}\n使い方: openai-sft --help\n")
+
+
+def number(kind: Callable[[str], Any], name: str, *, auto: bool = False) -> Callable[[str], Any]:
+    """An argparse type for ``kind``; the library checks the range."""
+
+    def parse(text: str) -> Any:
+        if auto and text == "auto":
+            return text
+        try:
+            return kind(text)
+        except ValueError:
+            allowed = f"{name}か auto " if auto else name
+            raise argparse.ArgumentTypeError(
+                f"{allowed}で指定してください（指定: {text}）"
+            ) from None
+
+    return parse
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    integer, real = number(int, "整数"), number(float, "数")
+    parser = Parser(
+        prog="openai-sft",
+        usage="openai-sft [指定 ...]",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=lambda prog: HelpFormatter(prog, max_help_position=29, width=80),
+        add_help=False,
+        allow_abbrev=False,
+    )
+    mode = parser.add_argument_group("すること（指定がなければ最初から最後まで）")
+    only = mode.add_mutually_exclusive_group()
+    only.add_argument(
+        "--data-only", action="store_true", help="データの作成と料金の計算だけをする（キー不要）"
+    )
+    only.add_argument("--evaluate-only", action="store_true", help="学習済みモデルの評価だけをする")
+    mode.add_argument("--model-id", metavar="ID", help="評価するモデル（既定: 最後に学習したもの）")
+    mode.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="ローカルの模擬エンドポイントで全体を試す（キーも料金も不要）",
+    )
+    mode.add_argument("--help", action="help", help="この説明を表示する")
+
+    data = parser.add_argument_group("データ")
+    data.add_argument(
+        "--dataset",
+        metavar="SOURCE",
+        help="Hubの名前、JSONのフォルダー、JSON・JSONL・Parquetファイル"
+        "（既定: UEC-InabaLab/KokoroChat）",
+    )
+    data.add_argument("--max-samples", type=integer, metavar="N", help="使う対話の数（既定: 全部）")
+    data.add_argument("--seed", type=integer, default=42, metavar="N", help="乱数の種（既定: 42）")
+    data.add_argument(
+        "--system-prompt", metavar="TEXT", help="各対話の先頭に置く指示（既定: なし）"
+    )
+
+    job = parser.add_argument_group("学習")
+    job.add_argument("--model", metavar="NAME", help="元のモデル（既定: gpt-4o-mini-2024-07-18）")
+    job.add_argument(
+        "--epochs",
+        type=number(int, "整数", auto=True),
+        default=10,
+        metavar="N",
+        help="エポック数、1〜50か auto（既定: 10）",
+    )
+    job.add_argument(
+        "--batch-size",
+        type=number(int, "整数", auto=True),
+        default=32,
+        metavar="N",
+        help="バッチサイズ、1〜256か auto（既定: 32）",
+    )
+    job.add_argument(
+        "--learning-rate-multiplier",
+        type=number(float, "数", auto=True),
+        metavar="X",
+        help="学習率の倍率、正の数か auto（既定: サービスに任せる）",
+    )
+    job.add_argument("--suffix", metavar="NAME", help="モデル名に付ける名前、64文字まで")
+
+    evaluation = parser.add_argument_group("評価")
+    evaluation.add_argument(
+        "--max-test-cases",
+        type=integer,
+        default=10,
+        metavar="N",
+        help="テスト・検証それぞれで評価する件数、0は全部（既定: 10）",
+    )
+
+    money = parser.add_argument_group("料金")
+    money.add_argument(
+        "--max-cost-usd", type=real, metavar="X", help="見積もりがこの額（ドル）を超えたら中止する"
+    )
+    money.add_argument(
+        "--yen-per-dollar",
+        type=real,
+        default=150.0,
+        metavar="X",
+        help="円換算の仮定（既定: 150）",
+    )
+    money.add_argument("--yes", action="store_true", help="料金の確認を省く")
+
+    place = parser.add_argument_group("接続と出力")
+    place.add_argument("--base-url", metavar="URL", help="OpenAI互換エンドポイント（既定: OpenAI）")
+    place.add_argument(
+        "--output-dir",
+        default="openai_sft_outputs",
+        metavar="DIR",
+        help="保存先（既定: openai_sft_outputs）",
+    )
+    place.add_argument(
+        "--poll-interval",
+        type=real,
+        default=10.0,
+        metavar="SECONDS",
+        help="ジョブを見に行く間隔（既定: 10）",
+    )
+    loudness = place.add_mutually_exclusive_group()
+    loudness.add_argument("--quiet", action="store_true", help="警告と結果だけを表示する")
+    loudness.add_argument("--verbose", action="store_true", help="詳しい記録も表示する")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    options = build_parser().parse_args(argv)
+    sft: OpenAISFT | None = None
+    try:
+        with sigterm_as_interrupt():
+            sft = OpenAISFT(
+                model=options.model,
+                base_url=options.base_url,
+                dataset=options.dataset,
+                output_dir=options.output_dir,
+                poll_interval=options.poll_interval,
+                offline=options.data_only,
+                rehearse=options.rehearse,
+                verbose=not options.quiet,
+                system_prompt=options.system_prompt,
+                max_cost_usd=options.max_cost_usd,
+                yen_per_dollar=options.yen_per_dollar,
+                confirm=None if options.rehearse else confirm_with(options),
+            )
+            if options.verbose:
+                logging.getLogger("openai_sft").setLevel(logging.DEBUG)
+            with sft:
+                run(sft, options)
+    except KeyboardInterrupt as interrupt:
+        tell("中断しました。" + (sft.describe_remote_state() if sft else ""))
+        return 143 if isinstance(interrupt, Terminated) else 130
+    except OpenAISFTError as error:
+        tell(f"エラー: {error}")
+        return error.exit_code
+    except OSError as error:
+        tell(f"エラー: ファイルを読み書きできません（{printable(error)}）。")
+        return 1
+    except Exception as error:
+        # The SDK's errors end in one line too; it isn't imported here to name them, for then
+        # even --help would wait for it. Anything else is a defect and keeps its traceback.
+        if not is_sdk_error(error):
+            raise
+        tell(f"エラー: {explain_api_error(error)}")
+        return 1
+    return 0
+
+
+def run(sft: OpenAISFT, options: argparse.Namespace) -> None:
+    """Call the method that the flags ask for and show what it gives."""
+    sample = {
+        "max_samples": options.max_samples,
+        "seed": options.seed,
+        "max_test_cases": options.max_test_cases,
+    }
+    if options.data_only:
+        estimate = sft.prepare_data(options.epochs, **sample)
+        show(estimate.lines())
+    elif options.evaluate_only:
+        show_results(sft.run_evaluation(options.model_id, **sample))
+    else:
+        results = sft.run_full_pipeline(
+            options.epochs,
+            options.batch_size,
+            **sample,
+            learning_rate_multiplier=options.learning_rate_multiplier,
+            suffix=options.suffix,
+        )
+        show_results(results)
+    show(f"{kind}: {path}" for kind, path in sft.files.items())
+
+
+def show_results(results: dict[str, Any]) -> None:
+    """A few lines about an evaluation; the file holds the rest."""
+    show([f"モデル: {results['model_id']}"])
+    for name, label in (("test", "テスト"), ("valid", "検証")):
+        part = results[f"{name}_evaluation"]
+        show(
+            [
+                f"{label}: {part['evaluated_cases']}件に応答、{part['failed_cases']}件失敗"
+                f"（対話{part['total_test_cases']}件中）"
+            ]
+        )
+    if results.get("rehearsal"):
+        show([f"注意: {results['note']}"])
+
+
+def show(lines: Sequence[str] | Iterator[str]) -> None:
+    """Results, on stdout."""
+    for line in lines:
+        sys.stdout.write(line + "\n")
+
+
+def tell(line: str) -> None:
+    """Everything else, on stderr."""
+    sys.stderr.write(line + "\n")
+
+
+def confirm_with(options: argparse.Namespace) -> Callable[[CostEstimate], bool]:
+    """Show the price and ask on a terminal, unless ``--yes``; elsewhere go on."""
+
+    def confirm(estimate: CostEstimate) -> bool:
+        if options.quiet:
+            for line in estimate.lines():
+                tell(line)
+        if options.yes or not (sys.stdin and sys.stdin.isatty()):
+            return True
+        sys.stderr.write("この料金で進めますか？ [y/N] ")
+        sys.stderr.flush()
+        return sys.stdin.readline().strip().casefold() in ("y", "yes", "はい")
+
+    return confirm
+
+
+def is_sdk_error(error: Exception) -> bool:
+    """True for an ``openai.OpenAIError``, without importing openai for it."""
+    openai = sys.modules.get("openai")
+    return openai is not None and isinstance(error, openai.OpenAIError)
+
+
+@contextlib.contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """Within, SIGTERM raises :class:`Terminated`."""
+
+    def terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
