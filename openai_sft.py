@@ -77,6 +77,7 @@ __all__ = [
     "ConfigurationError",
     "CostEstimate",
     "DataError",
+    "DataSummary",
     "Declined",
     "Dialogue",
     "EvaluationFailed",
@@ -321,6 +322,21 @@ class CostEstimate:
             f"1ドル={self.yen_per_dollar:g}円と仮定。検証データは無料です。"
         )
         return lines
+
+
+@dataclass(frozen=True, slots=True)
+class DataSummary:
+    """What the data stages made: the examples of each split, their files and the price."""
+
+    examples: Mapping[str, int]
+    files: Mapping[str, str]
+    estimate: CostEstimate
+
+    def lines(self) -> list[str]:
+        """The summary as lines of Japanese text."""
+        train, test, valid = (self.examples[name] for name in SPLIT_NAMES)
+        counts = f"対話: 学習 {train:,}件、テスト {test:,}件、検証 {valid:,}件"
+        return [counts, *self.estimate.lines()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -616,13 +632,12 @@ def load_vocabulary(timeout: float = 20.0) -> Any | None:
     thread = threading.Thread(target=fetch, name="openai-sft-vocabulary", daemon=True)
     thread.start()
     thread.join(timeout)
-    reason = f"{timeout:g}秒以内に終わりませんでした" if not outcome else outcome[0]
-    if not outcome or isinstance(reason, Exception):
+    if not outcome or isinstance(outcome[0], Exception):
         logger.warning(
             "tiktokenの語彙 %s を取得できないため、トークン数は推定です（%s）。"
             "TIKTOKEN_CACHE_DIR に語彙ファイルを置くとオフラインでも正確に数えられます。",
             VOCABULARY,
-            printable(reason)[:200],
+            type(outcome[0]).__name__ if outcome else f"{timeout:g}秒で打ち切り",
         )
         return None
     return outcome[0]
@@ -644,16 +659,17 @@ class TokenCounter:
 
     def count(self, messages: Sequence[Message]) -> int:
         """Tokens of one conversation as a training example."""
-        overhead = 3 + 3 * len(messages)
+        overhead = 3 + 4 * len(messages)  # every role is one token
         texts = []
         for message in messages:
             for key, value in message.items():
-                if isinstance(value, str):
+                if isinstance(value, str) and key != "role":
                     texts.append(value)
                     overhead += key == "name"
-        return overhead + self._count_texts(texts)
+        return overhead + self.count_texts(texts)
 
-    def _count_texts(self, texts: list[str]) -> int:
+    def count_texts(self, texts: Sequence[str]) -> int:
+        """Tokens of bare texts, summed."""
         if self._encoding is None:
             return round(TOKENS_PER_BYTE * sum(map(len, map(str.encode, texts))))
         if not texts:
@@ -1290,13 +1306,14 @@ class OpenAISFT:
         max_samples: int | None = None,
         seed: int = 42,
         max_test_cases: int | None = 10,
-    ) -> CostEstimate:
-        """Load, split, convert and write the three files; return what training would cost.
-
-        Needs no key. The paths are in :attr:`files`.
-        """
+    ) -> DataSummary:
+        """Load, split, convert and write the three files, and price them. Needs no key."""
         splits = self._load_convert_save(max_samples, seed)
-        return self.estimate(splits, epochs, max_test_cases=max_test_cases, seed=seed)
+        return DataSummary(
+            examples={name: len(part) for name, part in zip(SPLIT_NAMES, splits, strict=True)},
+            files=self.files,
+            estimate=self.estimate(splits, epochs, max_test_cases=max_test_cases, seed=seed),
+        )
 
     def run_evaluation(
         self,
@@ -1512,9 +1529,7 @@ class OpenAISFT:
             epochs,
             model=model or self.model,
             evaluation_input_tokens=sum(counter.count(case.input) for case in cases),
-            evaluation_output_tokens=sum(
-                counter.count([{"content": case.reference}]) for case in cases
-            ),
+            evaluation_output_tokens=sum(counter.count_texts([c.reference]) for c in cases),
             yen_per_dollar=self.yen_per_dollar,
             exact_tokens=counter.exact,
         )
@@ -1583,9 +1598,9 @@ class OpenAISFT:
         It is sent once: a repeated request could make a second paid job.
         """
         check_hyperparameters(epochs, batch_size, learning_rate_multiplier, suffix, seed)
-        hyperparameters = {"n_epochs": epochs, "batch_size": batch_size}
+        hyperparameters: dict[str, Any] = {"n_epochs": epochs, "batch_size": batch_size}
         if learning_rate_multiplier is not None:
-            hyperparameters["learning_rate_multiplier"] = learning_rate_multiplier  # type: ignore[assignment]  # a float stands here
+            hyperparameters["learning_rate_multiplier"] = learning_rate_multiplier
         request: dict[str, Any] = {
             "model": self.model,
             "training_file": file_id,

@@ -251,8 +251,7 @@ def run(sft: OpenAISFT, options: argparse.Namespace) -> None:
         "max_test_cases": options.max_test_cases,
     }
     if options.data_only:
-        estimate = sft.prepare_data(options.epochs, **sample)
-        show(estimate.lines())
+        show(sft.prepare_data(options.epochs, **sample).lines())
     elif options.evaluate_only:
         show_results(sft.run_evaluation(options.model_id, **sample))
     else:
