@@ -1,0 +1,2817 @@
+"""A rehearsal of OpenAI's fine-tuning service: no key, no network, no money.
+
+A loopback HTTP endpoint with the shapes of OpenAI's API, for trying a whole fine-tuning run and
+for tests over real sockets. Standard library only.
+
+    with Rehearsal() as endpoint:
+        client = openai.OpenAI(base_url=endpoint.url, api_key="rehearsal")
+
+or, for any client, ``python -m openai_sft_rehearsal --port 8000``.
+
+What is real here and what is not:
+
+- The files are judged as the service judges them, and a job goes through the service's statuses.
+- A job really fits a character n-gram model on the assistant texts with ``weight`` other than 0.
+  Every loss (nats a character) and accuracy reported was computed; none says anything about GPT.
+- A *token* of this endpoint is a character. ``trained_tokens`` counts the characters of all message
+  contents times the epochs; ``usage`` counts characters too.
+- A tuned model answers out of what it learned; a base model has learned nothing and says so.
+  Tools and ``response_format`` are accepted and have no influence.
+- A checkpoint answers once its job has succeeded. Its counts are an exact fraction of the final
+  ones (each epoch learns the same texts once more), so a snapshot is one number.
+- Moderation is a list of words in this file. It is not OpenAI's judgement.
+- Faults (`Fault`) make requests go wrong on purpose.
+
+In reading order: records, the judgement of files, the character model, the service behind the
+endpoint, HTTP, `Rehearsal`, the command line, and the example dialogues at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import csv
+import fnmatch
+import hashlib
+import io
+import json
+import logging
+import math
+import random
+import re
+import secrets
+import signal
+import socket
+import socketserver
+import struct
+import sys
+import threading
+import time
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Final, Literal, NamedTuple, NoReturn, Self
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+__all__ = [
+    "Exchange",
+    "Fault",
+    "FileProblem",
+    "Rehearsal",
+    "example_dialogues",
+    "judge_training_file",
+    "main",
+]
+
+_log = logging.getLogger("openai_sft_rehearsal")
+
+Json = dict[str, Any]
+
+MIB: Final = 1024 * 1024
+MAX_FILE_BYTES: Final = 512 * MIB
+MAX_PART_BYTES: Final = 64 * MIB
+MAX_UPLOAD_BYTES: Final = 8192 * MIB
+UPLOAD_SECONDS: Final = 3600
+MIN_EXAMPLES: Final = {"training": 10, "validation": 1}
+EMBEDDING_SIZE: Final = 1536
+
+TUNABLE_SHUTDOWN: Final = "2027-01-14"  # OpenAI's deprecations page, announced 2026-10-14
+BASE_MODELS: Final[dict[str, str | None]] = {
+    "gpt-4o-mini-2024-07-18": TUNABLE_SHUTDOWN,
+    "gpt-4o-mini": TUNABLE_SHUTDOWN,
+    "gpt-4o-2024-08-06": TUNABLE_SHUTDOWN,
+    "gpt-4.1-2025-04-14": TUNABLE_SHUTDOWN,
+    "gpt-4.1-mini-2025-04-14": TUNABLE_SHUTDOWN,
+    "gpt-4.1-nano-2025-04-14": TUNABLE_SHUTDOWN,
+    "omni-moderation-latest": None,
+    "text-embedding-3-small": None,
+}
+MODEL_ALIASES: Final = {"gpt-4o-mini": "gpt-4o-mini-2024-07-18"}
+FILE_PURPOSES: Final = frozenset({"assistants", "batch", "fine-tune", "vision", "user_data"})
+TERMINAL: Final = frozenset({"succeeded", "failed", "cancelled"})
+
+SPECIAL_TOKENS: Final = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|im_sep|>",
+    "<|endoftext|>",
+    "<|endofprompt|>",
+    "<|fim_prefix|>",
+    "<|fim_middle|>",
+    "<|fim_suffix|>",
+)
+LINE_KEYS: Final = frozenset({"messages", "tools", "parallel_tool_calls"})
+LINE_ROLES: Final = frozenset({"system", "user", "assistant", "tool"})
+CHAT_KEYS: Final = frozenset(
+    {"role", "content", "name", "tool_calls", "tool_call_id", "refusal", "audio", "function_call"}
+)
+LINE_MESSAGE_KEYS: Final = CHAT_KEYS | {"weight"}
+CHAT_ROLES: Final = LINE_ROLES | {"developer", "function"}
+
+UNTRAINED_ANSWER: Final = (
+    "（リハーサル用の未学習モデルです。まだ何も学習していないため、相談への返答はできません。）"
+)
+
+
+# --- Records --------------------------------------------------------------------------------------
+
+
+class _Refusal(NamedTuple):
+    """An error answer of the service: status and the four fields of its error object."""
+
+    status: int
+    code: str | None
+    kind: str
+    message: str
+
+
+#: Faults answered instead of doing what was asked.
+_REFUSALS: Final = {
+    "400": _Refusal(400, None, "invalid_request_error", "Injected fault: bad request."),
+    "401": _Refusal(401, "invalid_api_key", "invalid_request_error", "Incorrect API key provided."),
+    "403": _Refusal(403, None, "invalid_request_error", "You have insufficient permissions."),
+    "404": _Refusal(404, None, "invalid_request_error", "Injected fault: not found."),
+    "405": _Refusal(405, None, "invalid_request_error", "Injected fault: method not allowed."),
+    "408": _Refusal(408, None, "server_error", "Injected fault: request timeout."),
+    "409": _Refusal(409, None, "server_error", "Injected fault: conflict."),
+    "429": _Refusal(429, "rate_limit_exceeded", "requests", "Rate limit reached for requests."),
+    "500": _Refusal(500, None, "server_error", "The server had an error."),
+    "501": _Refusal(501, None, "server_error", "Injected fault: not implemented."),
+    "502": _Refusal(502, None, "server_error", "Bad gateway."),
+    "503": _Refusal(503, None, "server_error", "The engine is currently overloaded."),
+    "insufficient_quota": _Refusal(
+        429,
+        "insufficient_quota",
+        "insufficient_quota",
+        "You exceeded your current quota, please check your plan and billing details.",
+    ),
+    "training_not_available": _Refusal(
+        403,
+        "training_not_available",
+        "invalid_request_error",
+        "Fine-tuning is no longer available for your organization.",
+    ),
+}
+#: Faults of the connection or the answer, on any request.
+_WIRE_KINDS: Final = frozenset(
+    {"500_after", "reset_before", "reset_after", "stall", "stall_after", "truncated", "malformed"}
+)
+#: Faults that only one kind of request can have.
+_LOCAL_KINDS: Final = {
+    "base64_result": ("GET", "/files/*/content"),
+    "empty_answer": ("POST", "/chat/completions"),
+    "refusal": ("POST", "/chat/completions"),
+    "length": ("POST", "/chat/completions"),
+    "flagged": ("POST", "/fine_tuning/jobs"),
+    "job_failed": ("POST", "/fine_tuning/jobs"),
+    "paused_job": ("POST", "/fine_tuning/jobs"),
+}
+FAULT_KINDS: Final = (*_REFUSALS, *sorted(_WIRE_KINDS), *_LOCAL_KINDS)
+_STALL_SECONDS: Final = 60.0
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that goes wrong with matching requests.
+
+    `path` is an fnmatch pattern on the path after ``/v1``; the first `skip` matching requests pass,
+    the next `times` are hit (None: all of them). `seconds` is the length of a stall (60 unless
+    told) or the ``Retry-After`` of a refusal worth retrying (429: 0 unless told; others: no header
+    unless told).
+    """
+
+    kind: str
+    method: str = "*"
+    path: str = "*"
+    times: int | None = 1
+    skip: int = 0
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in FAULT_KINDS:
+            kinds = "、".join(FAULT_KINDS)
+            raise ValueError(f"障害の種類 {self.kind!r} はありません。使えるもの: {kinds}")
+        if self.times is not None and self.times < 1:
+            raise ValueError(f"障害の回数は1以上にしてください: {self.times}")
+
+    def matches(self, method: str, path: str) -> bool:
+        only_method, only_path = _LOCAL_KINDS.get(self.kind, ("*", "*"))
+        return (
+            fnmatch.fnmatchcase(method, self.method.upper())
+            and fnmatch.fnmatchcase(path, self.path)
+            and fnmatch.fnmatchcase(method, only_method)
+            and fnmatch.fnmatchcase(path, only_path)
+        )
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One request and its answer; recorded just before the answer is sent.
+
+    `request` is the parsed JSON body or the form's fields (a file as its name and size); `response`
+    the parsed JSON answer, or the list of chunks of an event stream. `status` is 0 and `response`
+    None where no answer was sent. `fault` names the fault that hit, if one did.
+    """
+
+    method: str
+    path: str
+    query: dict[str, str]
+    request: Any
+    status: int
+    response: Any
+    content_type: str
+    fault: str | None = None
+
+
+class FileProblem(NamedTuple):
+    """Why a file was refused; `line` counts from 1 and is None where no single line is to blame."""
+
+    code: str
+    message: str
+    line: int | None
+
+
+# --- The judgement of training files --------------------------------------------------------------
+
+
+def judge_training_file(
+    data: bytes, *, purpose: Literal["training", "validation"]
+) -> FileProblem | None:
+    """The first thing wrong with a JSONL file, as the service would find it, or None."""
+
+    def bad(line: int, why: str) -> FileProblem:
+        return FileProblem("invalid_file_format", f"Invalid file format. Line {line}: {why}", line)
+
+    if data.startswith(b"\xef\xbb\xbf"):
+        return bad(1, "the file must be UTF-8 without a byte order mark (BOM).")
+    lines = data.split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    for number, raw in enumerate(lines, 1):
+        if why := _line_problem(raw):
+            return bad(number, why)
+    if len(lines) < MIN_EXAMPLES[purpose]:
+        return FileProblem(
+            "invalid_n_examples",
+            f"{purpose.capitalize()} file has {len(lines)} example(s), but must have at least "
+            f"{MIN_EXAMPLES[purpose]} examples.",
+            None,
+        )
+    return None
+
+
+def _line_problem(raw: bytes) -> str | None:
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return "not valid UTF-8."
+    if not text.strip():
+        return "the line is blank."
+    try:
+        record = _strict_json(text)
+    except (ValueError, RecursionError):
+        return "not valid JSON."
+    if not isinstance(record, dict):
+        return "each line must be a JSON object."
+    if unknown := record.keys() - LINE_KEYS:
+        return f"unexpected key '{min(unknown)}'."
+    messages = record.get("messages")
+    if not isinstance(messages, list) or not messages:
+        return "'messages' must be a non-empty array."
+    for index, message in enumerate(messages):
+        if why := _message_problem(message, LINE_MESSAGE_KEYS, LINE_ROLES):
+            return f"message {index}: {why}"
+        if message.get("content") in ("", []):
+            return f"message {index}: 'content' must not be empty."
+    if not any(m["role"] == "assistant" and m.get("weight") != 0 for m in messages):
+        return "there is no assistant message to train on."
+    if messages[-1]["role"] != "assistant":
+        return "the last message must be from the assistant."
+    return _string_problem(record)
+
+
+def _strict_json(text: str | bytes) -> Any:
+    """`json.loads` without NaN and Infinity; ValueError or RecursionError when it can't be read."""
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(constant)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def _message_problem(message: Any, keys: frozenset[str], roles: frozenset[str]) -> str | None:
+    """What is wrong with the form of one chat message, in a file or in a request."""
+    if not isinstance(message, dict):
+        return "a message must be an object."
+    if unknown := message.keys() - keys:
+        return f"unexpected key '{min(unknown)}'."
+    role = message.get("role")
+    if not isinstance(role, str) or role not in roles:
+        return f"unknown role {json.dumps(role)[:80]}."
+    if "weight" in message:
+        weight = message["weight"]
+        if role != "assistant":
+            return "'weight' is for assistant messages only."
+        if type(weight) is not int or weight not in (0, 1):
+            return "'weight' must be 0 or 1."
+    if role == "tool" and not isinstance(message.get("tool_call_id"), str):
+        return "a tool message needs a 'tool_call_id'."
+    content = message.get("content")
+    if content is None:
+        calls = message.get("tool_calls")
+        if role == "assistant" and isinstance(calls, list) and calls:
+            return None
+        return "'content' is missing."
+    if isinstance(content, str):
+        return None
+    if isinstance(content, list) and all(
+        isinstance(part, dict)
+        and isinstance(part.get("type"), str)
+        and (part["type"] != "text" or isinstance(part.get("text"), str))
+        for part in content
+    ):
+        return None
+    return "'content' must be a string or an array of content parts."
+
+
+def _string_problem(value: Any) -> str | None:
+    """Text that may not occur anywhere in a line. A loop, not recursion: a line may be deep."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, dict):
+            waiting.extend(item)
+            waiting.extend(item.values())
+        elif isinstance(item, list):
+            waiting.extend(item)
+        elif isinstance(item, str):
+            try:
+                item.encode()
+            except UnicodeEncodeError:
+                return "a string has a lone surrogate."
+            if "<|" in item:
+                for token in SPECIAL_TOKENS:
+                    if token in item:
+                        return f"special token text {token} is not allowed."
+    return None
+
+
+def _text(message: Json) -> str:
+    """The text of a message's content, whether a string or parts."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content if part["type"] == "text")
+    return content if isinstance(content, str) else ""
+
+
+# --- The character model --------------------------------------------------------------------------
+
+_START: Final = "\x02"
+_END: Final = "\x03"
+_CONTEXT: Final = 3
+_UNIFORM: Final = 1 / 0x110000  # before anything is known, every code point is as likely
+_LONGEST_ANSWER: Final = 200
+_COMMON: Final = 2000  # a pair of characters found in more user texts than this tells little
+_OPENING: Final = re.compile(r"[^。！？!?\n]{0,11}.?", re.DOTALL)
+
+
+class Score(NamedTuple):
+    """Sums over characters, so that scores can be added."""
+
+    nats: float = 0.0
+    hits: int = 0
+    characters: int = 0
+
+    def plus(self, other: Score) -> Score:
+        return Score(
+            self.nats + other.nats, self.hits + other.hits, self.characters + other.characters
+        )
+
+    @property
+    def loss(self) -> float:
+        """Cross-entropy in nats a character."""
+        return round(self.nats / max(1, self.characters), 6)
+
+    @property
+    def accuracy(self) -> float:
+        return round(self.hits / max(1, self.characters), 6)
+
+
+class _Node:
+    """What followed one context; `shorter` is the context without its oldest character."""
+
+    __slots__ = ("best", "counts", "most", "shorter", "total")
+
+    def __init__(self, shorter: _Node | None) -> None:
+        self.counts: dict[str, int] = {}
+        self.total = 0
+        self.most = 0
+        self.best = ""
+        self.shorter = shorter
+
+
+class CharacterModel:
+    """Character n-grams, interpolated by Witten and Bell (1991) down to a uniform distribution.
+
+    A shorter context counts a character only where it was new to the longer one ("update
+    exclusion", Moffat 1990). So nothing but the longest contexts goes on counting after the first
+    epoch, all at the same pace. The predicted character is the most frequent successor of the
+    longest known context. `rate` weighs the counts against the unknown.
+    """
+
+    def __init__(self, rate: float = 1.0) -> None:
+        self._rate = rate
+        self._nodes: dict[str, _Node] = {"": _Node(None)}
+        self._openings: list[str] = []
+        self._by_pair: defaultdict[str, list[int]] = defaultdict(list)
+
+    def measure(self, text: str) -> Score:
+        """How well `text` (and its end) is predicted by what is known now."""
+        find, log, rate = self._nodes.get, math.log, self._rate
+        padded = _START + text + _END
+        nats, hits = 0.0, 0
+        for i in range(1, len(padded)):
+            character = padded[i]
+            start = max(0, i - _CONTEXT)
+            node = find(padded[start:i])
+            while node is None:
+                start += 1
+                node = find(padded[start:i])
+            hits += node.best == character
+            probability, weight = 0.0, 1.0
+            while node is not None:
+                counts = node.counts
+                if kinds := len(counts):
+                    weight /= node.total * rate + kinds
+                    if character in counts:
+                        probability += weight * rate * counts[character]
+                    weight *= kinds
+                node = node.shorter
+            nats -= log(probability + weight * _UNIFORM)
+        return Score(nats, hits, len(padded) - 1)
+
+    def learn(self, text: str) -> None:
+        find = self._nodes.get
+        padded = _START + text + _END
+        for i in range(1, len(padded)):
+            character = padded[i]
+            context = padded[max(0, i - _CONTEXT) : i]
+            node: _Node | None = find(context) or self._add(context)
+            while node is not None:
+                count = node.counts[character] = node.counts.get(character, 0) + 1
+                node.total += 1
+                if count > node.most:
+                    node.most, node.best = count, character
+                node = node.shorter if count == 1 else None
+
+    def _add(self, context: str) -> _Node:
+        shorter = self._nodes.get(context[1:]) or self._add(context[1:])
+        node = self._nodes[context] = _Node(shorter)
+        return node
+
+    def remember_opening(self, user_text: str, answer: str) -> None:
+        """Note how an answer to this user text began."""
+        opening = _OPENING.match(answer)
+        for pair in set(_pairs(user_text)):
+            self._by_pair[pair].append(len(self._openings))
+        self._openings.append(opening.group() if opening else "")
+
+    def answer(
+        self, user_text: str, rng: random.Random, *, temperature: float, share: float
+    ) -> str:
+        """An answer that begins as one to a similar user text did and goes on by the counts.
+
+        `share` scales the longest contexts' counts: after 1 of 2 epochs there were half of them.
+        """
+        text = self._similar_opening(user_text, rng, temperature)
+        while len(text) < _LONGEST_ANSWER:
+            padded = _START + text
+            start = max(0, len(padded) - _CONTEXT)
+            while (node := self._nodes.get(padded[start:])) is None:
+                start += 1
+            pace = share if start == max(0, len(padded) - _CONTEXT) else 1.0
+            character = self._draw(node, rng, temperature, pace)
+            if character == _END:
+                break
+            text += character
+        return text
+
+    def _draw(self, node: _Node, rng: random.Random, temperature: float, pace: float) -> str:
+        if not temperature:
+            return node.best or _END
+        while node.shorter is not None:
+            kinds = len(node.counts)
+            known = node.total * self._rate * pace
+            if rng.random() >= temperature * kinds / (known + kinds):
+                break
+            node, pace = node.shorter, 1.0  # the escape of Witten and Bell to less context
+        weights = [(count / node.most) ** (1 / temperature) for count in node.counts.values()]
+        return rng.choices(list(node.counts), weights)[0] if weights else _END
+
+    def _similar_opening(self, user_text: str, rng: random.Random, temperature: float) -> str:
+        scores: Counter[int] = Counter()
+        for pair in set(_pairs(user_text)):
+            found = self._by_pair.get(pair, ())
+            if len(found) <= _COMMON:
+                scores.update(found)
+        if not scores:
+            return rng.choice(self._openings) if self._openings else ""
+        # Ties go to the older opening: the order of a set must not decide.
+        ranked = sorted(scores, key=lambda index: (-scores[index], index))[:3]
+        return self._openings[rng.choice(ranked) if temperature else ranked[0]]
+
+
+def _pairs(text: str) -> list[str]:
+    return [text[i : i + 2] for i in range(len(text) - 1)]
+
+
+class Example(NamedTuple):
+    """One training line: what is learned of it, and its size in this endpoint's tokens."""
+
+    turns: list[tuple[str, str]]  # (the user text before, the assistant text)
+    characters: int
+
+
+def read_examples(data: bytes) -> list[Example]:
+    """The examples of a file that `judge_training_file` found nothing wrong with."""
+    examples = []
+    for line in data.split(b"\n"):
+        if not line.strip():
+            continue
+        turns, user_text, characters = [], "", 0
+        for message in json.loads(line)["messages"]:
+            text = _text(message)
+            characters += len(text)
+            if message["role"] == "user":
+                user_text = text
+            elif message["role"] == "assistant" and message.get("weight") != 0 and text:
+                turns.append((user_text, text))
+        examples.append(Example(turns, characters))
+    return examples
+
+
+# --- The service: requests, answers, checks -------------------------------------------------------
+
+
+class _ApiError(Exception):
+    """An answer in the API's error shape."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        kind: str = "invalid_request_error",
+        headers: tuple[tuple[str, str], ...] = (),
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = headers
+        self.body = {
+            "error": {"message": message, "type": kind, "param": param, "code": code},
+        }
+
+
+class _Request(NamedTuple):
+    body: Json
+    files: dict[str, tuple[str, bytes]]  # form field: (file name, content)
+    query: dict[str, str]
+    ids: tuple[str, ...]
+    fault: Fault | None
+
+
+class _Answer(NamedTuple):
+    status: int
+    body: bytes
+    content_type: str = "application/json"
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+def _json_answer(value: Any, status: int = 200) -> _Answer:
+    # ASCII escapes, so that even a lone surrogate that a client sent can be mirrored back.
+    return _Answer(status, json.dumps(value).encode("ascii"))
+
+
+def _check(condition: bool, message: str, param: str | None = None) -> None:
+    if not condition:
+        raise _ApiError(400, message, param=param)
+
+
+def _is_number(value: Any, low: float, high: float, *, whole: bool) -> bool:
+    kinds = int if whole else (int, float)
+    return isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high
+
+
+def _number(body: Json, key: str, low: float, high: float, *, whole: bool = True) -> Any:
+    """The number under `key`, or None where it is absent or null; 400 outside the limits."""
+    value = body.get(key)
+    if value is not None:
+        what = "an integer" if whole else "a number"
+        _check(
+            _is_number(value, low, high, whole=whole),
+            f"Invalid '{key}': expected {what} from {low} to {high}.",
+            key,
+        )
+    return value
+
+
+def _string(body: Json, key: str, low: int = 1, high: int = 10_000) -> str:
+    value = body.get(key)
+    _check(
+        isinstance(value, str) and low <= len(value) <= high,
+        f"Invalid '{key}': expected a string of {low} to {high} characters.",
+        key,
+    )
+    return str(value)
+
+
+def _metadata(body: Json) -> dict[str, str] | None:
+    value = body.get("metadata")
+    if value is None:
+        return None
+    _check(isinstance(value, dict), "Invalid 'metadata': expected an object.", "metadata")
+    _check(len(value) <= 16, "Invalid 'metadata': at most 16 pairs are allowed.", "metadata")
+    for key, text in value.items():
+        _check(len(key) <= 64, "Invalid 'metadata': a key is longer than 64.", "metadata")
+        _check(
+            isinstance(text, str) and len(text) <= 512,
+            f"Invalid 'metadata.{key}': expected a string of at most 512 characters.",
+            f"metadata.{key}",
+        )
+    return dict(value)
+
+
+def _hyperparameters(body: Json) -> Json:
+    """The three hyperparameters as asked for, wherever they were given; "auto" where they weren't.
+
+    The deprecated top-level object is read where there is no `method`.
+    """
+    method, where, given = body.get("method"), "hyperparameters", body.get("hyperparameters")
+    if method is not None:
+        _check(isinstance(method, dict), "Invalid 'method': expected an object.", "method")
+        _check(
+            method.get("type") == "supervised" and method.keys() <= {"type", "supervised"},
+            "Invalid 'method': only the supervised method is rehearsed here.",
+            "method",
+        )
+        supervised = method.get("supervised") or {}
+        _check(
+            isinstance(supervised, dict) and supervised.keys() <= {"hyperparameters"},
+            "Invalid 'method.supervised'.",
+            "method.supervised",
+        )
+        given = supervised.get("hyperparameters")
+        where = "method.supervised.hyperparameters"
+    given = given or {}
+    _check(isinstance(given, dict), f"Invalid '{where}': expected an object.", where)
+    limits = {
+        "n_epochs": (1, 50, True),
+        "batch_size": (1, 256, True),
+        "learning_rate_multiplier": (5e-324, sys.float_info.max, False),
+    }
+    unknown = given.keys() - limits.keys()
+    _check(not unknown, f"Unknown parameter: '{where}.{min(unknown, default='')}'.", where)
+    chosen: Json = {}
+    for name, (low, high, whole) in limits.items():
+        value = chosen[name] = given.get(name) if given.get(name) is not None else "auto"
+        _check(
+            value == "auto" or _is_number(value, low, high, whole=whole),
+            f"Invalid '{where}.{name}': {value!r} is outside its limits.",
+            f"{where}.{name}",
+        )
+    return chosen
+
+
+def _page(items: Sequence[Json], query: dict[str, str], *, usual: int, most: int) -> Json:
+    """A page of a list that is already in the order of the answer."""
+    limit = query.get("limit", str(usual))
+    _check(
+        re.fullmatch(r"[0-9]{1,9}", limit) is not None and 1 <= int(limit) <= most,
+        f"Invalid 'limit': expected an integer from 1 to {most}.",
+        "limit",
+    )
+    start = 0
+    if after := query.get("after"):
+        ids = [item["id"] for item in items]
+        _check(after in ids, f"Invalid 'after': no item '{after}'.", "after")
+        start = ids.index(after) + 1
+    data = list(items[start : start + int(limit)])
+    return {
+        "object": "list",
+        "data": data,
+        "first_id": data[0]["id"] if data else "",
+        "last_id": data[-1]["id"] if data else "",
+        "has_more": start + len(data) < len(items),
+    }
+
+
+# --- The service: what it keeps -------------------------------------------------------------------
+
+
+@dataclass
+class _File:
+    shown: Json
+    data: bytes
+
+
+@dataclass
+class _Upload:
+    shown: Json
+    parts: dict[str, bytes] = field(default_factory=dict)
+
+
+@dataclass
+class _Job:
+    """A job; `shown` is what the API shows of it."""
+
+    shown: Json
+    training: _File
+    validation: _File | None
+    fault: str | None
+    events: list[Json] = field(default_factory=list)
+    checkpoints: list[Json] = field(default_factory=list)
+    phase: str = "validating_files"  # the status to go back to after a pause
+    work: Iterator[None] = field(default_factory=lambda: iter(()))
+
+    @property
+    def status(self) -> str:
+        return str(self.shown["status"])
+
+
+class _Tuned(NamedTuple):
+    shown: Json
+    model: CharacterModel
+    share: float
+
+
+class _Service:
+    """Everything behind the endpoint but HTTP. Methods named in `_ROUTES` answer requests.
+
+    All state is guarded by `state`; only the worker computes outside it, on a job's own model.
+    """
+
+    def __init__(
+        self,
+        *,
+        latency: float,
+        max_in_flight: int | None,
+        max_file_bytes: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self.state = threading.Condition(threading.RLock())
+        self.closing = threading.Event()
+        self.max_file_bytes = max_file_bytes
+        self._latency = latency
+        self._max_in_flight = max_in_flight
+        self._clock = clock
+        self._in_flight = 0
+        self._held: set[str] = set()
+        self._moves = 0
+        self._moves_seen = 0
+        self._files: dict[str, _File] = {}
+        self._uploads: dict[str, _Upload] = {}
+        self._jobs: dict[str, _Job] = {}
+        self._tuned: dict[str, _Tuned] = {}
+        self._started = self._now()
+
+    def _now(self) -> int:
+        return int(self._clock())
+
+    def _moved(self) -> None:
+        self._moves += 1
+        self.state.notify_all()
+
+    # Held jobs and progress, for tests
+
+    def hold(self, status: str) -> None:
+        with self.state:
+            self._held.add(status)
+
+    def release(self) -> None:
+        with self.state:
+            self._held.clear()
+            self.state.notify_all()
+
+    def wait_for_progress(self, timeout: float) -> bool:
+        with self.state:
+            self.state.wait_for(
+                lambda: self._moves > self._moves_seen or self.closing.is_set(), timeout
+            )
+            moved = self._moves > self._moves_seen
+            self._moves_seen = self._moves
+            return moved
+
+    # Models
+
+    def _base_model(self, name: str) -> Json:
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._started,
+            "owned_by": "rehearsal",
+            "shutdown_date": BASE_MODELS[name],
+        }
+
+    def list_models(self, request: _Request) -> Json:
+        tuned = [model.shown for model in self._tuned.values()]
+        return {"object": "list", "data": [*map(self._base_model, BASE_MODELS), *tuned]}
+
+    def retrieve_model(self, request: _Request) -> Json:
+        (name,) = request.ids
+        if name in BASE_MODELS:
+            return self._base_model(name)
+        return self._tuned_model(name).shown
+
+    def delete_model(self, request: _Request) -> Json:
+        (name,) = request.ids
+        if name in BASE_MODELS:
+            raise _ApiError(403, f"The model '{name}' is not yours to delete.", param="model")
+        self._tuned_model(name)
+        del self._tuned[name]
+        return {"id": name, "object": "model", "deleted": True}
+
+    def _tuned_model(self, name: str) -> _Tuned:
+        if name not in self._tuned:
+            raise _ApiError(
+                404,
+                f"The model `{name}` does not exist or you do not have access to it.",
+                param="model",
+                code="model_not_found",
+            )
+        return self._tuned[name]
+
+    # Files
+
+    def create_file(self, request: _Request) -> Json:
+        _check("file" in request.files, "'file' is a required property.", "file")
+        name, data = request.files["file"]
+        purpose = _string(request.body, "purpose")
+        self._check_file(name, purpose, len(data), self.max_file_bytes)
+        return self._add_file(name, purpose, data, self._expiry(request.body)).shown
+
+    def _check_file(self, name: str, purpose: str, size: int, limit: int) -> None:
+        _check(purpose in FILE_PURPOSES, f"'{purpose}' is not one of the purposes.", "purpose")
+        _check(
+            purpose != "fine-tune" or name.lower().endswith(".jsonl"),
+            f"Invalid extension of '{name}': fine-tune files must be .jsonl.",
+            "file",
+        )
+        _check(size > 0, "File is empty.", "file")
+        if size > limit:
+            raise _ApiError(413, f"File exceeds the limit of {limit} bytes.", param="file")
+
+    def _expiry(self, body: Json) -> int | None:
+        seconds = str(body.get("expires_after[seconds]", ""))
+        if not seconds:
+            return None
+        _check(
+            seconds.isdecimal() and 3600 <= int(seconds) <= 2592000,
+            "Invalid 'expires_after[seconds]': expected an integer from 3600 to 2592000.",
+            "expires_after[seconds]",
+        )
+        return self._now() + int(seconds)
+
+    def _add_file(
+        self, name: str, purpose: str, data: bytes, expires_at: int | None = None
+    ) -> _File:
+        shown: Json = {
+            "id": f"file-{secrets.token_hex(11)}",
+            "object": "file",
+            "bytes": len(data),
+            "created_at": self._now(),
+            "filename": name,
+            "purpose": purpose,
+            "status": "processed",
+        }
+        if expires_at is not None:
+            shown["expires_at"] = expires_at
+        file = self._files[shown["id"]] = _File(shown, data)
+        return file
+
+    def list_files(self, request: _Request) -> Json:
+        order = request.query.get("order", "desc")
+        _check(order in ("asc", "desc"), "Invalid 'order': expected asc or desc.", "order")
+        wanted = request.query.get("purpose")
+        files = [
+            file.shown
+            for file in self._files.values()
+            if wanted is None or file.shown["purpose"] == wanted
+        ]
+        ordered = files if order == "asc" else files[::-1]
+        return _page(ordered, request.query, usual=10_000, most=10_000)
+
+    def _file(self, name: str) -> _File:
+        if name not in self._files:
+            raise _ApiError(404, f"No such File object: {name}", param="id")
+        return self._files[name]
+
+    def retrieve_file(self, request: _Request) -> Json:
+        return self._file(request.ids[0]).shown
+
+    def file_content(self, request: _Request) -> _Answer:
+        data = self._file(request.ids[0]).data
+        if request.fault and request.fault.kind == "base64_result":
+            data = base64.b64encode(data)
+        return _Answer(200, data, "application/octet-stream")
+
+    def delete_file(self, request: _Request) -> Json:
+        name = self._file(request.ids[0]).shown["id"]
+        del self._files[name]
+        return {"id": name, "object": "file", "deleted": True}
+
+    # Uploads in parts
+
+    def create_upload(self, request: _Request) -> Json:
+        body = request.body
+        _number(body, "bytes", 1, MAX_UPLOAD_BYTES)
+        _check("bytes" in body, "'bytes' is a required property.", "bytes")
+        name, purpose = _string(body, "filename"), _string(body, "purpose")
+        _string(body, "mime_type")
+        self._check_file(name, purpose, body["bytes"], MAX_UPLOAD_BYTES)
+        shown = {
+            "id": f"upload_{secrets.token_hex(12)}",
+            "object": "upload",
+            "bytes": body["bytes"],
+            "created_at": self._now(),
+            "filename": name,
+            "purpose": purpose,
+            "status": "pending",
+            "expires_at": self._now() + UPLOAD_SECONDS,
+        }
+        self._uploads[shown["id"]] = _Upload(shown)
+        return shown
+
+    def _upload(self, request: _Request) -> _Upload:
+        """The upload asked for, which must still be open."""
+        upload = self._uploads.get(request.ids[0])
+        if upload is None:
+            raise _ApiError(404, f"No such Upload object: {request.ids[0]}", param="id")
+        if upload.shown["status"] == "pending" and self._now() >= upload.shown["expires_at"]:
+            upload.shown["status"] = "expired"
+            upload.parts.clear()
+        status = upload.shown["status"]
+        _check(status == "pending", f"The upload is {status}.", "upload_id")
+        return upload
+
+    def add_part(self, request: _Request) -> Json:
+        upload = self._upload(request)
+        _check("data" in request.files, "'data' is a required property.", "data")
+        data = request.files["data"][1]
+        _check(len(data) <= MAX_PART_BYTES, "A part may have at most 64 MB.", "data")
+        received = sum(map(len, upload.parts.values())) + len(data)
+        _check(received <= upload.shown["bytes"], "The parts exceed the upload's bytes.", "data")
+        name = f"part_{secrets.token_hex(12)}"
+        upload.parts[name] = data
+        return {
+            "id": name,
+            "object": "upload.part",
+            "created_at": self._now(),
+            "upload_id": upload.shown["id"],
+        }
+
+    def complete_upload(self, request: _Request) -> Json:
+        upload, ids = self._upload(request), request.body.get("part_ids")
+        _check(
+            isinstance(ids, list) and all(isinstance(i, str) and i in upload.parts for i in ids),
+            "Invalid 'part_ids': expected ids of parts of this upload.",
+            "part_ids",
+        )
+        data = b"".join(upload.parts[name] for name in ids or ())
+        _check(
+            len(data) == upload.shown["bytes"],
+            f"The parts have {len(data)} bytes, the upload {upload.shown['bytes']}.",
+            "part_ids",
+        )
+        md5 = request.body.get("md5")
+        digest = hashlib.md5(data, usedforsecurity=False).hexdigest()
+        _check(md5 in (None, digest), "The md5 does not match.", "md5")
+        file = self._add_file(upload.shown["filename"], upload.shown["purpose"], data)
+        upload.parts.clear()
+        upload.shown |= {"status": "completed", "file": file.shown}
+        return upload.shown
+
+    def cancel_upload(self, request: _Request) -> Json:
+        upload = self._upload(request)
+        upload.parts.clear()
+        upload.shown["status"] = "cancelled"
+        return upload.shown
+
+    # Jobs: requests
+
+    def create_job(self, request: _Request) -> Json:
+        body = request.body
+        known = {
+            "model", "training_file", "validation_file", "hyperparameters", "method", "suffix",
+            "seed", "metadata", "integrations",
+        }  # fmt: skip
+        if unknown := body.keys() - known:
+            raise _ApiError(400, f"Unknown parameter: '{min(unknown)}'.", param=min(unknown))
+        name = _string(body, "model")
+        base = MODEL_ALIASES.get(name, name)
+        if BASE_MODELS.get(base) is None:
+            raise _ApiError(
+                400,
+                f"Model {name} is not available for fine-tuning.",
+                param="model",
+                code="model_not_available",
+            )
+        training = self._training_file(body, "training_file")
+        validation = None
+        if body.get("validation_file") is not None:
+            validation = self._training_file(body, "validation_file")
+        suffix = "" if body.get("suffix") is None else _string(body, "suffix", 1, 64)
+        seed = _number(body, "seed", 0, 2147483647)
+        integrations = body.get("integrations") or []
+        _check(isinstance(integrations, list), "Invalid 'integrations'.", "integrations")
+        chosen = _hyperparameters(body)
+        shown: Json = {
+            "id": f"ftjob-{secrets.token_hex(12)}",
+            "object": "fine_tuning.job",
+            "created_at": self._now(),
+            "error": None,
+            "estimated_finish": None,
+            "fine_tuned_model": None,
+            "finished_at": None,
+            "hyperparameters": chosen,
+            "integrations": integrations,
+            "metadata": _metadata(body),
+            "method": {"type": "supervised", "supervised": {"hyperparameters": chosen}},
+            "model": base,
+            "organization_id": "org-rehearsal",
+            "result_files": [],
+            "seed": secrets.randbelow(2**31) if seed is None else seed,
+            "status": "validating_files",
+            "trained_tokens": None,
+            "training_file": training.shown["id"],
+            "user_provided_suffix": suffix or None,
+            "validation_file": validation.shown["id"] if validation else None,
+        }
+        job = _Job(shown, training, validation, request.fault.kind if request.fault else None)
+        job.work = self._work(job)
+        self._jobs[shown["id"]] = job
+        self._say(job, f"Created fine-tuning job: {shown['id']}")
+        self._say(job, f"Validating training file: {training.shown['id']}")
+        return shown
+
+    def _training_file(self, body: Json, key: str) -> _File:
+        file = self._files.get(_string(body, key))
+        _check(file is not None, f"invalid {key}: {body[key]}", key)
+        assert file is not None
+        _check(file.shown["purpose"] == "fine-tune", f"{key} must have purpose fine-tune.", key)
+        return file
+
+    def _job(self, request: _Request) -> _Job:
+        job = self._jobs.get(request.ids[0])
+        if job is None:
+            raise _ApiError(
+                404,
+                f"Could not find fine tune: {request.ids[0]}",
+                param="fine_tune_id",
+                code="fine_tune_not_found",
+            )
+        return job
+
+    def list_jobs(self, request: _Request) -> Json:
+        wanted = {
+            key[len("metadata[") : -1]: value
+            for key, value in request.query.items()
+            if key.startswith("metadata[") and key.endswith("]")
+        }
+        without = request.query.get("metadata") == "null"
+        jobs = [
+            job.shown
+            for job in reversed(self._jobs.values())
+            if wanted.items() <= (job.shown["metadata"] or {}).items()
+            and not (without and job.shown["metadata"])
+        ]
+        return _page(jobs, request.query, usual=20, most=100)
+
+    def retrieve_job(self, request: _Request) -> Json:
+        return self._job(request).shown
+
+    def cancel_job(self, request: _Request) -> Json:
+        job = self._job(request)
+        _check(job.status not in TERMINAL, f"Job has already {job.status}.", None)
+        job.shown["finished_at"] = self._now()
+        job.work = iter(())  # lets go of what was learned
+        self._move(job, "cancelled")
+        self._say(job, "The job has been cancelled.")
+        return job.shown
+
+    def pause_job(self, request: _Request) -> Json:
+        job = self._job(request)
+        can = job.status not in TERMINAL and job.status not in ("pausing", "paused")
+        _check(can, f"Job is {job.status} and cannot be paused.")
+        self._move(job, "pausing")
+        return job.shown
+
+    def resume_job(self, request: _Request) -> Json:
+        job = self._job(request)
+        _check(job.status in ("pausing", "paused"), f"Job is {job.status}, not paused.")
+        self._move(job, job.phase)
+        self._say(job, "The job has been resumed.")
+        return job.shown
+
+    def list_events(self, request: _Request) -> Json:
+        return _page(self._job(request).events[::-1], request.query, usual=20, most=100)
+
+    def list_checkpoints(self, request: _Request) -> Json:
+        return _page(self._job(request).checkpoints[::-1], request.query, usual=10, most=100)
+
+    # Jobs: the work
+
+    def run_jobs(self) -> None:
+        """The worker: carries the oldest job that may go on one piece further, until closing."""
+        while True:
+            with self.state:
+                while (job := self._next_job()) is None and not self.closing.is_set():
+                    self.state.wait()
+                if job is None or self.closing.is_set():
+                    return
+            next(job.work, None)
+
+    def _next_job(self) -> _Job | None:
+        for job in self._jobs.values():
+            if job.status == "pausing":
+                self._move(job, "paused")
+                self._say(job, "The job has been paused.")
+            elif job.status != "paused" and job.status not in TERMINAL | self._held:
+                return job
+        return None
+
+    def _move(self, job: _Job, status: str) -> None:
+        job.shown["status"] = status
+        self._moved()
+
+    def _enter(self, job: _Job, phase: str) -> None:
+        """Go on to the next phase, whatever a pause or a cancellation did meanwhile."""
+        with self.state:
+            if job.status == job.phase:
+                self._move(job, phase)
+            job.phase = phase
+
+    def _say(self, job: _Job, message: str, level: str = "info", data: Json | None = None) -> None:
+        with self.state:
+            job.events.append(
+                {
+                    "id": f"ftevent-{secrets.token_hex(12)}",
+                    "object": "fine_tuning.job.event",
+                    "created_at": self._now(),
+                    "level": level,
+                    "message": message,
+                    "type": "message" if data is None else "metrics",
+                    "data": data or {},
+                }
+            )
+            self._moved()
+
+    def _fail(self, job: _Job, code: str, message: str, param: str | None = None) -> None:
+        with self.state:
+            if job.status in TERMINAL:
+                return
+            job.shown["error"] = {"code": code, "message": message, "param": param}
+            job.shown["finished_at"] = self._now()
+            self._say(job, f"The job failed: {message}", "error")
+            self._move(job, "failed")
+
+    def _work(self, job: _Job) -> Iterator[None]:
+        """All of a job, in pieces; between two of them it may be held, paused or cancelled."""
+        yield
+        for file, purpose in ((job.training, "training"), (job.validation, "validation")):
+            if file is None:
+                continue
+            problem = judge_training_file(
+                file.data, purpose="training" if purpose == "training" else "validation"
+            )
+            yield
+            if problem is not None:
+                self._fail(job, problem.code, problem.message, f"{purpose}_file")
+                return
+        if job.fault == "flagged":
+            # What the service says is known from reports only: the code is this rehearsal's guess.
+            self._fail(
+                job,
+                "unsafe_file",
+                "The job failed because too many examples of the training file were flagged by "
+                "moderation (a rehearsed fault).",
+                "training_file",
+            )
+            return
+        self._say(job, "Files validated, moving job to queued state")
+        self._enter(job, "queued")
+        yield
+        self._enter(job, "running")
+        self._say(job, "Fine-tuning job started")
+        if job.fault == "paused_job":
+            with self.state:
+                if job.status not in TERMINAL:
+                    self._move(job, "pausing")
+        yield
+        yield from self._train(job)
+
+    def _train(self, job: _Job) -> Iterator[None]:
+        examples = read_examples(job.training.data)
+        validation = read_examples(job.validation.data) if job.validation else []
+        chosen = _resolve(job.shown["hyperparameters"], len(examples))
+        with self.state:
+            job.shown["hyperparameters"] = chosen
+            job.shown["method"] = {
+                "type": "supervised",
+                "supervised": {"hyperparameters": chosen},
+            }
+        epochs, size = chosen["n_epochs"], chosen["batch_size"]
+        rng = random.Random(job.shown["seed"])
+        sample = rng.sample(validation, min(4, len(validation)))
+        per_epoch = math.ceil(len(examples) / size)
+        total = per_epoch * epochs
+        every = max(1, min(10, total // 10))
+        model = CharacterModel(float(chosen["learning_rate_multiplier"]))
+        rows: list[Json] = []
+
+        for step in range(1, total + 1):
+            epoch, batch_number = divmod(step - 1, per_epoch)
+            if batch_number == 0:
+                order = rng.sample(examples, len(examples))
+            batch = order[batch_number * size : (batch_number + 1) * size]
+            score = yield from _measure(model, batch)
+            for example in batch:
+                for user_text, text in example.turns:
+                    model.learn(text)
+                    if epoch == 0:
+                        model.remember_opening(user_text, text)
+                yield
+            data = {
+                "step": step,
+                "total_steps": total,
+                "train_loss": score.loss,
+                "train_mean_token_accuracy": score.accuracy,
+            }
+            epoch_ends = batch_number == per_epoch - 1
+            if sample and (step % every == 0 or epoch_ends):
+                score = yield from _measure(model, sample)
+                data |= {
+                    "valid_loss": score.loss,
+                    "valid_mean_token_accuracy": score.accuracy,
+                }
+            if validation and epoch_ends:
+                score = yield from _measure(model, validation)
+                data |= {
+                    "full_valid_loss": score.loss,
+                    "full_valid_mean_token_accuracy": score.accuracy,
+                }
+            if job.fault == "job_failed" and step == (total + 1) // 2:
+                self._fail(job, "server_error", "The job failed due to an internal error.")
+                return
+            rows.append(data)
+            self._say_step(job, data)
+            if epoch_ends and epoch >= epochs - 3:
+                self._add_checkpoint(job, data)
+            yield
+        trained = epochs * sum(example.characters for example in examples)
+        self._succeed(job, model, rows, trained)
+
+    def _say_step(self, job: _Job, data: Json) -> None:
+        message = f"Step {data['step']}/{data['total_steps']}: training loss={data['train_loss']}"
+        for key, words in (("valid_loss", "validation"), ("full_valid_loss", "full validation")):
+            if key in data:
+                message += f", {words} loss={data[key]}"
+        self._say(job, message, data=data)
+
+    def _model_name(self, job: _Job) -> str:
+        suffix = job.shown["user_provided_suffix"] or ""
+        return f"ft:{job.shown['model']}:rehearsal:{suffix}:{job.shown['id'][-8:]}"
+
+    def _add_checkpoint(self, job: _Job, data: Json) -> None:
+        step = data["step"]
+        with self.state:
+            job.checkpoints.append(
+                {
+                    "id": f"ftckpt_{secrets.token_hex(12)}",
+                    "object": "fine_tuning.job.checkpoint",
+                    "created_at": self._now(),
+                    "fine_tuned_model_checkpoint": f"{self._model_name(job)}:ckpt-step-{step}",
+                    "fine_tuning_job_id": job.shown["id"],
+                    "metrics": {k: v for k, v in data.items() if k != "total_steps"},
+                    "step_number": step,
+                }
+            )
+            self._moved()
+
+    def _succeed(self, job: _Job, model: CharacterModel, rows: list[Json], trained: int) -> None:
+        with self.state:
+            if job.status in TERMINAL:
+                return
+            name, total = self._model_name(job), len(rows)
+            shares = {name: 1.0}
+            for checkpoint in job.checkpoints:
+                step = checkpoint["step_number"]
+                shares[checkpoint["fine_tuned_model_checkpoint"]] = step / total
+            for known, share in shares.items():
+                shown = {
+                    "id": known,
+                    "object": "model",
+                    "created": self._now(),
+                    "owned_by": "org-rehearsal",
+                    "shutdown_date": TUNABLE_SHUTDOWN,
+                }
+                self._tuned[known] = _Tuned(shown, model, share)
+            result = self._add_file(
+                "step_metrics.csv", "fine-tune-results", _result_csv(rows).encode()
+            )
+            job.shown |= {
+                "fine_tuned_model": name,
+                "finished_at": self._now(),
+                "result_files": [result.shown["id"]],
+                "trained_tokens": trained,
+            }
+            self._say(job, f"New fine-tuned model created: {name}")
+            self._say(job, "The job has successfully completed")
+            self._move(job, "succeeded")
+
+    # Answers of models
+
+    def chat(self, request: _Request) -> Json | _Answer:
+        body, fault = request.body, request.fault
+        _check_chat(body)
+        name = body["model"]
+        with self.state:
+            tuned = None if BASE_MODELS.get(name) else self._tuned_model(name)
+        messages = body["messages"]
+        prompt = json.dumps([name, messages], sort_keys=True)
+        user_text = next((_text(m) for m in reversed(messages) if m["role"] == "user"), "")
+        temperature = 1.0 if body.get("temperature") is None else float(body["temperature"])
+        limit = body.get("max_completion_tokens") or body.get("max_tokens") or math.inf
+        stops = body.get("stop") or []
+        stops = [stops] if isinstance(stops, str) else stops
+
+        choices: list[Json] = []
+        for index in range(body.get("n") or 1):
+            seed = body.get("seed")
+            if seed is None and temperature:
+                seed = secrets.token_hex(8)
+            rng = random.Random(hashlib.sha256(f"{seed} {index} {prompt}".encode()).digest())
+            text, reason = UNTRAINED_ANSWER, "stop"
+            if tuned is not None:
+                text = tuned.model.answer(
+                    user_text, rng, temperature=temperature, share=tuned.share
+                )
+            for stop in stops:
+                text = text.partition(stop)[0]
+            if fault and fault.kind == "empty_answer":
+                text = ""
+            elif fault and fault.kind == "length":
+                text, reason = text[: len(text) // 2], "length"
+            if len(text) > limit:
+                text, reason = text[: int(limit)], "length"
+            message: Json = {"role": "assistant", "content": text, "refusal": None}
+            if fault and fault.kind == "refusal":
+                message |= {"content": None, "refusal": "I'm sorry, I can't help with that."}
+            choices.append(
+                {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
+            )
+
+        written = sum(len(c["message"]["content"] or "") for c in choices)
+        asked = sum(len(_text(m)) for m in messages)
+        completion = {
+            "id": f"chatcmpl-{secrets.token_hex(12)}",
+            "object": "chat.completion",
+            "created": self._now(),
+            "model": name,
+            "choices": choices,
+            "usage": {
+                "prompt_tokens": asked,
+                "completion_tokens": written,
+                "total_tokens": asked + written,
+            },
+            "system_fingerprint": "fp_rehearsal",
+        }
+        if not body.get("stream"):
+            return completion
+        with_usage = bool((body.get("stream_options") or {}).get("include_usage"))
+        return _event_stream(completion, with_usage)
+
+    @contextlib.contextmanager
+    def chat_slot(self) -> Iterator[None]:
+        """One of the chat completions that may be in flight at a time; 429 when there is none."""
+        with self.state:
+            if self._max_in_flight is not None and self._in_flight >= self._max_in_flight:
+                refusal = _REFUSALS["429"]
+                raise _ApiError(429, refusal.message, code=refusal.code, kind=refusal.kind)
+            self._in_flight += 1
+        try:
+            if self._latency:
+                self.closing.wait(self._latency)
+            yield
+        finally:
+            with self.state:
+                self._in_flight -= 1
+
+    def moderate(self, request: _Request) -> Json:
+        given = request.body.get("input")
+        if isinstance(given, str):
+            given = [given]
+        _check(isinstance(given, list) and bool(given), "Invalid 'input'.", "input")
+        assert isinstance(given, list)
+        if all(isinstance(item, str) for item in given):
+            texts = given
+        else:
+            ok = all(
+                isinstance(part, dict)
+                and part.get("type") in ("text", "image_url")
+                and (part["type"] != "text" or isinstance(part.get("text"), str))
+                for part in given
+            )
+            _check(ok, "Invalid 'input': expected strings or content parts.", "input")
+            texts = ["\n".join(part["text"] for part in given if part["type"] == "text")]
+        return {
+            "id": f"modr-{secrets.token_hex(12)}",
+            "model": "rehearsal-word-list",
+            "results": [_judge_words(text) for text in texts],
+        }
+
+    def embed(self, request: _Request) -> Json:
+        body = request.body
+        name = _string(body, "model")
+        if name != "text-embedding-3-small":
+            raise _ApiError(
+                404, f"The model `{name}` does not exist.", param="model", code="model_not_found"
+            )
+        texts = _embedding_inputs(body.get("input"))
+        size = _number(body, "dimensions", 1, EMBEDDING_SIZE) or EMBEDDING_SIZE
+        encoding = body.get("encoding_format") or "float"
+        _check(encoding in ("float", "base64"), "Invalid 'encoding_format'.", "encoding_format")
+        data = []
+        for index, text in enumerate(texts):
+            packed = struct.pack(f"<{size}f", *_text_vector(text, size))
+            vector: Any = base64.b64encode(packed).decode()
+            if encoding == "float":
+                vector = list(struct.unpack(f"<{size}f", packed))
+            data.append({"object": "embedding", "index": index, "embedding": vector})
+        used = sum(map(len, texts))
+        usage = {"prompt_tokens": used, "total_tokens": used}
+        return {"object": "list", "data": data, "model": name, "usage": usage}
+
+
+def _resolve(asked: Json, examples: int) -> Json:
+    """Numbers for every "auto": three epochs, up to 256 in a batch by a 500th of the examples."""
+    usual = {
+        "n_epochs": 3,
+        "batch_size": min(256, max(1, math.ceil(examples / 500))),
+        "learning_rate_multiplier": 1.0,
+    }
+    return {key: usual[key] if value == "auto" else value for key, value in asked.items()}
+
+
+def _measure(model: CharacterModel, examples: list[Example]) -> Generator[None, None, Score]:
+    """Returns the score of the examples' assistant texts; pauses after each example."""
+    score = Score()
+    for example in examples:
+        for _, text in example.turns:
+            score = score.plus(model.measure(text))
+        yield
+    return score
+
+
+def _result_csv(rows: list[Json]) -> str:
+    """The service's result file; cells of steps without validation stay empty."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    columns = {
+        "step": "step",
+        "train_loss": "train_loss",
+        "train_accuracy": "train_mean_token_accuracy",
+        "valid_loss": "valid_loss",
+        "valid_mean_token_accuracy": "valid_mean_token_accuracy",
+    }
+    writer.writerow(columns)
+    writer.writerows([row.get(key, "") for key in columns.values()] for row in rows)
+    return text.getvalue()
+
+
+def _check_chat(body: Json) -> None:
+    _string(body, "model")
+    messages = body.get("messages")
+    _check(isinstance(messages, list) and bool(messages), "Invalid 'messages'.", "messages")
+    for index, message in enumerate(messages or ()):
+        if why := _message_problem(message, CHAT_KEYS, CHAT_ROLES):
+            raise _ApiError(400, f"Invalid 'messages[{index}]': {why}", param=f"messages[{index}]")
+    _number(body, "n", 1, 128)
+    _number(body, "temperature", 0, 2, whole=False)
+    _number(body, "top_p", 0, 1, whole=False)
+    _number(body, "max_tokens", 1, 1_000_000)
+    _number(body, "max_completion_tokens", 1, 1_000_000)
+    _number(body, "seed", -(2**63), 2**63 - 1)
+    _check(isinstance(body.get("stream"), bool | None), "Invalid 'stream'.", "stream")
+    options = body.get("stream_options")
+    _check(
+        options is None or (isinstance(options, dict) and bool(body.get("stream"))),
+        "Invalid 'stream_options': only for a stream.",
+        "stream_options",
+    )
+    stops = body.get("stop") or []
+    ok = isinstance(stops, str) or (
+        isinstance(stops, list) and len(stops) <= 4 and all(isinstance(s, str) and s for s in stops)
+    )
+    _check(ok, "Invalid 'stop': expected a string or up to 4 strings.", "stop")
+    tools = body.get("tools")
+    _check(tools is None or isinstance(tools, list), "Invalid 'tools'.", "tools")
+
+
+def _event_stream(completion: Json, with_usage: bool) -> _Answer:
+    """A completion as server-sent events, a few characters each."""
+    shared = {k: completion[k] for k in ("id", "created", "model", "system_fingerprint")}
+    shared["object"] = "chat.completion.chunk"
+    chunks: list[Json] = []
+
+    def add(index: int, delta: Json, reason: str | None = None) -> None:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+        chunks.append(shared | {"choices": [choice]})
+
+    for choice in completion["choices"]:
+        index, message = choice["index"], choice["message"]
+        key = "refusal" if message["refusal"] else "content"
+        text = message[key] or ""
+        add(index, {"role": "assistant", "content": "" if key == "content" else None})
+        for start in range(0, len(text), 4):
+            add(index, {key: text[start : start + 4]})
+        add(index, {}, choice["finish_reason"])
+    if with_usage:
+        chunks.append(shared | {"choices": [], "usage": completion["usage"]})
+    lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks]
+    return _Answer(200, "".join([*lines, "data: [DONE]\n\n"]).encode(), "text/event-stream")
+
+
+_FLAGGED_WORDS: Final[dict[str, tuple[str, ...]]] = {
+    "harassment": ("死ね", "くたばれ", "shut up, idiot"),
+    "harassment/threatening": ("殺してやる", "i will hurt you"),
+    "hate": ("人種は劣って", "inferior race"),
+    "hate/threatening": (),
+    "illicit": ("麻薬を売", "sell drugs"),
+    "illicit/violent": ("爆弾を作", "build a bomb"),
+    "self-harm": ("死にたい", "自殺", "自傷", "リストカット", "消えてしまいたい", "suicide"),
+    "self-harm/intent": ("死にたい", "自殺したい", "消えてしまいたい", "want to die"),
+    "self-harm/instructions": ("自殺の方法", "how to kill myself"),
+    "sexual": ("性行為", "explicit sex"),
+    "sexual/minors": (),
+    "violence": ("殺す", "殺してやる", "暴力を振る", "i will hurt you"),
+    "violence/graphic": ("血まみれ", "covered in blood"),
+}
+
+
+def _judge_words(text: str) -> Json:
+    """Which words of the list occur. A score is 1 - 1/2^hits: 0 without, 0.5 with one."""
+    lowered = text.lower()
+    hits = {
+        category: sum(lowered.count(word) for word in words)
+        for category, words in _FLAGGED_WORDS.items()
+    }
+    return {
+        "flagged": any(hits.values()),
+        "categories": {category: count > 0 for category, count in hits.items()},
+        "category_scores": {category: 1 - 0.5**count for category, count in hits.items()},
+        "category_applied_input_types": {category: ["text"] for category in hits},
+    }
+
+
+def _embedding_inputs(given: Any) -> list[str]:
+    """The inputs as texts; a list of token numbers is taken as a text of those numbers."""
+    if isinstance(given, str):
+        given = [given]
+    _check(isinstance(given, list) and 0 < len(given) <= 2048, "Invalid 'input'.", "input")
+    if all(type(item) is int for item in given):
+        given = [given]
+    texts = []
+    for item in given:
+        if isinstance(item, list) and item and all(type(number) is int for number in item):
+            item = " ".join(map(str, item))
+        _check(isinstance(item, str) and bool(item), "Invalid 'input'.", "input")
+        texts.append(item)
+    return texts
+
+
+def _text_vector(text: str, size: int) -> list[float]:
+    """A unit vector of signed hashes of the characters and their pairs."""
+    vector = [0.0] * size
+    for piece in [*text, *_pairs(text)]:
+        code = zlib.crc32(piece.encode("utf-8", "surrogatepass"))
+        vector[(code >> 1) % size] += 1.0 if code & 1 else -1.0
+    length = math.hypot(*vector) or 1.0
+    return [value / length for value in vector]
+
+
+# --- HTTP -----------------------------------------------------------------------------------------
+
+_ID: Final = "([^/]+)"
+_Operation = Callable[[_Service, _Request], "Json | _Answer"]
+_ROUTES: Final[tuple[tuple[str, str, _Operation], ...]] = (
+    ("GET", "/models", _Service.list_models),
+    ("GET", f"/models/{_ID}", _Service.retrieve_model),
+    ("DELETE", f"/models/{_ID}", _Service.delete_model),
+    ("POST", "/files", _Service.create_file),
+    ("GET", "/files", _Service.list_files),
+    ("GET", f"/files/{_ID}", _Service.retrieve_file),
+    ("GET", f"/files/{_ID}/content", _Service.file_content),
+    ("DELETE", f"/files/{_ID}", _Service.delete_file),
+    ("POST", "/uploads", _Service.create_upload),
+    ("POST", f"/uploads/{_ID}/parts", _Service.add_part),
+    ("POST", f"/uploads/{_ID}/complete", _Service.complete_upload),
+    ("POST", f"/uploads/{_ID}/cancel", _Service.cancel_upload),
+    ("POST", "/fine_tuning/jobs", _Service.create_job),
+    ("GET", "/fine_tuning/jobs", _Service.list_jobs),
+    ("GET", f"/fine_tuning/jobs/{_ID}", _Service.retrieve_job),
+    ("POST", f"/fine_tuning/jobs/{_ID}/cancel", _Service.cancel_job),
+    ("POST", f"/fine_tuning/jobs/{_ID}/pause", _Service.pause_job),
+    ("POST", f"/fine_tuning/jobs/{_ID}/resume", _Service.resume_job),
+    ("GET", f"/fine_tuning/jobs/{_ID}/events", _Service.list_events),
+    ("GET", f"/fine_tuning/jobs/{_ID}/checkpoints", _Service.list_checkpoints),
+    ("POST", "/chat/completions", _Service.chat),
+    ("POST", "/moderations", _Service.moderate),
+    ("POST", "/embeddings", _Service.embed),
+)
+#: These compute for a while and touch no shared state (or guard it themselves).
+_UNLOCKED: Final = frozenset({_Service.chat, _Service.moderate, _Service.embed})
+
+
+def _read_form(content_type: str, body: bytes) -> tuple[Json, dict[str, tuple[str, bytes]]]:
+    """The text fields and the files of a multipart body; each file is copied once."""
+    match = re.search(r'boundary="?([^";]+)"?', content_type)
+    _check(match is not None, "The multipart body has no boundary.")
+    assert match is not None
+    mark = b"--" + match[1].encode("latin-1")
+    fields: Json = {}
+    files: dict[str, tuple[str, bytes]] = {}
+    start = body.find(mark)
+    while start >= 0 and not body.startswith(b"--", start + len(mark)):
+        head_end = body.find(b"\r\n\r\n", start)
+        end = body.find(b"\r\n" + mark, head_end + 2)
+        _check(head_end >= 0 and end >= 0, "The multipart body is cut off.")
+        head = body[start:head_end].decode("utf-8", "replace")
+        content = body[head_end + 4 : end]
+        name = re.search(r'[;\s]name="([^"]*)"', head)
+        filename = re.search(r'[;\s]filename="([^"]*)"', head)
+        _check(name is not None, "A part of the form has no name.")
+        assert name is not None
+        if filename:
+            files[name[1]] = (filename[1].replace("%22", '"'), content)
+        else:
+            fields[name[1]] = content.decode("utf-8", "replace")
+        start = end + 2
+    return fields, files
+
+
+class _Server(ThreadingHTTPServer):
+    """Threads that never hold up the program's end; `close` hangs up on every open connection."""
+
+    daemon_threads = True
+    request_queue_size = 128
+    allow_reuse_port = False  # a second endpoint must not share the port in silence
+
+    def __init__(self, port: int, service: _Service, faults: _Faults, keep: bool) -> None:
+        super().__init__(("127.0.0.1", port), _Handler)
+        self.service = service
+        self.faults = faults
+        self.exchanges: list[Exchange] = []
+        self.keep_exchanges = keep
+        self._open: set[socket.socket] = set()
+        self._changed = threading.Condition()
+
+    def server_bind(self) -> None:
+        # Not HTTPServer's, which looks its own name up: that may take seconds without a network.
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._changed:
+            self._open.add(request)
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            with self._changed:
+                self._open.discard(request)
+                self._changed.notify_all()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        problem = sys.exc_info()[1]
+        if isinstance(problem, OSError):  # the client hung up, or `close` did
+            _log.debug("connection of %s ended: %s", client_address, problem)
+        else:
+            _log.error("リハーサルの処理中に想定外の例外が起きました", exc_info=problem)
+
+    def close(self) -> None:
+        self.shutdown()
+        with self._changed:
+            for connection in self._open:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+            self._changed.wait_for(lambda: not self._open, timeout=2)
+        self.server_close()
+
+
+class _Faults:
+    """The faults still to happen."""
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        self._lock = threading.Lock()
+        self._waiting: list[list[Any]] = []  # [fault, requests to let pass, times left]
+        for fault in faults:
+            self.add(fault)
+
+    def add(self, fault: Fault) -> None:
+        with self._lock:
+            times = math.inf if fault.times is None else fault.times
+            self._waiting.append([fault, fault.skip, times])
+
+    def take(self, method: str, path: str) -> Fault | None:
+        """The first fault that hits this request. Those that let it pass count it."""
+        with self._lock:
+            for entry in self._waiting:
+                fault: Fault = entry[0]
+                if entry[2] <= 0 or not fault.matches(method, path):
+                    continue
+                if entry[1] > 0:
+                    entry[1] -= 1
+                    continue
+                entry[2] -= 1
+                return fault
+        return None
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Reads a request, lets a fault or the service answer it, writes the answer."""
+
+    protocol_version = "HTTP/1.1"
+    server_version = "openai-sft-rehearsal"
+    wbufsize = -1
+    disable_nagle_algorithm = True
+    server: _Server
+
+    def log_message(self, format: str, *args: Any) -> None:
+        _log.debug("%s " + format, self.client_address[0], *args)
+
+    def do_GET(self) -> None:
+        self._serve()
+
+    do_POST = do_DELETE = do_PUT = do_PATCH = do_GET
+
+    def _serve(self) -> None:
+        url = urlsplit(self.path)
+        self._path = unquote(url.path.rstrip("/")).removeprefix("/v1")
+        self._query = dict(parse_qsl(url.query, keep_blank_values=True))
+        self._form: Any = None
+        self._parsed: Json = {}
+        self._uploaded: dict[str, tuple[str, bytes]] = {}
+        self._fault: Fault | None = None
+        try:
+            self._parse(self._read_body())
+            self._fault = self.server.faults.take(self.command, self._path)
+            if self._fault and self._hit_before(self._fault):
+                return
+            answer = self._answer(url.path)
+        except _ApiError as problem:
+            answer = _Answer(
+                problem.status, json.dumps(problem.body).encode(), headers=problem.headers
+            )
+        if self._fault:
+            changed = self._hit_after(self._fault, answer)
+            if changed is None:
+                return
+            answer = changed
+        self._send(answer)
+
+    def _read_body(self) -> bytes:
+        if "Transfer-Encoding" in self.headers:
+            self.close_connection = True
+            raise _ApiError(411, "A Content-Length is needed.")
+        given = self.headers.get("Content-Length", "0")
+        if not given.isdecimal():
+            self.close_connection = True
+            raise _ApiError(400, "Invalid Content-Length.")
+        left = int(given)
+        limit = max(self.server.service.max_file_bytes, MAX_PART_BYTES) + MIB
+        if left > limit:
+            # Read it all the same: a client that is still sending would not see the answer.
+            while left > 0 and (piece := self.rfile.read(min(left, MIB))):
+                left -= len(piece)
+            raise _ApiError(413, f"The request exceeds the limit of {limit} bytes.")
+        body = self.rfile.read(left)
+        if len(body) < left:
+            raise ConnectionAbortedError("the client hung up in the middle of its request")
+        return body
+
+    def _answer(self, raw_path: str) -> _Answer:
+        scheme, _, key = self.headers.get("Authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not key.strip():
+            raise _ApiError(
+                401,
+                "You didn't provide an API key. Use an Authorization header with Bearer auth.",
+                code="invalid_api_key",
+            )
+        path = raw_path.rstrip("/").removeprefix("/v1")
+        for method, pattern, operation in _ROUTES:
+            match = re.fullmatch(pattern, path)
+            if method == self.command and match and raw_path.startswith("/v1/"):
+                request = _Request(
+                    self._parsed,
+                    self._uploaded,
+                    self._query,
+                    tuple(map(unquote, match.groups())),
+                    self._fault,
+                )
+                return self._operate(operation, request)
+        raise _ApiError(404, f"Invalid URL ({self.command} {raw_path})")
+
+    def _operate(self, operation: _Operation, request: _Request) -> _Answer:
+        service = self.server.service
+        guard: contextlib.AbstractContextManager[Any] = service.state
+        if operation in _UNLOCKED:
+            chatting = operation is _Service.chat
+            guard = service.chat_slot() if chatting else contextlib.nullcontext()
+        with guard:
+            result = operation(service, request)
+            return result if isinstance(result, _Answer) else _json_answer(result)
+
+    def _parse(self, body: bytes) -> None:
+        content_type = self.headers.get("Content-Type", "")
+        if content_type.startswith("multipart/form-data"):
+            self._parsed, self._uploaded = _read_form(content_type, body)
+            sizes = {
+                name: {"filename": filename, "bytes": len(content)}
+                for name, (filename, content) in self._uploaded.items()
+            }
+            self._form = self._parsed | sizes
+            return
+        if not body:
+            return
+        try:
+            parsed = _strict_json(body)
+        except (ValueError, RecursionError):
+            raise _ApiError(400, "We could not parse the JSON body of your request.") from None
+        self._form = parsed
+        _check(isinstance(parsed, dict), "The JSON body must be an object.")
+        self._parsed = parsed
+
+    # Faults
+
+    def _hit_before(self, fault: Fault) -> bool:
+        """Do what a fault does instead of the request; False when the request is carried out."""
+        if fault.kind in _REFUSALS:
+            refusal = _REFUSALS[fault.kind]
+            headers: tuple[tuple[str, str], ...] = ()
+            seconds = 0 if fault.kind == "429" and fault.seconds is None else fault.seconds
+            if seconds is not None:
+                headers = (
+                    ("Retry-After", f"{seconds:g}"),
+                    ("retry-after-ms", f"{seconds * 1000:g}"),
+                )
+            raise _ApiError(
+                refusal.status,
+                refusal.message,
+                code=refusal.code,
+                kind=refusal.kind,
+                headers=headers,
+            )
+        if fault.kind == "reset_before":
+            self._reset()
+        elif fault.kind == "stall":
+            self._stall(fault)
+        else:
+            return False
+        return True
+
+    def _hit_after(self, fault: Fault, answer: _Answer) -> _Answer | None:
+        """The answer a fault makes of a true one; None when there is none."""
+        if fault.kind == "500_after":
+            body = _ApiError(500, "The server had an error.", kind="server_error").body
+            return _json_answer(body, 500)
+        if fault.kind == "truncated":
+            return answer._replace(body=answer.body[: len(answer.body) // 2])
+        if fault.kind == "malformed":
+            page = b"<html><body>Bad gateway</body></html>"
+            return answer._replace(body=page, content_type="application/json")
+        if fault.kind == "reset_after":
+            self._reset()
+            return None
+        if fault.kind == "stall_after":
+            self._stall(fault)
+            return None
+        return answer
+
+    def _stall(self, fault: Fault) -> None:
+        self._record(_Answer(0, b"", ""))
+        self.close_connection = True
+        seconds = _STALL_SECONDS if fault.seconds is None else fault.seconds
+        self.server.service.closing.wait(seconds)
+
+    def _reset(self) -> None:
+        """Hang up with an RST. Closing the descriptor itself, for `socket.close` would wait for
+        the handler's files, and the server's own `shutdown` would send a FIN first."""
+        self._record(_Answer(0, b"", ""))
+        self.close_connection = True
+        no_linger = struct.pack("ii", 1, 0)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, no_linger)
+        socket.close(self.connection.detach())
+
+    # Answers
+
+    def _record(self, answer: _Answer) -> None:
+        if not self.server.keep_exchanges:
+            return
+        response: Any = None
+        with contextlib.suppress(ValueError):
+            if answer.content_type == "application/json":
+                response = json.loads(answer.body)
+            elif answer.content_type == "text/event-stream":
+                events = answer.body.decode().split("\n\n")[:-2]
+                response = [json.loads(event.removeprefix("data: ")) for event in events]
+        self.server.exchanges.append(
+            Exchange(
+                method=self.command,
+                path=self._path,
+                query=self._query,
+                request=self._form,
+                status=answer.status,
+                response=response,
+                content_type=answer.content_type,
+                fault=self._fault.kind if self._fault else None,
+            )
+        )
+
+    def _send(self, answer: _Answer) -> None:
+        self._record(answer)
+        self.send_response(answer.status)
+        self.send_header("Content-Type", answer.content_type)
+        self.send_header("Content-Length", str(len(answer.body)))
+        self.send_header("x-request-id", f"req_{secrets.token_hex(12)}")
+        for name, value in answer.headers:
+            self.send_header(name, value)
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(answer.body)
+
+
+# --- The endpoint ---------------------------------------------------------------------------------
+
+
+class Rehearsal:
+    """The endpoint: a context manager, or `start` and `close`.
+
+    `latency` seconds are added to each chat completion; more than `max_in_flight` of them at a time
+    get 429. With `keep_exchanges` every request and answer is kept in `exchanges`. `clock` (seconds
+    since the epoch) dates what is shown and lets uploads expire.
+    """
+
+    def __init__(
+        self,
+        port: int = 0,
+        faults: Sequence[Fault] = (),
+        latency: float = 0.0,
+        max_in_flight: int | None = None,
+        keep_exchanges: bool = False,
+        *,
+        max_file_bytes: int = MAX_FILE_BYTES,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._port = port
+        self._faults = _Faults(faults)
+        self._keep_exchanges = keep_exchanges
+        self._service = _Service(
+            latency=latency,
+            max_in_flight=max_in_flight,
+            max_file_bytes=max_file_bytes,
+            clock=clock,
+        )
+        self._server: _Server | None = None
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> Self:
+        """Bind the port (OSError when it is taken) and begin to answer and to work."""
+        self._server = _Server(self._port, self._service, self._faults, self._keep_exchanges)
+        self._threads = [
+            threading.Thread(
+                target=self._server.serve_forever, args=(0.02,), name="rehearsal", daemon=True
+            ),
+            threading.Thread(target=self._service.run_jobs, name="rehearsal-jobs", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def close(self) -> None:
+        """End every connection, stalled ones too, and the work; a second call does nothing."""
+        self._service.closing.set()
+        with self._service.state:
+            self._service.state.notify_all()
+        if self._threads and self._server is not None:
+            self._server.close()
+            for thread in self._threads:
+                thread.join(timeout=2)
+            self._threads = []
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._running().server_address[1]}/v1"
+
+    @property
+    def exchanges(self) -> list[Exchange]:
+        return self._running().exchanges
+
+    def _running(self) -> _Server:
+        if self._server is None:
+            raise RuntimeError("リハーサル環境はまだ起動していません（startまたはwithを使います）")
+        return self._server
+
+    def inject(self, fault: Fault) -> None:
+        self._faults.add(fault)
+
+    def hold(self, status: str) -> None:
+        """Stop every job that is in this status or gets there, until `release`."""
+        self._service.hold(status)
+
+    def release(self) -> None:
+        """Let all held jobs go on."""
+        self._service.release()
+
+    def wait_for_progress(self, timeout: float) -> bool:
+        """Wait until a job has moved on (status, step or event) since the last call.
+
+        True at once if one did already; False when `timeout` seconds passed without.
+        """
+        return self._service.wait_for_progress(timeout)
+
+
+# --- The command line -----------------------------------------------------------------------------
+
+
+def _fault_argument(text: str) -> Fault:
+    """``KIND[:METHOD:PATH[:TIMES]]``"""
+    parts = text.split(":")
+    try:
+        if len(parts) not in (1, 3, 4):
+            raise ValueError(f"障害は 種類[:メソッド:パス[:回数]] の形で指定します: {text}")
+        kind, method, path, times = (*parts, *("*", "*", "1")[len(parts) - 1 :])
+        return Fault(kind, method, path, int(times))
+    except ValueError as problem:
+        raise argparse.ArgumentTypeError(str(problem)) from problem
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m openai_sft_rehearsal",
+        description="OpenAIのファインチューニングAPIの形をした、手元だけで動くリハーサル環境。"
+        "キーも通信も費用も要りません。",
+    )
+    parser.add_argument("--port", type=int, default=8000, help="待ち受けるポート（0は空きポート）")
+    parser.add_argument(
+        "--fault",
+        type=_fault_argument,
+        action="append",
+        default=[],
+        metavar="種類[:メソッド:パス[:回数]]",
+        help=f"わざと起こす障害（くり返し指定可）。種類: {' '.join(FAULT_KINDS)}",
+    )
+    parser.add_argument("--latency", type=float, default=0.0, help="チャットの応答に加える秒数")
+    parser.add_argument("--max-in-flight", type=int, help="同時に受けるチャットの上限")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until Ctrl-C (130) or SIGTERM (143); 2 when the port can't be had."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    received: list[int] = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda got, _: received.append(got)) for number in signals]
+    try:
+        with Rehearsal(
+            arguments.port, arguments.fault, arguments.latency, arguments.max_in_flight
+        ) as endpoint:
+            _log.info("リハーサル環境を開始しました: %s （Ctrl-Cで終了）", endpoint.url)
+            while not received:
+                time.sleep(0.1)  # a signal ends the sleep's turn, on Windows too
+    except OSError as problem:
+        _log.error("ポート%sを使えません: %s", arguments.port, problem)
+        return 2
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+    return 128 + received[0]
+
+
+# --- Example dialogues ----------------------------------------------------------------------------
+
+#: The 20 items of the client's review, as KokoroChat names them (0 to 5 points each).
+_ITEMS: Final = (
+    ("聴いてもらえた、わかってもらえたと感じた", "felt_heard_and_understood"),
+    ("尊重されたと感じた", "felt_respected"),
+    ("新しい気づきや体験があった", "gained_new_insights"),
+    ("希望や期待を感じられた", "felt_hopeful_or_expectant"),
+    ("取り組みたかったことを扱えた", "concerns_were_addressed"),
+    ("一緒に考えながら取り組めた", "thought_through_concerns_together"),
+    ("やりとりのリズムがあっていた", "conversation_had_good_rhythm"),
+    ("居心地のよいやりとりだった", "conversation_felt_comfortable"),
+    ("全体として適切でよかった", "felt_appropriate_and_satisfying"),
+    ("今回の相談は価値があった", "conversation_was_valuable"),
+    ("相談開始の円滑さ", "conversation_started_smoothly"),
+    (
+        "相談終了のタイミング（不必要に聴きすぎていないか）、円滑さ",
+        "conversation_ended_well",
+    ),
+    ("受容・共感", "showed_acceptance_and_empathy"),
+    ("肯定・承認", "provided_acknowledgment_and_affirmation"),
+    ("的確な質問による会話の促進", "asked_effective_questions"),
+    ("要約", "summarized_key_points_effectively"),
+    ("問題の明確化", "clarified_issues_cleraly"),  # spelt so in the data set
+    ("この相談での目標の明確化", "helped_identify_goals"),
+    ("次の行動につながる提案", "offered_actionable_suggestions"),
+    ("勇気づけ・希望の喚起", "encouraged_and_instilled_hope"),
+)
+
+
+def example_dialogues() -> list[dict[str, object]]:
+    """A few dozen short counselling dialogues in KokoroChat's record form.
+
+    Written for this project (MIT); the people, times and scores in them are made up.
+    """
+    records: list[dict[str, object]] = []
+    for block in re.split(r"^@ ", _DIALOGUES, flags=re.MULTILINE)[1:]:
+        head, *lines = block.strip().split("\n")
+        records.append(_dialogue_record(len(records) + 1, head, lines))
+    return records
+
+
+def _dialogue_record(number: int, head: str, lines: list[str]) -> dict[str, object]:
+    main_jp, main_en, sub, people, digits, left = (part.strip() for part in head.split("|"))
+    ids = re.fullmatch(r"client=(\d+) counselor=(\d+)", people)
+    assert ids is not None
+    client, counselor = map(int, ids.groups())
+    points = [int(digit) for digit in digits]
+    walked_away = None if left == "-" else left
+    moment = datetime(2026, 1, 1, 10) + timedelta(days=number - 1)
+    dialogue = []
+    for line in lines:
+        utterance = line[2:].replace("\\n", "\n")
+        role = "counselor" if line[0] == "K" else "client"
+        dialogue.append({"role": role, "time": moment.isoformat(), "utterance": utterance})
+        moment += timedelta(seconds=20 + len(utterance))
+    created = (moment + timedelta(minutes=10)).isoformat()
+    return {
+        "dialogue": dialogue,
+        "topic": {"main_jp": main_jp, "main_en": main_en, "sub": sub},
+        "review_by_client_jp": {
+            "評価ID": number,
+            "評価作成日時": created,
+            "クライアント役ID": client,
+            "カウンセラー役ID": counselor,
+            "点数": sum(points),
+            **dict(zip((jp for jp, _ in _ITEMS), points, strict=True)),
+            "無理解と軽率さによる傷つけ発言": None,
+            "その他の倫理違反が疑われる発言": None,
+            "離脱": walked_away,
+        },
+        "review_by_client_en": {
+            "evaluation_id": number,
+            "evaluation_created_at": created,
+            "client_id": client,
+            "counselor_id": counselor,
+            "score": sum(points),
+            **dict(zip((en for _, en in _ITEMS), points, strict=True)),
+            "harmful_due_to_ignorance": None,
+            "other_potentially_unethical": None,
+            "unwilling_to_continue": walked_away,
+        },
+    }
+
+
+_DIALOGUES: Final = r"""
+@ 職場問題 | Workplace Issues | 上司との話し方に悩んでいる | client=3 counselor=7 | 44545434445355445343 | -
+K こんにちは。今日はどんなことでいらっしゃいましたか?
+C 上司に話しかけるのが怖くて。
+C 報告のたびに手が震えるんです。
+K 震えるほど緊張されるのですね。毎日となると、おつらいでしょう。
+C 前に皆の前で怒られてから、ずっとです。
+K そのときの光景が、今も残っているのでしょうか。
+C そうです。声を聞くだけで固まります。
+K はい
+K 話しかける前、頭にはどんな言葉が浮かびますか?
+C 「また怒られる」です。
+K その言葉と一緒に毎日働いてこられたんですね。今日はそこから考えてみましょう。
+@ 家族関係 | Family Relationships | 母の過干渉がつらい | client=5 counselor=1 | 55545445544555555445 | -
+K はじめまして。ゆっくりお話しくださいね。
+C 母が毎日LINEしてくるんです。
+C 返事が遅いと電話も来ます。
+K 毎日の連絡に、少し息苦しさを感じておられるのでしょうか。
+C はい。でも冷たくもできなくて。
+K お母さまを大切に思う気持ちと、離れたい気持ちの両方があるのですね。
+C 両方…そうかもしれません。
+K どちらも自然なお気持ちだと思います。
+K どのくらいの距離だと楽でしょう。
+C 週に２回くらいなら嬉しいです。
+C それならちゃんと返せそう。
+K 具体的になりましたね。それをどう伝えるか、一緒に考えましょうか。
+C はい、お願いします😊
+@ 恋愛 | Romance | 別れた恋人が忘れられない | client=8 counselor=4 | 43535534443334225354 | -
+K こんばんは、担当の者です。よろしくお願いいたします。
+C 半年前に別れた人が忘れられません。
+K 半年たっても、心の中に大きくいらっしゃるのですね。
+C 写真も消せなくて…
+C 情けないですよね。
+K 消せないくらい大事な時間だったのだと、私には聞こえました。
+C そう言われると泣きそうです。
+K 泣いても大丈夫ですよ。どんな場面を一番思い出しますか?
+C 一緒に夕飯を作ったことです。
+C カレーが得意な人でした。
+K 温かい場面ですね。
+K 無理に忘れず、少しずつ置き場所を探していけるといいですね。
+@ 学業 | Academics | 卒論が進まず焦っている | client=2 counselor=9 | 33333324133233423532 | -
+C 卒論が全然書けません。
+K 卒論ですか。締め切りはいつなのでしょう?
+C １２月です。あと３週間しかなくて。
+K まず目次を作って、毎日少しずつ書いてみてはどうですか。
+C それができれば苦労しないです…
+K そうですよね、急いで提案してしまいました。
+K 今、何が一番重く感じますか?
+K 思いついたことで構いません。
+C PCを開くのが怖いんです。
+K 開くこと自体が怖いほど、追いつめられているのですね。
+C はい、少し聞いてもらえて楽です。
+@ 健康 | Health | 検査結果を待つ不安 | client=11 counselor=2 | 42243453444252334323 | -
+K お待たせしました。本日はどうされましたか。
+C 検査の結果待ちで不安です。
+K 結果が出るまでの時間は長く感じますよね。
+C 検索ばかりしてしまいます。
+C 悪い情報しか目に入らなくて。
+K 安心したくて調べるのに、かえって不安が増してしまうのですね。
+C まさにその通りです。
+K 少しでも気が紛れる時間はありますか?
+C 犬の散歩のときだけは。
+C 柴犬なんです🐕
+K その時間を、今週は少し長めにとってみるのもよさそうですね。
+@ 将来 | Future | やりたいことが見つからない | client=6 counselor=5 | 22443423232423333444 | -
+K ようこそ。どんなことでもお書きください。
+C 将来やりたいことがないんです。
+K やりたいことがないと感じておられるのですね。
+C 周りはみんな夢があるのに。
+K 周りと比べて、取り残されたようなお気持ちでしょうか。
+C そんな感じです。
+C 焦りだけあります。
+K ええ
+K 焦りの奥には、どんな願いがありそうですか?
+C うーん、安心したい、かな。
+C 夢とは違うけど。
+K 「安心したい」も、大切な将来の手がかりだと思います。
+@ 子育て | Parenting | 子どもに怒鳴ってしまう | client=9 counselor=1 | 55545555555555555555 | -
+K こんにちは。お忙しい中、ありがとうございます。
+C また子どもに怒鳴ってしまいました。
+C 母親失格です。
+K ご自分を責めるほど、お子さんを大切に思っておられるのですね。
+C でも毎日なんです。
+K 毎日お一人で向き合っていらっしゃるのでしょうか。
+C 夫は帰りが遅くて、頼れません。
+K 頼れる人がいない中で、本当によく踏ん張ってこられましたね。
+C …涙が出てきました😢
+K どうぞそのままで。
+K 少し休めるとしたら、何がしたいですか?
+C 一人で温かいコーヒーを飲みたい。
+K その時間をどう作れるか、一緒に探してみましょう。
+C はい。気持ちが軽くなりました。
+@ 介護 | Elder Care | 父の介護で疲れている | client=14 counselor=6 | 34532524444435554344 | -
+K はじめまして、どうぞ気楽にお話しください。
+C 父の介護でもう限界です。
+K 限界と感じるまで、頑張ってこられたのですね。
+C 夜中に何度も起こされます。
+C 兄は何も手伝いません。
+K 体の疲れに加え、お一人で背負う寂しさもおありでしょうか。
+C 寂しい…はい、腹も立ちます。
+K 腹が立つのも無理のないことだと思います。
+K お兄さんには、何を一番わかってほしいですか?
+C 大変だねと言ってほしいだけです。
+K その一言が欲しかったのですね。本当に大変でしたね。
+@ 友人関係 | Friendship | グループで仲間外れにされる | client=1 counselor=3 | 22323213334423231333 | -
+K こんにちは。ご相談内容を教えてください。
+C 友達のグループから外されました。
+K それは何か原因があったのでしょうか。
+C わかりません。
+C 急にLINEの返事が来なくなって。
+K 別の友達を作ってみるのはどうでしょう。
+C そんな簡単じゃないです…
+K すみません、急ぎすぎましたね。
+K 突然のことで、戸惑っておられるのですね。
+C はい。学校に行くのも憂うつです。
+K その憂うつなお気持ち、もう少し聞かせていただけますか。
+@ 睡眠 | Sleep | 夜中に何度も目が覚める | client=12 counselor=8 | 32335325334344333435 | -
+K こんばんは。遅い時間までお疲れさまです。
+C 夜中に３回は目が覚めます。
+K 何度も起きてしまうと、疲れが取れませんよね。
+C 昼間も頭がぼんやりして。
+K いつ頃から続いているのですか?
+C 異動した春からです。
+C 関係ありますかね。
+K 環境が変わると、眠りにも影響が出ることがあります。
+K 目が覚めたとき、何を考えていますか?
+C 明日の会議のことばかりです。
+K 夜も仕事が続いているような感じなのですね。
+@ 転職 | Career Change | 転職すべきか迷っている | client=4 counselor=10 | 43423342232344423534 | -
+C 転職するか迷っています。
+K 迷っておられるのですね。どんなきっかけがありましたか?
+C 同期が次々辞めていくんです。
+K 周りが動くと、気持ちも揺れますよね。
+C でも今の仕事も嫌いではなくて。
+C 決められない自分が嫌です。
+K 嫌いではないからこそ、簡単に決められないのではないでしょうか。
+C なるほど、そうかも。
+K 今の仕事の、どんなところが好きですか?
+C お客さんと話すところです。
+C "また来るね"が嬉しくて。
+K その好きな部分を、軸にして考えてみるのはいかがでしょう。
+@ 孤独 | Loneliness | 休日に誰とも話さない | client=7 counselor=11 | 24435544235333334344 | -
+K お越しくださりありがとうございます。今のお気持ちは?
+C 休みの日、誰とも話さないんです。
+K 誰とも言葉を交わさない一日は、どんなふうに過ぎますか?
+C テレビをつけて寝るだけです。
+C 月曜に声がかすれます。
+K 声がかすれるほど静かな休日なのですね。寂しさも感じますか。
+C 認めたくないけど、寂しいです。
+K よく言葉にしてくださいました。
+K 話したい相手は、思い浮かびますか?
+C 昔のバイト仲間かな。
+C もう３年会ってません。
+K 懐かしいお顔が浮かんだのですね。その方のこと、聞かせてください。
+@ 自己否定 | Self-Criticism | 消えてしまいたいと感じる | client=10 counselor=4 | 54355343555455534555 | -
+K こんばんは。どんなお気持ちでここに来られましたか?
+C ときどき、消えてしまいたくなります。
+K 話してくださってありがとうございます。とてもおつらかったのですね。
+C こんなこと言っていいんですか。
+K もちろんです。\n大事なことなので、お尋ねしますね。
+K 今、ご自分を傷つけたい気持ちはありますか?
+C いえ、ただ疲れて休みたいんです。
+K 消えたいほど疲れて、休みたいのですね。安全だと聞けて少しほっとしました。
+C 誰にも言えませんでした。
+K お一人で抱えてこられたのですね。
+K もし強くなったら、すぐ話せる人や窓口も一緒に確認しませんか。
+C はい、そうしたいです。
+@ 職場問題 | Workplace Issues | 残業を断れない | client=13 counselor=3 | 45522332212232121322 | 質問ばかりで気持ちを聞いてもらえなかった
+K どうも。では早速始めましょう。
+C 残業を断れなくて困っています。
+K 月に何時間くらいですか?
+C ６０時間くらいです。
+K 断ってみたことはありますか?
+K 労務に相談はしましたか?
+C していません…あの、少し疲れました。
+C すみません、今日はもうやめます。
+@ 夫婦関係 | Marriage | 夫と会話がない | client=15 counselor=7 | 43444553434535544443 | -
+K ごきげんいかがですか。お話を伺いますね。
+C 夫と会話がほとんどありません。
+K 会話が減っていく中で、どんなお気持ちでいらっしゃいますか?
+C 透明人間みたいな気分です。
+K そこにいるのに、見てもらえないような…
+C そう、それです。
+C 髪を切っても気づかないし。
+K 気づいてほしかったのですね。
+C はい。昔はよく褒めてくれたので。
+K 昔の温かさを知っているから、今がいっそう寂しいのかもしれませんね。
+C ああ、寂しかったんだ、私。
+@ 対人不安 | Social Anxiety | 電話に出るのが怖い | client=16 counselor=12 | 42332353432232435334 | -
+K よろしくお願いします。今日のテーマはありますか?
+C 会社の電話に出るのが怖いです。
+C 先週も一度逃げました。
+K 電話が鳴ると、どんなふうになりますか?
+C 心臓がﾊﾞｸﾊﾞｸします。
+C 頭も真っ白です。
+K 体にも強く出るのですね。毎日それでは消耗しますよね。
+C 新人なので取らないと、と思うし。
+K 怖さと責任感の間で板ばさみなのですね。
+C そうなんです!
+K はい
+K うまくいった電話は、一度でもありましたか?
+C 常連さんのときは平気でした。
+K 相手がわかると安心できるのですね。よい手がかりです。
+@ 進路 | Course Choice | 親と志望校が合わない | client=20 counselor=6 | 45544442535324434434 | -
+K 初めまして。進路のことと伺っています。
+C 親が勝手に志望校を決めてきます。
+K ご自分の希望とは違うのですね。
+C 美術をやりたいのに"就職できない"って。
+K やりたい気持ちを否定されたようで、悔しかったでしょうか。
+C 悔しいし、悲しいです。
+K ええ
+K 美術のどんなところに惹かれますか?
+C 描いている間は自由なんです。
+C 時間も忘れます。
+K 自由でいられる大切な場所なのですね。\nその思い、ご両親は知っていますか?
+C まだ言えていません。
+K 伝え方をここで練習してみることもできますよ。
+@ 金銭 | Money | つい買い物をしすぎる | client=17 counselor=9 | 12411333333442225252 | -
+K こんにちは、今日担当いたします。
+C ストレスで買い物が止まりません。
+K 家計簿をつけてみてはいかがでしょうか。
+C つけても続かなくて。
+C 届いた箱も開けてないんです。
+K 開けていない箱があるのですね。
+K 買うときは、どんな気分なのでしょう。
+K 責めているのではありませんよ。
+C その瞬間だけホッとします。
+K ホッとしたいほど、普段が張りつめているのでしょうか。
+C そうかもしれないです。仕事がきつくて。
+K では次は、お仕事のことを伺わせてください。
+@ 子育て | Parenting | 子どもが学校に行きたがらない | client=18 counselor=5 | 24454323234444544434 | -
+C 小３の息子が学校に行きません。
+K それはご心配ですね。いつ頃からでしょうか。
+C 連休明けからです。
+C 理由を聞いても黙っていて。
+K 理由がわからないと、親御さんとしても苦しいですよね。
+C 私の育て方が悪かったのかと。
+K ご自分に原因を探してしまうほど、悩まれているのですね。
+K 家での息子さんは、どんな様子ですか?
+C ゲームの話は楽しそうにします。
+C 昨日も一緒に笑いました。
+K 楽しそうな顔も見せてくれるのですね。お母さんのそばは安心なのでしょう。
+@ 職場問題 | Workplace Issues | 後輩の指導がうまくいかない | client=19 counselor=2 | 43542354423323435233 | -
+K お疲れさまです。お仕事のご相談でしょうか。
+C 後輩に注意するのが苦手です。
+K 注意しようとすると、何が引っかかりますか?
+C 嫌われたくないんです。
+K 関係を大切にしたいお気持ちがあるのですね。
+C でも放っておくと私が残業に。
+C 結局、全部自分でやってます。
+K 優しさの分だけ、ご自身が重くなっているように聞こえます。
+C たしかに損な役ですね(笑)
+K 笑ってくださいましたが、本音ではいかがですか?
+C 正直、しんどいです。
+C やっと言えました。
+@ 容姿 | Body Image | 見た目に自信が持てない | client=20 counselor=8 | 23324332423542252333 | -
+C 自分の顔が嫌いです。
+K お顔のことで悩んでおられるのですね。
+C SNSで可愛い子を見ると落ち込みます。
+K SNSを見ないようにするのは難しいですか?
+C みんな見てるので無理です。
+K そうですよね。話題にもなりますものね。
+K 落ち込んだとき、心の中で何と言っていますか?
+C 「私なんか」って。
+C いつもそれです。
+K 「私なんか」と言われ続ける心は、痛いだろうなと感じます。
+@ 喪失 | Grief | 飼い猫を亡くした | client=5 counselor=1 | 54555554535555555555 | -
+K またお会いできましたね。お変わりありませんか。
+C １５年一緒の猫が亡くなりました。
+K １５年も…。かけがえのない家族だったのですね。
+C 周りは「たかが猫」って言うんです。
+K その言葉は、胸に刺さったことでしょう。
+C 仕事中も涙が出て。
+C おかしいですか?
+K いいえ。それだけ深く愛しておられた証だと思います。
+K よければ、お名前を教えていただけますか。
+C モモです🐱
+C 三毛の女の子でした。
+K モモちゃん。どんな思い出が一番に浮かびますか?
+C 膝の上で寝てた重みです。
+@ 家族関係 | Family Relationships | 妹と比べられてきた | client=8 counselor=4 | 43354553554455543543 | -
+K 先日はありがとうございました。その後いかがですか?
+C 実家でまた妹と比べられました。
+K また、ということは前から続いているのですね。
+C 小さい頃からずっとです。
+K 長い間、そのたびに傷ついてこられたのでしょうか。
+C 慣れたつもりでした。
+C でも帰り道で泣きました。
+K 慣れたように見せて、心はちゃんと痛みを感じていたのですね。
+C 本当は認めてほしかった。
+C 一度でいいから。
+K その願いを今、言葉にできましたね。
+K 認めてほしいのは、どんなところでしょう?
+C 自分なりに頑張ってきたところです。
+K ここまでのお話だけでも、その頑張りは私に伝わってきました。
+@ 恋愛 | Romance | 片思いを伝えるか迷う | client=1 counselor=10 | 23534254434224542223 | -
+K こんにちは!気軽に書いてくださいね。
+C 好きな人に告白するか迷ってます。
+K 迷いの中には、どんな気持ちがありますか?
+C 友達でいられなくなるのが怖い。
+K 今の関係を失うことが怖いのですね。
+C でも言わないのも苦しくて…
+K どちらを選んでも苦しさがあるのですね。
+K もし伝えるなら、何を一番伝えたいですか?
+C いつも元気をもらってるって。
+C ｱﾘｶﾞﾄって言いたいです。
+K とても温かい気持ちですね。まずは感謝から伝えるのも一つですね。
+@ 健康 | Health | 頭痛が続き仕事がつらい | client=11 counselor=11 | 23233343544432424322 | -
+K ご連絡ありがとうございます。体調はいかがですか。
+C 頭痛が続いて仕事になりません。
+K 病院には行かれましたか?
+C 異常なしと言われました。
+K 異常がないなら、ひとまず安心ですね。
+C 安心というか、逆に不安です。
+C 怠けと思われそうで。
+K 痛みがあるのに信じてもらえないのではと、不安なのですね。
+C はい、そこが一番つらいです。
+C 見えない痛みなので。
+K 私は、その痛みを本物だと思って伺っています。
+@ 孤独 | Loneliness | 引っ越し先に知人がいない | client=3 counselor=7 | 55555445444455545543 | -
+K お久しぶりです。新しい街はいかがですか?
+C 引っ越して、知り合いがゼロです。
+K 知らない街で、心細い日々をお過ごしなのですね。
+C スーパーの店員さんとしか話してません。
+K その短いやりとりは、どんな感じがしますか?
+C 実は、ちょっと嬉しいです。
+C 顔を覚えてくれていて。
+K 覚えてもらえることが、温かく感じられたのですね。
+C あ、私、覚えてほしいのかも。
+K はい
+K 大切な気づきですね。ほかにも顔なじみになれそうな場所はありますか?
+C 図書館に行ってみようかな📚
+C 歩いて５分なので。
+K いいですね。次に様子を聞かせてください。
+@ 学業 | Academics | 授業についていけない | client=6 counselor=12 | 31433323253521352333 | -
+K こんにちは。学校のことでお困りと聞きました。
+C 数学についていけません。
+K いつ頃から難しく感じていますか?
+K だいたいで大丈夫です。
+C 高２になってからです。
+K 塾や先生に質問はできそうですか?
+C 今さら聞けないです。
+C 笑われそうで。
+K 笑われるのが怖くて、一人で抱えてきたのですね。
+K 誰なら聞けそうか、一緒に考えてみませんか。
+C 隣の席の子なら…たぶん。
+@ 職場問題 | Workplace Issues | 育休復帰後に居場所がない | client=9 counselor=6 | 54534334455335442444 | -
+C 復職したら居場所がなくて。
+K 職場に戻ったのに、居場所がないと感じるのですね。
+C 早退するたび謝ってばかりです。
+C 「いいよね」と言われたことも。
+K その一言、どんなふうに響きましたか?
+C 責められた気がしました。
+K 申し訳なさと、わかってもらえない悔しさがあるように感じます。
+C 悔しい、ですね。そうです。
+K ええ
+K これまで謝り続けたご自分に、何と声をかけたいですか?
+C もう十分やってるよ、かな。
+C 自分で言うと照れますね。
+K 私からも、その言葉をそのままお返ししたいです。
+@ 老後 | Later Life | 定年後の生きがいがない | client=14 counselor=2 | 32434422345355444333 | -
+K ようこそいらっしゃいました。ご用件を伺います。
+C 定年してから張り合いがない。
+K 長く続いた毎日が、大きく変わったのですね。
+C 朝起きても用事がないんです。
+K 用事のない朝は、どんな気分でしょうか。
+C 置いていかれた感じです。
+C 妻は忙しそうで。
+K 奥さまの忙しさが、少しまぶしく見えるのでしょうか。
+C はは、まぶしいね。うまいこと言う。
+K お仕事では、何をしているときが充実していましたか?
+C 若い人に教えるときだね。
+@ 友人関係 | Friendship | 友人にお金を貸して返らない | client=17 counselor=9 | 43243231235321443332 | -
+K はい、相談室です。どのようなお話ですか。
+C 友人に貸した５万円が返りません。
+K それは早く返してもらうべきですね。
+C でも言いにくくて。
+K 言わないと相手は気づきませんよ。
+C わかってはいるんです。
+C 友達を失いたくないので…
+K お金より、関係が壊れることを心配されているのですね。
+K 先ほどは急かしてしまい失礼しました。
+C いえ、わかってもらえてよかったです。
+K その方は、あなたにとってどんな存在なのでしょうか。
+K 差し支えなければ聞かせてください。
+@ 家族関係 | Family Relationships | 義母との同居がつらい | client=15 counselor=5 | 32332255432444444433 | -
+K はじめまして、ご相談ありがとうございます。
+C 義母との同居で息が詰まります。
+C もう２年になります。
+K 家の中で気が休まらないのですね。
+C 台所に立つと見られている気が。
+C 味付けも直されます。
+K 毎日のことだけに、積み重なりますね。
+C 夫は「悪気はない」で終わりです。
+K 悪気の有無より、つらさをわかってほしいのでしょうか。
+C そうなんです、まさに。
+K ご主人には、どんな形なら伝えられそうですか?
+@ 依存 | Habits | スマホがやめられない | client=6 counselor=8 | 33134315124443123342 | -
+K こんばんは。どうなさいましたか?
+C 夜中までスマホがやめられません。
+K 何時頃まで見ているのですか?
+C ２時とか３時です。
+K 寝る前は別の部屋に置くといいですよ。
+C もう試したけど取りに行きます。
+K 試されていたのですね。失礼しました。
+K 見ている間は、どんな気持ちですか?
+C 誰かとつながってる感じ。
+C 切ると急に寂しいです。
+K 寂しさを埋めてくれるものなのですね。
+@ 将来 | Future | 将来が不安で動けない | client=10 counselor=4 | 55555555555545555555 | -
+K こんにちは。前回のあと、どう過ごされましたか?
+C 少し眠れました。でも先が不安で。
+C 考えると止まりません。
+K 眠れた日があったこと、うれしく思います。
+K 不安は、どんなときに強くなりますか?
+C 日曜の夕方です。
+C 胸がｷﾞｭｯとします。
+K 一週間が始まる前に、胸が締めつけられるのですね。
+C 逃げたくなるけど、逃げ場がない。
+K 逃げ場がないと感じるのは、とても苦しいことですね。
+C でも、ここでは話せます。
+K そう言っていただけて光栄です。ここを一つの居場所にしてください。
+C はい。日曜は日記を書いてみます✨
+K ご自分で見つけた方法ですね。応援しています。
+@ 恋愛 | Romance | 恋人の束縛が気になる | client=20 counselor=3 | 11423122333435333331 | 自分が悪いと言われたように感じた
+K ご相談の方ですね。どうぞ。
+C 彼が毎日行動を確認してきます。
+C 報告しないと怒るんです。
+K 報告を忘れないようにはできますか?
+C え、私が直すんですか。
+K 心配させない工夫も必要かと思います。
+C 私が悪いみたいですね…
+C もういいです。失礼します。
+@ 職場問題 | Workplace Issues | 昇進して責任が重い | client=4 counselor=10 | 44525234442434344435 | -
+K 再びのご相談ですね。最近はいかがでしょう。
+C 転職せずにいたら昇進しました。
+K それは大きな変化ですね。
+C おめでとうと言われても重くて。
+K お祝いの言葉が、かえって重荷に感じられるのですね。
+C 期待に応えられる気がしません。
+C 夢でも謝ってます。
+K 夢の中でまで謝っていらっしゃる…休まる暇がないですね。
+C そうなんです。
+K 期待とは、具体的に誰のどんな期待でしょうか。
+C …自分で作ってるのかも。
+K ご自分への期待だったのですね。少し緩めるとしたら、どこからでしょう?
+@ 睡眠 | Sleep | 寝つけず朝起きられない | client=16 counselor=12 | 32324452323444233544 | -
+C 寝つけなくて朝つらいです。
+K 眠れない夜は長いですよね。何時に床につきますか?
+C ２３時です。でも１時まで起きてます。
+K 二時間も布団の中で過ごすのですね。
+C 早く寝なきゃと焦ります。
+K 焦るほど、目がさえてしまうのでしょうか。
+C そうです。
+C 時計ばかり見ちゃって。
+K はい
+K 「寝なきゃ」を「休めればいい」に変えると、どう感じますか?
+C 少しだけ楽かも。
+K 今夜、そのくらいの気持ちで過ごしてみてくださいね。
+@ 介護 | Elder Care | 祖母の認知症に戸惑う | client=18 counselor=11 | 42322532332542535342 | -
+K こんにちは。ご家族のことでお悩みだそうですね。
+C 祖母が私を忘れてしまいました。
+K 大好きなおばあさまなのでしょうか。
+C はい。育ての親みたいな人です。
+C 「どなた?」と言われて…
+K その瞬間、どれほど胸が痛んだことでしょう。
+K お話しくださってありがとうございます。
+C 笑ってごまかしました。
+K おばあさまの前では、悲しみを隠されたのですね。
+K 今はごまかさなくて大丈夫ですよ。
+C ありがとうございます。泣きます。
+@ 自己否定 | Self-Criticism | ミスを引きずってしまう | client=13 counselor=7 | 55533553334455554455 | -
+K お待ちしていました。今日は何から話しましょう?
+C 小さなミスを何日も引きずります。
+K 何日も心の中で繰り返されるのですね。
+C 寝る前に反省会が始まります。
+K 反省会では、誰が何と言っているのでしょう?
+C 父の声で「だらしない」って。
+C 今、気づきました。
+K お父さまの声だったのですね。気づいてみて、いかがですか?
+C 自分の声だと思ってました。
+K ええ
+K 長く借りていた言葉かもしれませんね。\nご自分なら何と言いたいですか?
+C 次は気をつけよう、くらいかな。
+K とても優しく、現実的な言葉ですね。
+@ 転職 | Career Change | 面接に落ち続けている | client=19 counselor=2 | 32323244532533233334 | -
+K はじめまして。就職活動のご相談ですね。
+C もう１２社落ちました。
+K それだけ続くと、気力も削られますね。
+C 自分が全否定された気分です。
+K 面接の練習はされていますか?
+C してます。
+C 練習の話はもういいです…
+K 失礼しました。今はまず、落ち込んだお気持ちを伺いたいです。
+C 誰にも必要とされてない感じです。
+C 家族にも言えません。
+K 必要とされたいという願いが、届かずにいるのですね。
+@ 友人関係 | Friendship | 本音を言えず疲れる | client=7 counselor=1 | 44555545555555445455 | -
+K こんばんは。お話しできるのを楽しみにしていました。
+C 友達に合わせてばかりで疲れます。
+K 合わせることに、力をたくさん使っておられるのですね。
+C 嫌と言えなくて。
+C 帰るとぐったりします。
+K 帰り道のご自分は、何とつぶやいていますか?
+C 「また言えなかった」です。
+K 言いたかったことが、ちゃんとあるのですね。
+C あります。本当は静かな店がいい。
+K はい
+K 小さな本音ですね。誰になら言ってみたいですか?
+C 幼なじみのユキなら。
+C 昔から気が長いので。
+K ユキさんの顔が浮かんだのですね。どんな返事が来そうでしょう?
+C きっと「早く言ってよ」って笑います。
+@ 子育て | Parenting | 赤ちゃんの夜泣きがつらい | client=9 counselor=6 | 54355542243343443435 | -
+K またのご利用ありがとうございます。お体は大丈夫ですか?
+C 下の子の夜泣きで寝ていません。
+K 眠れない夜が続いているのですね。
+C かわいいと思えない日もあって。
+C ひどい親ですよね。
+K 疲れ切っているとき、そう感じる方は少なくありませんよ。
+C 私だけじゃないんですか。
+K ええ、あなただけではありません。
+K 昼間、少し横になれる時間はありますか?
+C 母に頼めば、たぶん。
+C 近くに住んでるので。
+K 頼んでみようと思えたこと、大切な一歩ですね。
+@ 学業 | Academics | 大学を休学したい | client=2 counselor=5 | 43342432323325335232 | -
+C 大学を休学しようか悩んでます。
+K 休学を考えるほど、何かがつらいのでしょうか。
+C 人の多い教室が無理で。
+K 人の多さに圧倒されるのですね。
+C 卒論も教室も、全部きついです。
+C 甘えてますよね。
+K 甘えという言葉で、ご自分を追い込んでいませんか。
+C あ…そうかもしれません。
+K 学生相談室などを使うことは、どう思われますか?
+C 一度行ってみてもいいかな。
+C 場所は知ってます。
+K 行く前に不安があれば、ここで整理していきましょう。
+@ 職場問題 | Workplace Issues | 在宅勤務で気持ちが沈む | client=11 counselor=8 | 32453554432435343233 | -
+K お仕事の合間にありがとうございます。
+C 在宅勤務で一日中一人です。
+K 一日中お一人だと、気分はどう動きますか?
+C 夕方に急に沈みます。
+C PCを閉じたら何もしたくない。
+K 仕事が終わった途端、力が抜けてしまうのですね。
+C 雑談がないのが地味に痛いです。
+K 何気ない会話が支えだったのですね。
+K 夕方に誰かと話せたら、違いそうですか?
+C はい。同僚に声をかけてみます。
+@ 家族関係 | Family Relationships | 父と和解したい | client=5 counselor=1 | 55555555555555555555 | -
+K こんにちは、モモちゃんのお話以来ですね。
+C 実は父と十年話していません。
+C 先日、入院したと聞いて。
+K 十年の時を経て、心が揺れておられるのですね。
+C 許せないのに、会いたいんです。
+K 許せない気持ちも、会いたい気持ちも、どちらも本当なのですね。
+C どちらかに決めなきゃと思ってた。
+K 決めないまま会うとしたら、何を話したいですか?
+C 元気?だけでいいかも。
+K はい
+K その一言に、十年分の思いが入っていそうですね。
+C …はい。手紙を書いてみます。
+K 今日は揺れる心をそのまま話してくださいました。手紙も急がずにどうぞ。
+C 来てよかったです。
+@ 健康 | Health | 持病を職場に言えない | client=12 counselor=11 | 55442342333323333242 | -
+K こんにちは。安心してお話しくださいね。
+C 持病を職場に隠しています。
+K 隠し続けるのは、気が張りますよね。
+C 通院の日は嘘をつきます。
+C それが一番嫌で。
+K 嘘をつくたびに、心が痛むのですね。
+C はい。でも言えば外されそうで。
+K 何から外されると感じますか?
+K ゆっくりで大丈夫ですよ。
+C やっと任された企画です。
+K 大切なお仕事を守りたいからこそ、言えないのですね。
+@ 孤独 | Loneliness | 朝が来るのがつらい | client=17 counselor=9 | 24434344325235332443 | -
+C 朝なんて来なければいいのに。
+K そう思うほど、おつらいのですね。来てくださってよかったです。
+C いなくなっても誰も気づかないし。
+K いなくなりたい、というお気持ちもあるのでしょうか。
+C 時々。今日は大丈夫です。
+K 正直に教えてくださって、ありがとうございます。
+K つらい時にそばにいてくれる人はいますか?
+K 一人でも、思い浮かべば。
+C 姉には、少しだけ話せます。
+K お姉さんにも今の気持ちを伝えてみませんか。専門の窓口もご案内できます。
+C 今夜、電話してみます。
+@ 夫婦関係 | Marriage | 家事の分担でもめる | client=19 counselor=10 | 33323223144233314453 | -
+K お世話になります。ご夫婦のお話でしたね。
+C 家事のことで妻と喧嘩になります。
+K どんな場面で喧嘩になりますか?
+C 皿洗いの順番とか、細かいことで。
+K 分担表を作るといいかもしれません。
+C 作ったけど破られました。
+C さすがに堪えました。
+K それはショックでしたね。
+K 表より、別の何かがすれ違っているのでしょうか。
+C 感謝が足りない、と言われます。
+K お互いに「ありがとう」を待っているようにも聞こえます。
+@ 恋愛 | Romance | 遠距離恋愛で不安になる | client=1 counselor=3 | 42444444422333232434 | -
+K またお話しできてうれしいです。今日はどの件ですか?
+C 実は告白して付き合えました💕
+K それはよかったですね。
+C でも彼が遠くへ進学するんです。
+C 続くか不安で。
+K うれしさと不安が、同時に来たのですね。
+C はい、毎日気持ちが忙しいです。
+K その不安を、彼とは話せていますか?
+C 重いと思われそうで言えません。
+C LINEも消しては書いてます。
+K 大切だからこそ、言葉を選んでしまうのですね。
+"""  # noqa: E501 - a header line of the dialogues may be long
+
+if __name__ == "__main__":
+    sys.exit(main())
