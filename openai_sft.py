@@ -26,6 +26,7 @@ Errors::
     OpenAISFTError
     ├── ConfigurationError   also a ValueError: a setting, the key, an option
     ├── DataError            also a ValueError: the data, with where it stands
+    │   └── UnknownRole      a speaker who is neither the assistant nor the user
     ├── BudgetError          the estimate passes max_cost_usd, or can't be known
     ├── Declined             confirm() said no
     ├── JobFailed            the job ended without a model
@@ -39,9 +40,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import codecs
+import collections
 import contextlib
 import csv
 import functools
+import gc
 import hashlib
 import io
 import itertools
@@ -49,15 +53,28 @@ import json
 import logging
 import os
 import random
+import re
 import sys
 import threading
 import time
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import urllib.parse
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NotRequired, TypedDict, TypeVar, cast
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    NamedTuple,
+    NotRequired,
+    TypedDict,
+    TypeVar,
+    Unpack,
+    cast,
+)
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -108,6 +125,7 @@ T = TypeVar("T")
 
 DEFAULT_MODEL = "gpt-4o-mini-2024-07-18"
 DEFAULT_DATASET = "UEC-InabaLab/KokoroChat"
+OPENAI_BASE_URL = "https://api.openai.com/v1"
 DEFAULT_OUTPUT_DIR = "openai_sft_outputs"
 DEFAULT_YEN_PER_DOLLAR = 150.0  # an assumption, said to be one wherever yen are shown
 
@@ -122,6 +140,19 @@ ROLES: dict[str, Role] = {
     **dict.fromkeys(("クライアント役", "相談者"), "user"),
 }
 
+CHAT_ROLES = frozenset({"system", "user", "assistant", "tool"})
+GROUPS = ("counselor", "client", "pair")
+Group = Literal["counselor", "client", "pair"]
+LongExamples = Literal["split", "drop", "refuse"]
+FLAGS = ("unwilling_to_continue", "harmful_due_to_ignorance", "other_potentially_unethical")
+MAX_UNREADABLE_SHARE = 0.01
+
+KOKOROCHAT_LICENCE = (
+    "KokoroChatを使います。ライセンス: CC BY-NC-ND 4.0。出典: Qi et al. (ACL 2025), "
+    '"KokoroChat: A Japanese Psychological Counseling Dialogue Dataset Collected via '
+    'Role-Playing by Trained Counselors"'
+)
+
 # Limits of the service: https://platform.openai.com/docs/guides/supervised-fine-tuning and the
 # API description of POST /fine_tuning/jobs.
 MIN_TRAINING_EXAMPLES = 10
@@ -129,6 +160,16 @@ MAX_EPOCHS = 50
 MAX_BATCH_SIZE = 256
 MAX_SUFFIX_LENGTH = 64
 MAX_SEED = 2_147_483_647
+MAX_FILE_BYTES = 512 * 1024**2
+MAX_EXAMPLE_TOKENS = 65_536  # of gpt-4o-mini; the service cuts a longer example at its end
+LINE_KEYS = frozenset({"messages", "tools", "parallel_tool_calls"})
+MESSAGE_KEYS = frozenset(
+    {"role", "content", "name", "weight", "tool_calls", "tool_call_id"}
+    | {"refusal", "audio", "function_call"}
+)
+SPECIAL_TOKEN = re.compile(
+    r"<\|(?:im_start|im_end|im_sep|endoftext|endofprompt|fim_prefix|fim_middle|fim_suffix)\|>"
+)
 
 TERMINAL_STATUSES = frozenset({"succeeded", "failed", "cancelled"})
 
@@ -163,6 +204,10 @@ class DataError(OpenAISFTError, ValueError):
     exit_code = 2
 
 
+class UnknownRole(DataError):
+    """A speaker who is neither the assistant nor the user; never guessed, never left out."""
+
+
 class BudgetError(OpenAISFTError):
     """The estimated cost passes ``max_cost_usd``, or can't be known while a limit is set."""
 
@@ -179,7 +224,7 @@ class JobFailed(OpenAISFTError):
     """A fine-tuning job ended as ``failed`` or ``cancelled``."""
 
     def __init__(self, job_id: str, status: str, code: str | None, message: str | None) -> None:
-        self.job_id, self.status, self.code, self.message = job_id, status, code, message
+        self.job_id, self.status, self.code, self.message = (job_id, status, code, message)
         reason = ": ".join(printable(part) for part in (code, message) if part)
         reason = f"、{reason}" if reason else ""
         super().__init__(f"ファインチューニング失敗: {status}（ジョブ {job_id}{reason}）")
@@ -208,14 +253,16 @@ class Example(TypedDict):
     id: str
     messages: list[Message]
     tools: NotRequired[list[Any]]
+    parallel_tool_calls: NotRequired[bool]
 
 
 @dataclass(frozen=True, slots=True)
 class Dialogue:
-    """A dialogue as read: stripped, non-empty utterances in order.
+    """A dialogue as read: stripped, non-empty utterances in order, or a ready ``chat``.
 
     ``source`` says where it stands, for messages to the user. ``digest`` is the sha256 of the
-    turns: the split is drawn in its order, so that neither file names nor their order matter.
+    content: the split is drawn in its order, so that neither file names nor their order matter.
+    ``chat`` holds ``messages`` (and ``tools``) of data that is in the service's form already.
     """
 
     id: str
@@ -225,6 +272,114 @@ class Dialogue:
     topic: Mapping[str, Any] = field(default_factory=dict)
     review_jp: Mapping[str, Any] = field(default_factory=dict)
     review_en: Mapping[str, Any] = field(default_factory=dict)
+    chat: Mapping[str, Any] | None = None
+
+    @property
+    def score(self) -> float | None:
+        """The client's total score, 0–100, where there is a review."""
+        score = self.review_en.get("score", self.review_jp.get("点数"))
+        return score if isinstance(score, int | float) else None
+
+    def group(self, by: Group) -> Hashable | None:
+        """Who took part, ``None`` where the review doesn't tell."""
+        counselor = self.review_en.get("counselor_id", self.review_jp.get("カウンセラー役ID"))
+        client = self.review_en.get("client_id", self.review_jp.get("クライアント役ID"))
+        if by == "pair":
+            return None if counselor is None or client is None else (client, counselor)
+        return counselor if by == "counselor" else client  # type: ignore[no-any-return]  # JSON
+
+
+class SelectionOptions(TypedDict, total=False):
+    """The filters of :class:`Selection` as keywords of the methods that load data."""
+
+    min_score: float | None
+    max_score: float | None
+    topics: Sequence[str] | None
+    exclude_flagged: bool
+    group_by: Group | None
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which dialogues are used and how they are split.
+
+    ``min_score`` and ``max_score`` are inclusive bounds of the client's score (KokoroChat's
+    paper calls < 70 Low and 70–98 High); ``topics`` are main topics, Japanese or English;
+    ``exclude_flagged`` leaves out dialogues that the client walked away from or called harmful
+    or unethical. ``group_by`` keeps a counsellor's, a client's or a pair's dialogues in one
+    split. Raises :class:`ConfigurationError` for values out of range.
+    """
+
+    max_samples: int | None = None
+    seed: int = 42
+    min_score: float | None = None
+    max_score: float | None = None
+    topics: Sequence[str] | None = None
+    exclude_flagged: bool = False
+    group_by: Group | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_samples is not None and self.max_samples < 1:
+            raise ConfigurationError(
+                f"max_samples は1以上でなければなりません（指定: {self.max_samples}）。"
+            )
+        if self.group_by is not None and self.group_by not in GROUPS:
+            raise ConfigurationError(
+                f"group_by は {'、'.join(GROUPS)} のどれかです（指定: {self.group_by}）。"
+            )
+        if isinstance(self.topics, str):
+            raise ConfigurationError("topics は話題のリストで指定してください。")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One problem of a training file. ``line`` is 1-based and physical, ``None``: the file.
+
+    ``error``: the service would refuse or cut it; ``warning``: it would train, but you would
+    regret it. ``code`` is stable.
+    """
+
+    path: str
+    line: int | None
+    message_index: int | None
+    code: str
+    severity: Literal["error", "warning"]
+    text: str
+    remedy: str
+
+    def __str__(self) -> str:
+        place = self.path if self.line is None else f"{self.path}:{self.line}"
+        if self.message_index is not None:
+            place += f"（messages[{self.message_index}]）"
+        label = "エラー" if self.severity == "error" else "注意"
+        return f"{place}: {label} [{self.code}] {self.text} → {self.remedy}"
+
+
+class Tokens(NamedTuple):
+    """Tokens of one conversation as one example, and as one example an assistant's turn."""
+
+    total: int
+    per_turn_format: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStats:
+    """Tokens of a file: their sum, and how they are spread over its conversations."""
+
+    total: int
+    p5: int
+    p50: int
+    p95: int
+    max: int
+    per_turn_format: int
+
+
+class _Loaded(NamedTuple):
+    splits: Splits
+    selection: Selection
+    removed: dict[str, int]
+    leakage: dict[str, float]
+    sources: dict[str, str]
 
 
 class Splits(NamedTuple):
@@ -283,6 +438,8 @@ class CostEstimate:
     evaluation_usd: float | None
     yen_per_dollar: float
     exact_tokens: bool
+    price: Price | None
+    price_source: str
 
     @property
     def total_usd(self) -> float | None:
@@ -314,29 +471,49 @@ class CostEstimate:
         if self.total_usd is None:
             lines.append(
                 "エポック数 auto はサービスが決めるため、料金は事前に分かりません。"
-                if self.epochs == "auto" and price_of(self.model)
-                else f"{self.model} の単価は料金表にありません。提供元の料金を確認してください。"
+                if self.epochs == "auto" and self.price
+                else f"{self.model} の単価は不明です。--price-training などで指定できます。"
             )
         lines.append(
-            f"単価: {PRICES_SOURCE}（{PRICES_AS_OF}時点）、"
-            f"1ドル={self.yen_per_dollar:g}円と仮定。検証データは無料です。"
+            f"単価: {self.price_source}、1ドル={self.yen_per_dollar:g}円と仮定。"
+            "検証データは無料です。"
         )
         return lines
 
 
 @dataclass(frozen=True, slots=True)
 class DataSummary:
-    """What the data stages made: the examples of each split, their files and the price."""
+    """What the data stages made: the examples and tokens of each split, the files, the price."""
 
     examples: Mapping[str, int]
+    tokens: Mapping[str, TokenStats]
     files: Mapping[str, str]
     estimate: CostEstimate
+    removed: Mapping[str, int]
+    leakage: Mapping[str, float]
 
     def lines(self) -> list[str]:
         """The summary as lines of Japanese text."""
         train, test, valid = (self.examples[name] for name in SPLIT_NAMES)
-        counts = f"対話: 学習 {train:,}件、テスト {test:,}件、検証 {valid:,}件"
-        return [counts, *self.estimate.lines()]
+        tokens = self.tokens["train"]
+        lines = [f"例: 学習 {train:,}件、テスト {test:,}件、検証 {valid:,}件"]
+        if self.removed:
+            lines.append(removed_line(self.removed))
+        if self.leakage:
+            lines.append(leakage_line(self.leakage))
+        lines += [
+            f"学習データの1件あたりのトークン: 5% {tokens.p5:,} | 中央 {tokens.p50:,} | "
+            f"95% {tokens.p95:,} | 最大 {tokens.max:,}",
+            *self.estimate.lines(),
+        ]
+        if self.estimate.training_usd is not None and tokens.total:
+            factor = tokens.per_turn_format / tokens.total
+            dollars = self.estimate.training_usd * factor
+            lines.append(
+                f"参考: 発話ごとに1件とする形式なら {tokens.per_turn_format:,}トークン"
+                f"（{factor:.1f}倍）、学習 ${dollars:,.2f}"
+            )
+        return lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,44 +539,99 @@ class Sample(NamedTuple):
 # ── Reading ──────────────────────────────────────────────────────────────────────────────────
 
 
-def read_dialogues(source: str) -> list[Dialogue]:
+def read_dialogues(source: str, *, revision: str | None = None) -> list[Dialogue]:
     """Read every dialogue of ``source``: a folder, a JSON/JSONL/Parquet file, or a Hub name.
 
     A folder is read as the released KokoroChat is: every ``.json``, ``.jsonl`` and ``.parquet``
-    file in it. A name that is no path goes to ``datasets.load_dataset``, all of its splits.
+    file in it. A name that is no path is fetched from the Hub at ``revision``, all its splits.
 
-    Raises :class:`DataError` for a source that isn't there, can't be read or holds no dialogue,
-    and for a row that isn't a dialogue.
+    A file, line or row that can't be read or isn't a dialogue is named in the log and left out.
+    Raises :class:`DataError` where these are more than 1 %, or where there is no dialogue, and
+    :class:`UnknownRole` always.
     """
-    records: Iterable[tuple[str, str, object]]
+    dialogues: list[Dialogue] = []
+    unreadable: list[DataError] = []
+    with _gc_paused():
+        for fallback_id, where, record in _records(source, revision):
+            try:
+                if isinstance(record, DataError):
+                    raise record
+                dialogue = parse_dialogue(record, fallback_id=fallback_id, source=where)
+            except UnknownRole:
+                raise
+            except DataError as error:
+                unreadable.append(error)
+            else:
+                dialogues.append(dialogue)
+    total = len(dialogues) + len(unreadable)
+    for problem in unreadable[:10]:
+        logger.warning("除外: %s", problem)
+    if len(unreadable) > MAX_UNREADABLE_SHARE * total:
+        raise DataError(
+            f"{source}: {total:,}件のうち{len(unreadable):,}件が対話として読めません（1%を超えた"
+            f"ため中止）。最初の理由: {unreadable[0]}"
+        )
+    if unreadable:
+        logger.warning("対話として読めない%s件を除きました。", f"{len(unreadable):,}")
+    if not dialogues:
+        raise DataError(f"対話が1件もありません: {source}。中身と指定を確認してください。")
+    return _with_unique_ids(dialogues)
+
+
+@contextlib.contextmanager
+def _gc_paused() -> Iterator[None]:
+    """Millions of small objects that all stay are made here: collecting would only cost time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _with_unique_ids(dialogues: list[Dialogue]) -> list[Dialogue]:
+    """Where different dialogues share an id, add a part of the digest, whatever their order."""
+    shared = {id_ for id_, n in collections.Counter(d.id for d in dialogues).items() if n > 1}
+    return [
+        replace(dialogue, id=f"{dialogue.id}#{dialogue.digest[:8]}")
+        if dialogue.id in shared
+        else dialogue
+        for dialogue in dialogues
+    ]
+
+
+# What a source yields: an id for a record without one, where it stands, and the record itself
+# or the error that reading it gave.
+SourceRecord = tuple[str, str, object]
+
+
+def _records(source: str, revision: str | None) -> Iterator[SourceRecord]:
     path = Path(source).expanduser()
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if _is_data_file(p))
-        records = itertools.chain.from_iterable(map(_file_records, files))
-    elif path.exists():
-        records = _file_records(path)
-    elif _looks_like_path(source):
+        return _folder_records(path)
+    if path.exists():
+        return _file_records(path)
+    if _looks_like_path(source):
         raise DataError(
             f"データがありません: {source}。フォルダー、JSON・JSONL・Parquetファイル、"
             f"またはHugging Face Hubの名前（例: {DEFAULT_DATASET}）を指定してください。"
         )
-    else:
-        records = _hub_records(source)
-    dialogues = []
-    ids: set[str] = set()
-    for fallback_id, where, record in records:
-        dialogue = parse_dialogue(record, fallback_id=fallback_id, source=where)
-        if dialogue.id in ids:
-            raise DataError(f"{where}: 対話のID「{dialogue.id}」が重複しています。")
-        ids.add(dialogue.id)
-        dialogues.append(dialogue)
-    if not dialogues:
-        raise DataError(f"対話が1件もありません: {source}。中身と指定を確認してください。")
-    return dialogues
+    return _hub_records(source, revision)
+
+
+def _folder_records(folder: Path) -> Iterator[SourceRecord]:
+    for path in sorted(folder.iterdir()):
+        if _is_data_file(path.relative_to(folder)):
+            yield from _file_records(path)
 
 
 def _is_data_file(path: Path) -> bool:
-    return path.suffix in (".json", ".jsonl", ".parquet") and not path.name.startswith(".")
+    return (
+        path.suffix in (".json", ".jsonl", ".parquet")
+        and not any(part.startswith(".") for part in path.parts)
+        and path.name != "dataset_infos.json"  # the Hub's own, about a data set
+    )
 
 
 def _looks_like_path(source: str) -> bool:
@@ -411,30 +643,22 @@ def _looks_like_path(source: str) -> bool:
     )
 
 
-def _file_records(path: Path) -> Iterator[tuple[str, str, object]]:
-    """Yield (id if the record has none, where it stands, the record) for each row of a file."""
+def _file_records(path: Path) -> Iterator[SourceRecord]:
     if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        try:
-            rows = pyarrow.parquet.read_table(path).to_pylist()
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: Parquetとして読めません（{printable(error)}）。") from error
-        for number, row in enumerate(rows, 1):
-            yield f"{path.stem}-{number}", f"{path}:{number}", row
+        yield from _parquet_records(path)
         return
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: UTF-8ではありません（{error.start}バイト目）。") from error
+        content = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: 読めません（{error.strerror}）。") from error
-    if path.suffix == ".jsonl":
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield f"{path.stem}-{number}", f"{path}:{number}", _parse_json(line, path, number)
+        yield (path.stem, str(path), DataError(f"{path}: 読めません（{error.strerror}）。"))
         return
-    value = _parse_json(text, path, 1)
+    content = content.removeprefix(codecs.BOM_UTF8)
+    if path.suffix == ".jsonl":
+        for number, line in enumerate(content.split(b"\n"), 1):
+            if line.strip():
+                yield (f"{path.stem}-{number}", f"{path}:{number}", _parse_json(line, path, number))
+        return
+    value = _parse_json(content, path, 1)
     if isinstance(value, list):
         for number, row in enumerate(value, 1):
             yield f"{path.stem}-{number}", f"{path}[{number}]", row
@@ -442,51 +666,152 @@ def _file_records(path: Path) -> Iterator[tuple[str, str, object]]:
         yield path.stem, str(path), value
 
 
-def _parse_json(text: str, path: Path, line: int) -> object:
+def _parse_json(content: bytes, path: Path, line: int) -> object:
+    """The parsed value, or the :class:`DataError` that says what is wrong with it."""
     try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        if isinstance(error, json.JSONDecodeError):
-            line += error.lineno - 1
-        raise DataError(
+        return json.loads(content.decode())
+    except UnicodeDecodeError as error:
+        line += content.count(b"\n", 0, error.start)
+        return DataError(f"{path}:{line}: UTF-8ではありません。")
+    except (ValueError, RecursionError) as error:
+        line += getattr(error, "lineno", 1) - 1
+        return DataError(
             f"{path}:{line}: JSONとして読めません（{printable(error)}）。"
             "1行に1件のJSONなら拡張子を .jsonl にしてください。"
-        ) from error
+        )
 
 
-def _hub_records(name: str) -> Iterator[tuple[str, str, object]]:
-    import datasets
+def _parquet_records(path: Path) -> Iterator[SourceRecord]:
+    import pyarrow
+    import pyarrow.parquet
 
     try:
-        loaded = datasets.load_dataset(name)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches()
+        for number, row in enumerate(itertools.chain.from_iterable(b.to_pylist() for b in batches)):
+            yield f"{path.stem}-{number + 1}", f"{path}:{number + 1}", row
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path}: Parquetとして読めません（{printable(error)}）。") from error
+
+
+def _hub_records(name: str, revision: str | None) -> Iterator[SourceRecord]:
+    """Records of a Hub data set by the first of three ways that works.
+
+    ``load_dataset`` fails on KokoroChat's JSON, whose review fields are null in most files and
+    text in a few, and runs no loader script; the Hub's own Parquet conversion (of the main
+    revision only) and the repository's JSON files don't have these troubles.
+    """
+    import datasets
+    import huggingface_hub
+
+    failures = []
+    unreachable = False
+    for attempt in [revision] if revision else [None, "refs/convert/parquet"]:
+        label = f"load_dataset(revision={attempt})" if attempt else "load_dataset"
+        # Without a cache of its own, an attempt that fails is given what another one has built.
+        cache = Path(datasets.config.HF_DATASETS_CACHE, "openai_sft", *(attempt or "").split("/"))
+        if unreachable and not cache.exists():
+            continue  # each try takes half a minute to give up
+        try:
+            loaded = datasets.load_dataset(
+                name, revision=attempt, cache_dir=str(cache) if attempt else None
+            )
+        except Exception as error:  # noqa: BLE001  # builders raise anything; all are told
+            failures.append(f"{label}: {_reason(error)}")
+            logger.info("%s では読めません。次の方法を試します。", failures[-1])
+            unreachable = isinstance(error, ConnectionError)
+            continue
+        for split, rows in loaded.items():
+            for number, row in enumerate(rows):
+                yield f"{split}-{number}", f"{name}:{split}[{number}]", row
+        return
+    try:
+        folder = huggingface_hub.snapshot_download(
+            name, repo_type="dataset", revision=revision, allow_patterns=["*.json", "*.jsonl"]
+        )
+        root = Path(folder)
+        files = sorted(p for p in root.rglob("*.json*") if _is_data_file(p.relative_to(root)))
+        records = [
+            (id_, where.replace(folder, f"{name}:", 1).replace(":/", ":", 1), record)
+            for id_, where, record in itertools.chain.from_iterable(map(_file_records, files))
+        ]
+        if not any(
+            isinstance(r, Mapping) and ("dialogue" in r or "messages" in r) for *_, r in records
+        ):
+            raise FileNotFoundError("対話のJSONファイルがありません")
+    except (OSError, ValueError, RuntimeError) as error:
+        failures.append(f"JSONファイル: {_reason(error)}")
         raise DataError(
-            f"データセット {name} を読み込めません（{type(error).__name__}: {printable(error)}）。"
+            f"データセット {name} を読み込めません。試した方法と理由: {' / '.join(failures)}。"
             "ネットワークと名前を確かめるか、ダウンロードしたフォルダーを --dataset で"
             "指定してください。"
         ) from error
-    for split, rows in loaded.items():
-        for number, row in enumerate(rows):
-            yield f"{split}-{number}", f"{name}:{split}[{number}]", row
+    yield from records
+
+
+def _reason(error: Exception) -> str:
+    """An error in one short line; where the text alone says nothing, its cause."""
+    generic = type(error).__name__.startswith("DatasetGeneration")
+    told = error.__cause__ if generic and error.__cause__ else error
+    return f"{type(told).__name__}: {printable(told)[:300]}"
 
 
 def parse_dialogue(record: object, *, fallback_id: str, source: str) -> Dialogue:
     """Make a :class:`Dialogue` of one raw record; :func:`dialogue_row` is its inverse.
 
-    ``record`` holds its turns under ``dialogue`` (KokoroChat) or ``messages``, each with
-    ``role`` and ``utterance`` or ``content``. The id is the record's ``id``, else KokoroChat's
-    ``evaluation_id``, else ``fallback_id``. Raises :class:`DataError`, also for a role that is
-    not in :data:`ROLES`: who is to be imitated is never guessed.
+    ``record`` holds its turns under ``dialogue`` (KokoroChat), each with ``role`` and
+    ``utterance`` (or ``content``), or ``messages`` in the service's own form, which pass
+    unchanged. The id is the record's ``id``, else KokoroChat's ``evaluation_id``, else
+    ``fallback_id``. Raises :class:`DataError`, and :class:`UnknownRole` for a role that is not
+    in :data:`ROLES` (or, of a message, in :data:`CHAT_ROLES`).
     """
     if not isinstance(record, Mapping):
         raise DataError(f"{source}: 対話はJSONオブジェクトでなければなりません。")
-    turns = record.get("dialogue") or record.get("messages")
+    review_en = _mapping(record, "review_by_client_en", source)
+    dialogue_id = record.get("id")
+    if dialogue_id is None:
+        dialogue_id = review_en.get("evaluation_id", fallback_id)
+    dialogue_id = str(dialogue_id)
+    turns: tuple[tuple[Role, str], ...] = ()
+    chat: dict[str, Any] | None = None
+    if record.get("dialogue") is None and record.get("messages") is not None:
+        chat = _read_chat(record, dialogue_id, source)
+    else:
+        turns = tuple(_read_turns(record.get("dialogue"), dialogue_id, source))
+    try:
+        content = _encode_json(chat) if chat else "\0".join(itertools.chain.from_iterable(turns))
+        digest = hashlib.sha256(content.encode()).hexdigest()
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            f"{source}: 対話「{dialogue_id}」に文字にならない符号（対になっていないサロゲートや"
+            "NaN）が含まれています。"
+        ) from error
+    return Dialogue(
+        id=dialogue_id,
+        source=source,
+        turns=turns,
+        digest=digest,
+        topic=_mapping(record, "topic", source),
+        review_jp=_mapping(record, "review_by_client_jp", source),
+        review_en=review_en,
+        chat=chat,
+    )
+
+
+def _mapping(record: Mapping[str, Any], key: str, source: str) -> Mapping[str, Any]:
+    value = record.get(key)
+    if value is None:
+        return {}
+    if isinstance(value, str) and key == "topic":
+        return {"main_jp": value}
+    if not isinstance(value, Mapping):
+        raise DataError(f"{source}: {key} はオブジェクトでなければなりません。")
+    # The Hub's conversion makes datetimes of what the files hold as text.
+    return {k: v.isoformat() if isinstance(v, datetime) else v for k, v in value.items()}
+
+
+def _read_turns(turns: object, dialogue_id: str, source: str) -> Iterator[tuple[Role, str]]:
     if not isinstance(turns, Sequence) or isinstance(turns, str):
-        raise DataError(f"{source}: 対話の本文（dialogue の配列）がありません。")
-    review_en = record.get("review_by_client_en") or {}
-    dialogue_id = record.get("id", review_en.get("evaluation_id"))
-    dialogue_id = fallback_id if dialogue_id is None else str(dialogue_id)
-    spoken: list[tuple[Role, str]] = []
+        raise DataError(f"{source}: 対話の本文（dialogue か messages の配列）がありません。")
     for number, turn in enumerate(turns, 1):
         try:
             role = ROLES.get(turn["role"]) or _role_of(turn["role"])
@@ -497,28 +822,38 @@ def parse_dialogue(record: object, *, fallback_id: str, source: str) -> Dialogue
                 "utterance がありません。"
             ) from error
         if role is None:
-            raise DataError(
+            raise UnknownRole(
                 f"{source}: 対話「{dialogue_id}」の{number}番目の発話の話者"
                 f"「{printable(turn['role'])}」が分かりません。使える話者: {'、'.join(ROLES)}"
             )
         if text:
-            spoken.append((role, text))
-    try:
-        flat = "\0".join(itertools.chain.from_iterable(spoken)).encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{source}: 対話「{dialogue_id}」に文字にならない符号（対になっていないサロゲート）"
-            "が含まれています。"
-        ) from error
-    return Dialogue(
-        id=dialogue_id,
-        source=source,
-        turns=tuple(spoken),
-        digest=hashlib.sha256(flat).hexdigest(),
-        topic=record.get("topic") or {},
-        review_jp=record.get("review_by_client_jp") or {},
-        review_en=review_en,
-    )
+            yield role, text
+
+
+def _read_chat(record: Mapping[str, Any], dialogue_id: str, source: str) -> dict[str, Any]:
+    messages = record["messages"]
+    if not isinstance(messages, list):
+        raise DataError(f"{source}: messages は配列でなければなりません。")
+    for number, message in enumerate(messages, 1):
+        role = message.get("role") if isinstance(message, Mapping) else None
+        if role not in CHAT_ROLES:
+            raise UnknownRole(
+                f"{source}: 対話「{dialogue_id}」の{number}番目の role「{printable(role)}」が"
+                f"分かりません。使える role: {'、'.join(sorted(CHAT_ROLES))}"
+            )
+    # A Dataset gives every struct all keys of its column and holds tools as JSON text.
+    chat: dict[str, Any] = {"messages": _without_none(messages)}
+    if record.get("tools"):
+        chat["tools"] = [json.loads(t) if isinstance(t, str) else t for t in record["tools"]]
+    if record.get("parallel_tool_calls") is not None:
+        chat["parallel_tool_calls"] = record["parallel_tool_calls"]
+    return chat
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
 def _role_of(role: str) -> Role | None:
@@ -527,6 +862,9 @@ def _role_of(role: str) -> Role | None:
 
 def dialogue_row(dialogue: Dialogue) -> dict[str, Any]:
     """The row of a ``Dataset`` for ``dialogue``; :func:`parse_dialogue` reads it back."""
+    if dialogue.chat is not None:
+        tools = [_encode_json(tool) for tool in dialogue.chat.get("tools", ())]
+        return {"id": dialogue.id, **dialogue.chat, "tools": tools}
     return {
         "id": dialogue.id,
         "dialogue": [{"role": role, "utterance": text} for role, text in dialogue.turns],
@@ -536,30 +874,136 @@ def dialogue_row(dialogue: Dialogue) -> dict[str, Any]:
     }
 
 
-# ── Splitting ────────────────────────────────────────────────────────────────────────────────
+# ── Choosing and splitting ───────────────────────────────────────────────────────────────────
+
+
+def select_dialogues(
+    dialogues: Iterable[Dialogue], selection: Selection
+) -> tuple[list[Dialogue], dict[str, int]]:
+    """Leave out exact duplicates, then what the filters exclude; count what each took out.
+
+    A dialogue without a score falls to ``min_score`` and ``max_score``. Raises
+    :class:`DataError` for a topic that no dialogue has.
+    """
+    ordered = sorted(dialogues, key=lambda dialogue: (dialogue.digest, dialogue.id))
+    kept = [next(same) for _, same in itertools.groupby(ordered, key=lambda d: d.digest)]
+    removed = {"duplicates": len(ordered) - len(kept)}
+    low, high = selection.min_score, selection.max_score
+    if selection.topics:
+        known = {str(d.topic.get(key)) for d in kept for key in ("main_jp", "main_en")}
+        if unknown := [topic for topic in selection.topics if topic not in known]:
+            raise DataError(
+                f"話題「{'、'.join(unknown)}」の対話はありません。ある話題: "
+                f"{'、'.join(sorted(known - {'None'}))}"
+            )
+    filters: dict[str, Callable[[Dialogue], bool]] = {}
+    if low is not None:
+        filters["min_score"] = lambda d: d.score is not None and d.score >= low
+    if high is not None:
+        filters["max_score"] = lambda d: d.score is not None and d.score <= high
+    if topics := selection.topics:
+        filters["topics"] = lambda d: (
+            d.topic.get("main_jp") in topics or d.topic.get("main_en") in topics
+        )
+    if selection.exclude_flagged:
+        filters["exclude_flagged"] = lambda d: not any(d.review_en.get(flag) for flag in FLAGS)
+    for name, keep in filters.items():
+        before = len(kept)
+        kept = [dialogue for dialogue in kept if keep(dialogue)]
+        removed[name] = before - len(kept)
+    return kept, {name: count for name, count in removed.items() if count or name in filters}
+
+
+def removed_line(removed: Mapping[str, int]) -> str:
+    """What the duplicates and each filter took out, in Japanese."""
+    labels = {"duplicates": "重複"}
+    parts = (f"{labels.get(name, name)} {count:,}件" for name, count in removed.items())
+    return f"除いた対話: {'、'.join(parts)}"
 
 
 def split_dialogues(
-    dialogues: Iterable[Dialogue], *, seed: int = 42, max_samples: int | None = None
+    dialogues: Iterable[Dialogue],
+    *,
+    seed: int = 42,
+    max_samples: int | None = None,
+    group_by: Group | None = None,
 ) -> Splits:
     """Shuffle by ``seed`` and split 8:1:1: ``test = valid = round(n / 10)``, the rest trains.
 
     ``max_samples`` takes a seeded sample first; a smaller sample is part of a larger one. The
-    same dialogues give the same split on every machine, in whatever order they come.
+    same dialogues give the same split on every machine, in whatever order they come. With
+    ``group_by`` no counsellor, client or pair stands in two splits, and test and validation
+    come as near to their sizes as whole groups allow; raises :class:`DataError` below three
+    groups, and :class:`ConfigurationError` for a value out of range.
     """
-    if max_samples is not None and max_samples < 1:
-        raise ConfigurationError(
-            f"max_samples は1以上でなければなりません（指定: {max_samples}）。"
-        )
+    Selection(max_samples, seed, group_by=group_by)  # checks the values
     shuffled = sorted(dialogues, key=lambda dialogue: (dialogue.digest, dialogue.id))
     random.Random(seed).shuffle(shuffled)
     chosen = shuffled[:max_samples]
     held_out = round(len(chosen) / 10)
-    return Splits(
-        train=chosen[2 * held_out :],
-        test=chosen[:held_out],
-        valid=chosen[held_out : 2 * held_out],
-    )
+    if group_by is None:
+        return Splits(
+            train=chosen[2 * held_out :],
+            test=chosen[:held_out],
+            valid=chosen[held_out : 2 * held_out],
+        )
+    groups: dict[Hashable, list[Dialogue]] = {}
+    for dialogue in chosen:
+        group = dialogue.group(group_by)
+        key = ("no group", dialogue.id) if group is None else group
+        groups.setdefault(key, []).append(dialogue)
+    if len(groups) < 3:
+        raise DataError(
+            f"group_by={group_by} では{len(groups)}組しかなく、3つに分けられません。"
+            "対話を増やすか、group_by を外してください。"
+        )
+    rest = list(groups.values())
+    parts = []
+    for _ in ("test", "valid"):
+        taken = _nearest_subset([len(group) for group in rest], max(1, held_out))
+        parts.append([d for index, group in enumerate(rest) if index in taken for d in group])
+        rest = [group for index, group in enumerate(rest) if index not in taken]
+    return Splits([d for group in rest for d in group], *parts)
+
+
+def _nearest_subset(sizes: Sequence[int], target: int) -> set[int]:
+    """Indexes of a non-empty proper subset whose sum is as near ``target`` as any.
+
+    Subset sum by dynamic programming; the sums that are reachable with the first ``k`` sizes
+    are the bits of ``reachable[k]``.
+    """
+    reachable = [1]
+    for size in sizes:
+        reachable.append(reachable[-1] | reachable[-1] << size)
+    sums = (total for total in range(1, sum(sizes)) if reachable[-1] >> total & 1)
+    total = min(sums, key=lambda total: (abs(total - target), total))
+    taken = set()
+    for index in reversed(range(len(sizes))):
+        if not reachable[index] >> total & 1:
+            taken.add(index)
+            total -= sizes[index]
+    return taken
+
+
+def measure_leakage(splits: Splits) -> dict[str, float]:
+    """Share (0–1) of test dialogues whose counsellor, client, pair was seen in training.
+
+    A share is left out where no test dialogue tells who took part.
+    """
+    shares = {}
+    for by in GROUPS:
+        seen = {dialogue.group(by) for dialogue in splits.train}
+        tested = [group for dialogue in splits.test if (group := dialogue.group(by)) is not None]
+        if tested:
+            shares[by] = sum(group in seen for group in tested) / len(tested)
+    return shares
+
+
+def leakage_line(leakage: Mapping[str, float]) -> str:
+    """:func:`measure_leakage` in Japanese."""
+    labels = {"counselor": "カウンセラー", "client": "クライアント", "pair": "同じ組"}
+    shares = "、".join(f"{labels[name]} {share:.1%}" for name, share in leakage.items())
+    return f"テスト対話のうち学習データにも現れる割合: {shares}（--group-by で分けられます）"
 
 
 # ── Converting ───────────────────────────────────────────────────────────────────────────────
@@ -568,10 +1012,17 @@ def split_dialogues(
 def to_example(dialogue: Dialogue, *, system_prompt: str | None = None) -> Example | None:
     """Turn a dialogue into one training example, or ``None`` where the assistant says nothing.
 
+    A ready ``chat`` passes as it is, but for ``system_prompt`` where it has no system message.
+
     Consecutive turns of one speaker become one message, joined by a newline; what the client
     says after the counsellor's last turn is cut, for an example has to end with the assistant.
     """
     messages: list[Message] = []
+    if dialogue.chat is not None:
+        chat = cast("Example", {"id": dialogue.id, **dialogue.chat})
+        if system_prompt and chat["messages"][:1] and chat["messages"][0]["role"] != "system":
+            chat["messages"] = [{"role": "system", "content": system_prompt}, *chat["messages"]]
+        return chat
     for role, text in dialogue.turns:
         if messages and messages[-1]["role"] == role:
             messages[-1]["content"] += "\n" + text
@@ -607,6 +1058,383 @@ def read_examples(path: str | os.PathLike[str]) -> list[Example]:
             raise DataError(f"{where}: messages の配列がありません。")
         examples.append(cast("Example", {"id": example_id, **value}))
     return examples
+
+
+def split_long_example(example: Example, counter: TokenCounter, limit: int) -> list[Example]:
+    """Cut a conversation of more than ``limit`` tokens into consecutive examples.
+
+    Cuts stand only between an assistant's message and the user's next; leading system messages
+    are repeated. Ids gain ``/1``, ``/2``… Raises :class:`DataError` where one exchange alone is
+    too long.
+    """
+    messages = example["messages"]
+    head = list(itertools.takewhile(lambda message: message["role"] == "system", messages))
+    exchanges: list[list[Message]] = []
+    for message in messages[len(head) :]:
+        if not exchanges or (
+            exchanges[-1][-1]["role"] == "assistant"
+            and not exchanges[-1][-1].get("tool_calls")
+            and message["role"] == "user"
+        ):
+            exchanges.append([])
+        exchanges[-1].append(message)
+    parts: list[list[Message]] = []
+    for exchange in exchanges:
+        if not parts or counter.count([*head, *parts[-1], *exchange]).total > limit:
+            parts.append([])
+            if counter.count([*head, *exchange]).total > limit:
+                raise DataError(
+                    f"対話「{example['id']}」には1回のやりとりだけで{limit:,}トークンを超える"
+                    "部分があり、分割できません。除くには --long-examples drop を指定してください。"
+                )
+        parts[-1].extend(exchange)
+    return [
+        cast("Example", {**example, "id": f"{example['id']}/{n}", "messages": [*head, *part]})
+        for n, part in enumerate(parts, 1)
+    ]
+
+
+# ── Checking ─────────────────────────────────────────────────────────────────────────────────
+
+# code: (severity, what is wrong, what to do). The texts are formatted with what was found.
+PROBLEMS: dict[str, tuple[Literal["error", "warning"], str, str]] = {
+    "encoding": ("error", "UTF-8ではありません", "UTF-8で保存し直してください"),
+    "bom": ("error", "先頭にBOMがあります", "BOMなしのUTF-8で保存し直してください"),
+    "invalid_json": ("error", "JSONとして読めません（{0}）", "1行に1つのJSONを書いてください"),
+    "blank_line": ("error", "空行です", "行を削除してください"),
+    "not_object": ("error", "JSONオブジェクトではありません", '{{"messages": [...]}} の形にします'),
+    "unknown_key": ("error", "使えないキー {0} があります", "キーを削除してください"),
+    "missing_messages": ("error", "messages の配列がありません", "messages を書いてください"),
+    "empty_messages": ("error", "messages が空です", "発話を書くか、行を削除してください"),
+    "unknown_role": (
+        "error",
+        "role {0} は使えません",
+        "system、user、assistant、tool のどれかにしてください",
+    ),
+    "wrong_type": ("error", "{0} の型が違います", "サービスの形式に直してください"),
+    "empty_content": ("error", "content が空です", "本文を書くか、発話を削除してください"),
+    "blank_content": ("warning", "content が空白だけです", "本文を書くか、削除してください"),
+    "no_trained_message": (
+        "error",
+        "学習する assistant の発話がありません",
+        "weight が0でない assistant の発話を加えてください",
+    ),
+    "last_not_assistant": (
+        "error",
+        "最後の発話が assistant ではありません",
+        "最後の assistant より後の発話を削除してください",
+    ),
+    "bad_weight": ("error", "weight は assistant の0か1だけです", "0か1にするか、削除してください"),
+    "special_token": (
+        "error",
+        "特殊トークンの文字列 {0} があります",
+        "取り除いてください。1行でもあるとジョブ全体が失敗します",
+    ),
+    "lone_surrogate": ("error", "文字にならない符号があります", "その文字を取り除いてください"),
+    "too_long": (
+        "error",
+        "{0}トークンあり、上限{1}を超えた末尾は学習されません",
+        "発話の切れ目で分割してください",
+    ),
+    "too_few_examples": ("error", "例が{0}件しかありません", "{1}件以上にしてください"),
+    "file_too_large": ("error", "{0}MBあり、上限{1}MBを超えています", "ファイルを分けてください"),
+    "duplicate_line": ("warning", "{0}行目と同じ内容です", "重複を削除してください"),
+    "shared_conversation": (
+        "warning",
+        "学習データの{0}行目と同じ対話です",
+        "どちらかから除いてください。検証の損失が実際より良く見えます",
+    ),
+}
+
+
+class Problem(NamedTuple):
+    """A finding before it has a place: its code, the message it is in, what was found."""
+
+    code: str
+    message_index: int | None = None
+    details: tuple[object, ...] = ()
+
+
+def find_problems(example: object) -> Iterator[Problem]:
+    """Every problem in the value of one line, but for its length. The order is the reading's."""
+    if not isinstance(example, dict):
+        yield Problem("not_object")
+        return
+    for key in example.keys() - LINE_KEYS:
+        yield Problem("unknown_key", None, (key,))
+    messages = example.get("messages")
+    if not isinstance(messages, list):
+        yield Problem("missing_messages")
+        return
+    if not messages:
+        yield Problem("empty_messages")
+        return
+    trained = False
+    role: object = None
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict):
+            role = None
+            yield Problem("wrong_type", index, ("発話",))
+            continue
+        role = message.get("role")
+        content = message.get("content")
+        if not (len(message) == 2 and type(content) is str and content and role in _PLAIN_ROLES):
+            yield from _find_message_problems(index, message)
+        if type(content) is str and content.isspace():
+            yield Problem("blank_content", index)
+        trained = trained or (role == "assistant" and message.get("weight") != 0)
+    if not trained:
+        yield Problem("no_trained_message")
+    if role != "assistant":
+        yield Problem("last_not_assistant", len(messages) - 1)
+
+
+_PLAIN_ROLES = CHAT_ROLES - {"tool"}
+
+
+def _find_message_problems(index: int, message: Mapping[str, Any]) -> Iterator[Problem]:
+    for key in message.keys() - MESSAGE_KEYS:
+        yield Problem("unknown_key", index, (key,))
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or role not in CHAT_ROLES:
+        yield Problem("unknown_role", index, (role,))
+    if "weight" in message and (
+        role != "assistant" or type(message["weight"]) is not int or message["weight"] not in (0, 1)
+    ):
+        yield Problem("bad_weight", index)
+    if role == "tool" and not isinstance(message.get("tool_call_id"), str):
+        yield Problem("wrong_type", index, ("tool_call_id",))
+    if content is None:
+        calls = message.get("tool_calls")
+        if not (role == "assistant" and isinstance(calls, list) and calls):
+            yield Problem("wrong_type", index, ("content",))
+    elif content in ("", []):
+        yield Problem("empty_content", index)
+    elif not isinstance(content, str) and not (
+        isinstance(content, list) and all(map(_is_content_part, content))
+    ):
+        yield Problem("wrong_type", index, ("content",))
+
+
+def _is_content_part(part: object) -> bool:
+    return (
+        isinstance(part, dict)
+        and isinstance(part.get("type"), str)
+        and (part["type"] != "text" or isinstance(part.get("text"), str))
+    )
+
+
+def _find_text_problems(line: str) -> Iterator[Problem]:
+    """Problems of the text of a line as JSON without escapes, wherever they stand in it."""
+    if "<|" in line:
+        for token in sorted(set(SPECIAL_TOKEN.findall(line))):
+            yield Problem("special_token", None, (token,))
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        yield Problem("lone_surrogate")
+
+
+def find_length_problem(
+    messages: Sequence[Message], size: int, counter: TokenCounter, limit: int
+) -> Iterator[Problem]:
+    """``too_long``, for ``messages`` of ``size`` bytes; no token is shorter than a byte."""
+    if size > limit - 4 * len(messages) - 3:
+        tokens = counter.count(messages).total
+        if tokens > limit:
+            yield Problem("too_long", None, (f"{tokens:,}", f"{limit:,}"))
+
+
+def check_file(
+    path: str | os.PathLike[str],
+    *,
+    kind: Literal["training", "validation"] = "training",
+    compare_with: str | os.PathLike[str] | None = None,
+    max_tokens: int = MAX_EXAMPLE_TOKENS,
+    max_bytes: int = MAX_FILE_BYTES,
+) -> list[Finding]:
+    """Every problem of a JSONL file on disk, in the order of its lines.
+
+    ``compare_with`` names the training file of a validation file: conversations in both are
+    found. The file is read line by line; only hashes of them stay in memory. The vocabulary is
+    needed for lines of more than ``max_tokens`` bytes alone. Raises :class:`DataError` where
+    the file can't be read.
+    """
+    path = Path(path)
+    trained = {} if compare_with is None else _conversation_lines(Path(compare_with))
+    findings: list[Finding] = []
+
+    def report(line: int | None, problem: Problem) -> None:
+        findings.append(_finding(str(path), line, problem))
+
+    seen: dict[bytes, int] = {}
+    count = 0
+    for number, raw, value, problems in _read_checked(path):
+        for problem in problems:
+            report(number, problem)
+        if not any(problem.code == "blank_line" for problem in problems):
+            count += 1
+        if value is None:
+            continue
+        first = seen.setdefault(hashlib.sha256(raw.strip()).digest(), number)
+        if first != number:
+            report(number, Problem("duplicate_line", None, (first,)))
+        messages = value.get("messages") if isinstance(value, dict) else None
+        if trained and (shared := trained.get(_conversation_digest(messages))):
+            report(number, Problem("shared_conversation", None, (shared,)))
+        if len(raw) > max_tokens and isinstance(messages, list) and not problems:
+            counter = TokenCounter(load_vocabulary())
+            for problem in find_length_problem(messages, len(raw), counter, max_tokens):
+                report(number, problem)
+    needed = MIN_TRAINING_EXAMPLES if kind == "training" else 1
+    if count < needed:
+        report(None, Problem("too_few_examples", None, (count, needed)))
+    size = path.stat().st_size
+    if size > max_bytes:
+        details = (f"{size / 2**20:,.0f}", f"{max_bytes / 2**20:,.0f}")
+        report(None, Problem("file_too_large", None, details))
+    return findings
+
+
+def _read_checked(path: Path) -> Iterator[tuple[int, bytes, Any, list[Problem]]]:
+    """Yield (line number, bytes, value or ``None``, problems) of each physical line."""
+    try:
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, 1):
+                yield number, raw, *_check_line(raw, first=number == 1)
+    except OSError as error:
+        raise DataError(f"{path}: 読めません（{error.strerror}）。") from error
+
+
+def _check_line(raw: bytes, *, first: bool) -> tuple[Any, list[Problem]]:
+    problems = []
+    if first and raw.startswith(codecs.BOM_UTF8):
+        problems.append(Problem("bom"))
+        raw = raw.removeprefix(codecs.BOM_UTF8)
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError:
+        return None, [*problems, Problem("encoding")]
+    if not text.strip():
+        return None, [*problems, Problem("blank_line")]
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+        if "\\" in text:
+            text = json.dumps(value, ensure_ascii=False)
+    except (ValueError, RecursionError) as error:
+        return None, [*problems, Problem("invalid_json", None, (printable(error)[:100],))]
+    return value, [*problems, *find_problems(value), *_find_text_problems(text)]
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} はJSONの値ではありません")
+
+
+def _conversation_digest(messages: object) -> bytes:
+    text = json.dumps(messages, sort_keys=True)
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _conversation_lines(path: Path) -> dict[bytes, int]:
+    return {
+        _conversation_digest(value.get("messages")): number
+        for number, _, value, _ in _read_checked(path)
+        if isinstance(value, dict)
+    }
+
+
+def _finding(path: str, line: int | None, problem: Problem) -> Finding:
+    severity, text, remedy = PROBLEMS[problem.code]
+    details = [printable(detail) for detail in problem.details]
+    return Finding(
+        path=path,
+        line=line,
+        message_index=problem.message_index,
+        code=problem.code,
+        severity=severity,
+        text=text.format(*details),
+        remedy=remedy.format(*details),
+    )
+
+
+def fix_file(path: str | os.PathLike[str]) -> tuple[str, str, int, int]:
+    """Write ``NAME.fixed.jsonl`` and ``NAME.rejects.jsonl`` beside a JSONL file.
+
+    Mended: BOM, blank lines, unknown keys, duplicate lines, what follows the last assistant
+    message, over-long conversations (split). A line that still has an error goes to the rejects
+    as ``{"line", "codes", "raw"}``. Returns both paths, and how many examples and rejects they
+    hold. Raises ``FileExistsError`` rather than overwrite either.
+    """
+    path = Path(path)
+    examples: dict[str, None] = {}  # an ordered set: a repeated line is dropped
+    rejects = []
+    counter: TokenCounter | None = None
+    for number, raw, value, problems in _read_checked(path):
+        if any(problem.code == "blank_line" for problem in problems):
+            continue
+        mended = _mend(value)
+        remaining = [*find_problems(mended), *_find_text_problems(_dump(mended))]
+        codes = [p.code for p in (problems if value is None else remaining) if _is_error(p)]
+        parts = [mended]
+        if not codes and len(raw) > MAX_EXAMPLE_TOKENS:
+            counter = counter or TokenCounter(load_vocabulary())
+            if counter.count(mended["messages"]).total > MAX_EXAMPLE_TOKENS:
+                try:
+                    named = cast("Example", {"id": f"{path}:{number}", **mended})
+                    parts = list(split_long_example(named, counter, MAX_EXAMPLE_TOKENS))
+                except DataError:
+                    codes = ["too_long"]
+        if codes:
+            text = raw.decode(errors="backslashreplace").rstrip("\r\n")
+            rejects.append(_encode_json({"line": number, "codes": codes, "raw": text}))
+        else:
+            examples.update(dict.fromkeys(map(example_line, parts)))
+    outputs = []
+    for name, lines in (("fixed", list(examples)), ("rejects", rejects)):
+        output = path.with_name(f"{path.stem}.{name}.jsonl")
+        write_new_file(output, "".join(line + "\n" for line in lines))
+        outputs.append(str(output))
+    return outputs[0], outputs[1], len(examples), len(rejects)
+
+
+def _mend(value: Any) -> Any:
+    if not isinstance(value, dict) or not isinstance(value.get("messages"), list):
+        return value
+    messages = [
+        {key: item for key, item in message.items() if key in MESSAGE_KEYS}
+        if isinstance(message, dict)
+        else message
+        for message in value["messages"]
+    ]
+    roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
+    if "assistant" in roles:
+        messages = messages[: len(roles) - roles[::-1].index("assistant")]
+    return {**{key: item for key, item in value.items() if key in LINE_KEYS}, "messages": messages}
+
+
+def _dump(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _is_error(problem: Problem) -> bool:
+    return PROBLEMS[problem.code][0] == "error"
+
+
+def require_no_errors(findings: Iterable[Finding]) -> None:
+    """Log every finding; raise :class:`DataError` with the first errors where there are any."""
+    errors = []
+    for finding in findings:
+        if finding.severity == "error":
+            errors.append(finding)
+        else:
+            logger.warning("%s", finding)
+    if errors:
+        shown = "\n".join(f"  {finding}" for finding in errors[:20])
+        more = f"\n  ほか{len(errors) - 20:,}件" if len(errors) > 20 else ""
+        raise DataError(
+            f"データに{len(errors):,}件のエラーがあるため、アップロードしません。\n{shown}{more}\n"
+            "すべて見るには: --check-file PATH、直したファイルを作るには: --check-file PATH --fix"
+        )
 
 
 # ── Counting and pricing ─────────────────────────────────────────────────────────────────────
@@ -647,8 +1475,8 @@ class TokenCounter:
     """Counts the tokens of conversations as the service bills them.
 
     3 a message plus its role and content, 1 more for a name, 3 more an example (OpenAI
-    Cookbook, ``Chat_finetuning_data_prep``). ``exact`` is False without the vocabulary: text
-    is then estimated from its UTF-8 length.
+    Cookbook, ``Chat_finetuning_data_prep``); tool calls are counted as their JSON text.
+    ``exact`` is False without the vocabulary: text is then estimated from its UTF-8 length.
     """
 
     SEPARATOR = "<|endoftext|>"
@@ -657,32 +1485,101 @@ class TokenCounter:
         self._encoding = encoding
         self.exact = encoding is not None
 
-    def count(self, messages: Sequence[Message]) -> int:
+    def count(self, messages: Sequence[Message]) -> Tokens:
         """Tokens of one conversation as a training example."""
-        overhead = 3 + 4 * len(messages)  # every role is one token
-        texts = []
-        for message in messages:
-            for key, value in message.items():
-                if isinstance(value, str) and key != "role":
-                    texts.append(value)
-                    overhead += key == "name"
-        return overhead + self.count_texts(texts)
+        ends = self._text_ends([_billed_text(message) for message in messages])
+        # Every message costs 3 and its role, which is one token.
+        names = sum("name" in message for message in messages)
+        if names:
+            ends = [
+                end + sum("name" in message for message in messages[: index + 1])
+                for index, end in enumerate(ends)
+            ]
+        return Tokens(
+            total=ends[-1] + 4 * len(messages) + 3 if messages else 3,
+            per_turn_format=sum(
+                end + 4 * index + 7
+                for index, (end, message) in enumerate(zip(ends, messages, strict=True))
+                if message["role"] == "assistant"
+            ),
+        )
 
     def count_texts(self, texts: Sequence[str]) -> int:
-        """Tokens of bare texts, summed."""
+        """Tokens of some bare texts together."""
+        return self._text_ends(texts)[-1] if texts else 0
+
+    def _text_ends(self, texts: Sequence[str]) -> list[int]:
+        """For each text the number of tokens up to its end, those before it included."""
         if self._encoding is None:
-            return round(TOKENS_PER_BYTE * sum(map(len, map(str.encode, texts))))
-        if not texts:
-            return 0
-        # One call for all: a special token never merges with its neighbours, so the sum is
-        # that of the texts one by one. Text that holds one itself is counted the slow way.
+            bytes_so_far = itertools.accumulate(len(text.encode()) for text in texts)
+            return [round(TOKENS_PER_BYTE * count) for count in bytes_so_far]
+        # One call for all, for a call costs more than a short text; a special token never
+        # merges with its neighbours. Text that holds one itself is counted one by one.
         joined = self.SEPARATOR.join(texts)
         if joined.count(self.SEPARATOR) != len(texts) - 1:
-            return sum(len(self._encoding.encode_ordinary(text)) for text in texts)
+            counts = (len(self._encoding.encode_ordinary(text)) for text in texts)
+            return list(itertools.accumulate(counts))
         tokens = self._encoding.encode_to_numpy(
             joined, allowed_special={self.SEPARATOR}, disallowed_special=()
         )
-        return len(tokens) - (len(texts) - 1)
+        separators = (tokens == self._encoding.eot_token).nonzero()[0].tolist()
+        return [end - index for index, end in enumerate([*separators, len(tokens)])]
+
+    def count_all(
+        self, conversations: Iterable[Sequence[Message]], executor: Executor
+    ) -> Callable[[], list[Tokens]]:
+        """Begin to count on ``executor``; the callable that is returned waits for the counts.
+
+        Threads do: the tokeniser works outside the interpreter's lock.
+        """
+        chunks = (
+            executor.submit(lambda part: [self.count(c) for c in part], chunk)
+            for chunk in _chunks(conversations, 64)
+        )
+        futures = list(chunks)
+        return lambda: [tokens for future in futures for tokens in future.result()]
+
+
+def _billed_text(message: Message) -> str:
+    content = message.get("content")
+    if len(message) == 2 and type(content) is str:
+        return content
+    parts = []
+    for key, value in message.items():
+        if isinstance(value, str):
+            parts += [value] if key != "role" else []
+        elif isinstance(value, list):
+            parts.append(_dump(value))
+    return "".join(parts)
+
+
+def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while chunk := list(itertools.islice(iterator, size)):
+        yield chunk
+
+
+def token_stats(tokens: Sequence[Tokens]) -> TokenStats:
+    """Sum and spread over a file's conversations; all 0 for an empty file."""
+    sizes = sorted(count.total for count in tokens)
+    return TokenStats(
+        total=sum(sizes),
+        p5=percentile(sizes, 5),
+        p50=percentile(sizes, 50),
+        p95=percentile(sizes, 95),
+        max=sizes[-1] if sizes else 0,
+        per_turn_format=sum(count.per_turn_format for count in tokens),
+    )
+
+
+def percentile(ordered: Sequence[int], percent: float) -> int:
+    """Of ascending values, by linear interpolation between ranks, rounded; 0 of none."""
+    if not ordered:
+        return 0
+    rank = (len(ordered) - 1) * percent / 100
+    low = int(rank)
+    high = min(low + 1, len(ordered) - 1)
+    return round(ordered[low] + (ordered[high] - ordered[low]) * (rank - low))
 
 
 def price_of(model: str) -> Price | None:
@@ -698,15 +1595,18 @@ def estimate_cost(
     model: str = DEFAULT_MODEL,
     evaluation_input_tokens: int = 0,
     evaluation_output_tokens: int = 0,
+    price: Price | None = None,
     yen_per_dollar: float = DEFAULT_YEN_PER_DOLLAR,
     exact_tokens: bool = True,
 ) -> CostEstimate:
     """Price a run: training tokens × epochs × price, plus the evaluation at the tuned rate.
 
     ``epochs=None`` prices an evaluation alone; ``"auto"`` leaves the training price unknown,
-    for the service chooses. Prices: :data:`PRICES`, dated :data:`PRICES_AS_OF`.
+    for the service chooses. Prices: ``price``, else :data:`PRICES`, dated
+    :data:`PRICES_AS_OF`; where there is none, dollars are ``None``.
     """
-    price = price_of(model)
+    source = "指定された単価" if price else f"{PRICES_SOURCE}（{PRICES_AS_OF}時点）"
+    price = price or price_of(model)
     training: float | None = None
     if epochs is None:
         training = 0.0
@@ -730,6 +1630,8 @@ def estimate_cost(
         evaluation_usd=evaluation,
         yen_per_dollar=yen_per_dollar,
         exact_tokens=exact_tokens,
+        price=price,
+        price_source=source,
     )
 
 
@@ -744,8 +1646,13 @@ def choose_cases(
     The turn is a seeded choice among the assistant's turns that follow a user's, but not the
     last of the dialogue, which is nearly always a farewell, where there is another. A case's id
     is the dialogue's id and the turn's index in ``messages``; both draws depend on the seed and
-    the id alone, so the same dialogue is always asked at the same turn.
+    the id alone, so the same dialogue is always asked at the same turn. Raises
+    :class:`ConfigurationError` for a negative number.
     """
+    if max_cases is not None and max_cases < 0:
+        raise ConfigurationError(
+            f"max_test_cases は0以上（0は全部）でなければなりません（指定: {max_cases}）。"
+        )
     ranked = sorted(
         (random.Random(f"{seed}/{example['id']}").random(), example["id"], example)
         for example in examples
@@ -889,12 +1796,15 @@ def parse_result_file(content: bytes) -> list[dict[str, float]]:
         except binascii.Error as error:
             raise ValueError("CSVでもBase64でもありません") from error
     reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig")))
-    if "step" not in (reader.fieldnames or ()):
-        raise ValueError("step の列がありません")
-    return [
-        {key: float(value) for key, value in row.items() if isinstance(value, str) and value}
-        for row in reader
-    ]
+    try:
+        if "step" not in (reader.fieldnames or ()):
+            raise ValueError("step の列がありません")
+        return [
+            {key: float(value) for key, value in row.items() if isinstance(value, str) and value}
+            for row in reader
+        ]
+    except csv.Error as error:
+        raise ValueError(str(error)) from error
 
 
 # ── The run record and other files ───────────────────────────────────────────────────────────
@@ -973,13 +1883,20 @@ class RunRecord:
         _write_temporary(self.path, to_json(self.data)).replace(self.path)
 
 
-def newest_model(folder: Path) -> str | None:
-    """The tuned model of the newest run in ``folder`` that has one and was no rehearsal."""
+def find_run(folder: Path, model_id: str | None = None) -> RunRecord | None:
+    """The newest run in ``folder`` that tuned ``model_id``, or any model; never a rehearsal."""
     for path in sorted(folder.glob("run_*.json"), reverse=True):
-        data = RunRecord.load(path).data
-        if data.get("fine_tuned_model") and not data.get("rehearsal"):
-            return str(data["fine_tuned_model"])
+        run = RunRecord.load(path)
+        model = run.data.get("fine_tuned_model")
+        if model and not run.data.get("rehearsal") and model_id in (None, model):
+            return run
     return None
+
+
+def sha256_of(path: Path) -> str:
+    """The hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ── The monitor beside it ────────────────────────────────────────────────────────────────────
@@ -1012,16 +1929,14 @@ class SystemMonitor:
 
     def __exit__(self, *_: object) -> None:
         self._stopped.set()
-        self._thread.join()
+        self._thread.join(timeout=1.0)  # a reading that hangs is left to end with the program
 
     def _run(self) -> None:
-        import psutil
-
         while True:
             try:
                 self._report(self._sampler())
-            except (OSError, psutil.Error) as error:
-                logger.warning("[監視] 読み取れません: %s", printable(error))
+            except Exception as error:  # noqa: BLE001  # a reading must never end a paid wait
+                logger.warning("[監視] 読み取れません: %s", printable(repr(error)))
             if self._stopped.wait(self._interval):
                 return
 
@@ -1112,8 +2027,11 @@ class OpenAISFT:
     ``gpt-4o-mini-2024-07-18``, data ``UEC-InabaLab/KokoroChat``). Nothing is sent anywhere and
     no file is written before a method needs it.
 
-    ``client`` is a ready ``openai.OpenAI``. ``offline=True`` gives the data stages alone.
-    ``rehearse=True`` starts a local endpoint and uses it, whatever key or URL is set.
+    ``revision`` pins a Hub data set. ``long_examples`` says what becomes of a conversation over
+    the service's limit of tokens: ``split`` at a turn, ``drop`` or ``refuse`` (DataError).
+    ``price`` replaces the price table. ``client`` is a ready ``openai.OpenAI``.
+    ``offline=True`` gives the data stages alone. ``rehearse=True`` starts a local endpoint and
+    uses it, whatever key or URL is set.
     ``confirm`` is asked with a :class:`CostEstimate` before anything is paid; ``max_cost_usd``
     bounds it. ``clock`` and ``sleep`` serve tests. With ``verbose`` the log goes to stderr,
     unless the application has set up logging itself.
@@ -1134,7 +2052,10 @@ class OpenAISFT:
         offline: bool = False,
         rehearse: bool = False,
         verbose: bool = True,
+        revision: str | None = None,
         system_prompt: str | None = None,
+        long_examples: LongExamples = "split",
+        price: Price | None = None,
         max_cost_usd: float | None = None,
         yen_per_dollar: float = DEFAULT_YEN_PER_DOLLAR,
         confirm: Callable[[CostEstimate], bool] | None = None,
@@ -1148,23 +2069,30 @@ class OpenAISFT:
 
         self.model: str = setting(model, "OPENAI_SFT_MODEL", DEFAULT_MODEL) or DEFAULT_MODEL
         self.dataset = setting(dataset, "OPENAI_SFT_DATASET", None if rehearse else DEFAULT_DATASET)
-        self.base_url = None if rehearse else setting(base_url, "OPENAI_BASE_URL")
+        self.base_url = None if rehearse else setting(base_url, "OPENAI_BASE_URL", OPENAI_BASE_URL)
         self.output_dir = Path(output_dir)
         self.poll_interval = poll_interval
         self.rehearse = rehearse
         self.verbose = verbose
+        self.revision = revision
         self.system_prompt = system_prompt
+        self.long_examples = long_examples
+        self.price = price
         self.max_cost_usd = max_cost_usd
         self.yen_per_dollar = yen_per_dollar
         self._api_key = "rehearsal" if rehearse else setting(api_key, "OPENAI_API_KEY")
         self._organization = setting(None, "OPENAI_ORG_ID")
         self._project = setting(None, "OPENAI_PROJECT_ID")
         self._client = client
+        self._owns_client = client is None
         self._offline = offline
         self._confirm = confirm
         self._clock, self._sleep = clock, sleep
         self._endpoint: Rehearsal | None = None
         self._run: RunRecord | None = None
+        self._dataset_given = dataset
+        self._loaded: _Loaded | None = None
+        self._licence_told = False
         self._lacking: set[str] = set()
         if verbose and not logger.hasHandlers():
             handler = _StderrHandler()
@@ -1185,6 +2113,14 @@ class OpenAISFT:
                 "OpenAI API keyに使えない文字（全角文字や改行など）が含まれています。"
                 "OPENAI_API_KEY を確認してください。"
             )
+        for name in ("model", "dataset", "system_prompt"):
+            if not _is_text(getattr(self, name)):
+                raise ConfigurationError(f"{name} に文字にならない符号が含まれています。")
+        if self.base_url is not None and not _is_http_url(self.base_url):
+            raise ConfigurationError(
+                "base_url は http:// か https:// で始まるURLです"
+                f"（指定: {printable(self.base_url)}）。"
+            )
         for name, value, ok in (
             ("poll_interval", self.poll_interval, self.poll_interval >= 0),
             ("yen_per_dollar", self.yen_per_dollar, self.yen_per_dollar > 0),
@@ -1192,6 +2128,10 @@ class OpenAISFT:
         ):
             if not ok:
                 raise ConfigurationError(f"{name} の値が範囲外です（指定: {value}）。")
+        if self.long_examples not in ("split", "drop", "refuse"):
+            raise ConfigurationError(
+                f"long_examples は split、drop、refuse のどれかです（指定: {self.long_examples}）。"
+            )
 
     def __repr__(self) -> str:
         return (
@@ -1210,10 +2150,13 @@ class OpenAISFT:
         self.close()
 
     def close(self) -> None:
-        """End the local endpoint of a rehearsal; anything else needs no end."""
+        """Close the connections, and the local endpoint of a rehearsal."""
+        if self._client is not None and self._owns_client:
+            self._client.close()
+            self._client = None
         if self._endpoint is not None:
             self._endpoint.close()
-            self._endpoint = self._client = None
+            self._endpoint = None
 
     @property
     def client(self) -> OpenAI:
@@ -1265,16 +2208,23 @@ class OpenAISFT:
         *,
         learning_rate_multiplier: float | Literal["auto"] | None = None,
         suffix: str | None = None,
+        **filters: Unpack[SelectionOptions],
     ) -> dict[str, Any]:
         """Load, split, convert, price, upload, train, evaluate and save; return the results.
+
+        ``filters`` are those of :class:`Selection`.
 
         Raises :class:`JobFailed` for a job that ends without a model, :class:`BudgetError` and
         :class:`Declined` before anything is sent, and what the stages raise.
         """
         check_hyperparameters(epochs, batch_size, learning_rate_multiplier, suffix, seed)
         _ = self.client
-        splits = self._load_convert_save(max_samples, seed)
-        self._authorise(self.estimate(splits, epochs, max_test_cases=max_test_cases, seed=seed))
+        splits, tokens = self._make_data(Selection(max_samples, seed, **filters))
+        self._authorise(
+            self.estimate(
+                splits, epochs, tokens["train"].total, max_test_cases=max_test_cases, seed=seed
+            )
+        )
         training_file_id = self._upload(self.files["train"], "training")
         validation_file_id = None
         if splits.valid:
@@ -1306,54 +2256,137 @@ class OpenAISFT:
         max_samples: int | None = None,
         seed: int = 42,
         max_test_cases: int | None = 10,
+        **filters: Unpack[SelectionOptions],
     ) -> DataSummary:
         """Load, split, convert and write the three files, and price them. Needs no key."""
-        splits = self._load_convert_save(max_samples, seed)
+        check_hyperparameters(epochs, "auto", seed=seed)
+        splits, tokens = self._make_data(Selection(max_samples, seed, **filters))
+        loaded = self._loaded
         return DataSummary(
             examples={name: len(part) for name, part in zip(SPLIT_NAMES, splits, strict=True)},
+            tokens=tokens,
             files=self.files,
-            estimate=self.estimate(splits, epochs, max_test_cases=max_test_cases, seed=seed),
+            estimate=self.estimate(
+                splits, epochs, tokens["train"].total, max_test_cases=max_test_cases, seed=seed
+            ),
+            removed=loaded.removed if loaded else {},
+            leakage=loaded.leakage if loaded else {},
         )
 
     def run_evaluation(
         self,
         model_id: str | None = None,
         max_samples: int | None = None,
-        seed: int = 42,
+        seed: int | None = None,
         max_test_cases: int | None = 10,
+        **filters: Unpack[SelectionOptions],
     ) -> dict[str, Any]:
-        """Evaluate ``model_id``, or the newest model tuned here, on the split; save and return.
+        """Evaluate ``model_id``, or the newest model tuned here; save and return the results.
 
-        Raises :class:`ConfigurationError` where no model is given and none was tuned here.
+        A model tuned here is asked the split recorded with its run; options that would change
+        that split raise :class:`ConfigurationError`. For one made elsewhere the split is made
+        from the options (``seed`` 42), and nothing tells what the model was trained on.
         """
-        model_id = model_id or newest_model(self.output_dir)
-        if model_id is None:
+        folder = self.output_dir
+        run = find_run(folder, model_id)
+        if run is None and model_id is None:
             raise ConfigurationError(
-                f"評価するモデルがありません。{self.output_dir} に学習済みモデルの記録がないため、"
+                f"評価するモデルがありません。{folder} に学習済みモデルの記録がないため、"
                 "--model-id（model_id=）で指定してください。"
             )
         _ = self.client
-        splits = self._load_and_convert(max_samples, seed)
+        if run is not None and "selection" in run.data:
+            given = {"max_samples": max_samples, "seed": seed, **filters}
+            self._require_same_split(run, given)
+            model_id = model_id or run.data["fine_tuned_model"]
+            seed = run.data["selection"]["seed"]
+            splits = self._recorded_splits(run)
+        else:
+            seed = 42 if seed is None else seed
+            logger.warning(
+                "モデル %s の学習記録がないため、分割は指定から作り直します。このモデルが学習した"
+                "対話が評価に混ざっている可能性を否定できません。",
+                model_id,
+            )
+            splits = self._convert(self._load(Selection(max_samples, seed, **filters)))
+        assert model_id is not None
         self._authorise(
             self.estimate(splits, None, model=model_id, max_test_cases=max_test_cases, seed=seed)
         )
         return self._evaluate_and_save(model_id, splits, max_test_cases=max_test_cases, seed=seed)
 
-    def _load_convert_save(self, max_samples: int | None, seed: int) -> Splits:
-        splits = self._load_and_convert(max_samples, seed)
-        self._require_examples(len(splits.train))
-        self._start_run()
-        self.save_all_datasets(*splits)
-        return splits
-
-    def _load_and_convert(self, max_samples: int | None, seed: int) -> Splits:
-        splits = self._load_and_split(max_samples, seed)
-        return Splits(
-            *(
-                self.prepare_dataset(part, name)
-                for part, name in zip(splits, SPLIT_NAMES, strict=True)
+    def _require_same_split(self, run: RunRecord, given: Mapping[str, Any]) -> None:
+        recorded = {**run.data["selection"], **run.data["settings"]}
+        asked = {
+            **given,
+            "dataset": self._dataset_given,
+            "revision": self.revision,
+            "system_prompt": self.system_prompt,
+        }
+        changed = [
+            f"{name}: 記録 {recorded.get(name)} → 指定 {value}"
+            for name, value in asked.items()
+            if value not in (None, False) and value != recorded.get(name)
+        ]
+        if changed:
+            raise ConfigurationError(
+                f"このモデルは {run.path} の分割で学習しました。別の分割で評価すると、学習した"
+                f"対話が混ざります（{'、'.join(changed)}）。これらの指定を外してください。"
             )
-        )
+
+    def _recorded_splits(self, run: RunRecord) -> Splits:
+        """The examples of a run's three files, with their ids; the files must be unchanged."""
+        logger.info("学習時に記録した分割を使います: %s", run.path)
+        parts = []
+        for name in SPLIT_NAMES:
+            facts = run.data["data"][name]
+            path = self._beside(run, name)
+            if not path.exists() or sha256_of(path) != facts["sha256"]:
+                raise DataError(
+                    f"{path}: 学習時のデータファイルがないか、変わっています（{run.path} の記録と"
+                    "sha256が違います）。元に戻すか、--model-id と別の --output-dir で、記録の"
+                    "ないモデルとして評価してください。"
+                )
+            manifest = json.loads(self._beside(run, "manifest").read_text(encoding="utf-8"))
+            ids = [line["id"] for line in manifest["splits"][name]["lines"]]
+            examples = read_examples(path)
+            parts.append(
+                [cast("Example", {**e, "id": id_}) for e, id_ in zip(examples, ids, strict=True)]
+            )
+        return Splits(*parts)
+
+    def _make_data(self, selection: Selection) -> tuple[Splits, dict[str, TokenStats]]:
+        """Load, split, convert, check and save; count the tokens beside it."""
+        workers = os.cpu_count() or 1
+        with (
+            _gc_paused(),
+            ThreadPoolExecutor(workers, thread_name_prefix="openai-sft-tokens") as executor,
+        ):
+            vocabulary = executor.submit(load_vocabulary)  # slow to load, so it starts first
+            splits = self._convert(self._load(selection))
+            self._require_examples(len(splits.train))
+            counter = TokenCounter(vocabulary.result())
+            counts: dict[str, Callable[[], list[Tokens]]] = {
+                name: counter.count_all((e["messages"] for e in part), executor)
+                for name, part in zip(SPLIT_NAMES, splits, strict=True)
+            }
+            run = self._start_run()
+            self.save_all_datasets(*splits)
+            tokens = {name: token_stats(count()) for name, count in counts.items()}
+        data = run.data["data"]
+        for name, stats in tokens.items():
+            data[name] = {**data[name], "tokens": stats.total}
+        run.update(data=data, exact_tokens=counter.exact)
+        return splits, tokens
+
+    def _load(self, selection: Selection) -> Splits:
+        """Read, choose and split the dialogues; what was left out and leaks is logged."""
+        self._loaded = loaded = self._read_and_split(selection)
+        return loaded.splits
+
+    def _convert(self, splits: Splits) -> Splits:
+        parts = zip(splits, SPLIT_NAMES, strict=True)
+        return Splits(*(self.prepare_dataset(part, name) for part, name in parts))
 
     def _evaluate_and_save(
         self, model_id: str, splits: Splits, *, max_test_cases: int | None, seed: int
@@ -1385,16 +2418,17 @@ class OpenAISFT:
     # Data ----------------------------------------------------------------------------------
 
     def load_and_split_dataset(
-        self, max_samples: int | None = None, seed: int = 42
+        self, max_samples: int | None = None, seed: int = 42, **filters: Unpack[SelectionOptions]
     ) -> tuple[Dataset, Dataset, Dataset]:
         """Return train, test and valid as ``datasets.Dataset``; see :func:`split_dialogues`.
 
-        Columns: ``id``, ``dialogue`` (``role`` and ``utterance``), ``topic``,
-        ``review_by_client_jp``, ``review_by_client_en``.
+        ``filters`` are those of :class:`Selection`. Columns: ``id``, ``dialogue`` (``role`` and
+        ``utterance``), ``topic``, ``review_by_client_jp``, ``review_by_client_en``; for data in
+        the service's form ``id``, ``messages``, ``tools`` (JSON texts).
         """
         from datasets import Dataset
 
-        splits = self._load_and_split(max_samples, seed)
+        splits = self._load(Selection(max_samples, seed, **filters))
         # One table cut in three, so that a field that is null throughout one part keeps the
         # type it has in another.
         rows = [dialogue_row(dialogue) for part in splits for dialogue in part]
@@ -1405,7 +2439,7 @@ class OpenAISFT:
         )
         return train, test, valid
 
-    def _load_and_split(self, max_samples: int | None, seed: int) -> Splits:
+    def _read_and_split(self, selection: Selection) -> _Loaded:
         if self.dataset is None:
             from openai_sft_rehearsal import example_dialogues
 
@@ -1416,29 +2450,51 @@ class OpenAISFT:
             ]
         else:
             logger.info("データを読み込んでいます: %s", self.dataset)
-            dialogues = read_dialogues(self.dataset)
-        if max_samples is not None and max_samples > len(dialogues):
+            dialogues = read_dialogues(self.dataset, revision=self.revision)
+            if not self._licence_told and (
+                "kokorochat" in self.dataset.casefold() or dialogues[0].review_en
+            ):
+                self._licence_told = True
+                logger.info("%s", KOKOROCHAT_LICENCE)
+        kept, removed = select_dialogues(dialogues, selection)
+        if removed:
+            logger.info("%s", removed_line(removed))
+        if not kept:
+            raise DataError("条件に合う対話が1件もありません。絞り込みの指定を緩めてください。")
+        if selection.max_samples is not None and selection.max_samples > len(kept):
             logger.info(
                 "max_samples=%s は対話の数（%s件）より多いため、すべて使います。",
-                f"{max_samples:,}",
-                f"{len(dialogues):,}",
+                f"{selection.max_samples:,}",
+                f"{len(kept):,}",
             )
-        splits = split_dialogues(dialogues, seed=seed, max_samples=max_samples)
+        splits = split_dialogues(
+            kept,
+            seed=selection.seed,
+            max_samples=selection.max_samples,
+            group_by=selection.group_by,
+        )
         logger.info(
             "対話 %s件 → 学習 %s / テスト %s / 検証 %s（seed=%s）",
-            *(f"{n:,}" for n in (len(dialogues), *map(len, splits))),
-            seed,
+            *(f"{n:,}" for n in (len(kept), *map(len, splits))),
+            selection.seed,
         )
-        return splits
+        leakage = {} if selection.group_by else measure_leakage(splits)
+        if leakage:
+            logger.info("%s", leakage_line(leakage))
+        sources = {dialogue.id: dialogue.source for part in splits for dialogue in part}
+        return _Loaded(splits, selection, removed, leakage, sources)
 
     def prepare_dataset(
         self, dataset: Iterable[Dialogue | Mapping[str, Any]], split: str = "train"
     ) -> list[Example]:
         """Convert dialogues, or the rows of a ``Dataset``, to examples with ids.
 
-        A dialogue in which the assistant says nothing is left out, counted and named.
+        A dialogue in which the assistant says nothing is left out, counted and named. Those of
+        more than :data:`MAX_EXAMPLE_TOKENS` become several, are left out or refused
+        (:class:`DataError`), as ``long_examples`` says.
         """
-        examples, left_out = [], []
+        examples: list[Example] = []
+        left_out = []
         for number, row in enumerate(dataset, 1):
             dialogue = row
             if not isinstance(dialogue, Dialogue):
@@ -1448,7 +2504,7 @@ class OpenAISFT:
             if example is None:
                 left_out.append(dialogue.id)
             else:
-                examples.append(example)
+                examples.extend(self._fit_length(example))
         if left_out:
             logger.warning(
                 "%s: カウンセラーの発話がない対話を%d件除きました（ID: %s%s）",
@@ -1459,28 +2515,102 @@ class OpenAISFT:
             )
         return examples
 
+    def _fit_length(self, example: Example) -> list[Example]:
+        messages = example["messages"]
+        # No token is shorter than a byte, and no character takes more than four.
+        size = sum(len(_billed_text(message)) for message in messages)
+        if 4 * size + 4 * len(messages) + 3 <= MAX_EXAMPLE_TOKENS:
+            return [example]
+        counter = TokenCounter(load_vocabulary())
+        # An estimate may be off by some percent: keep a distance.
+        limit = MAX_EXAMPLE_TOKENS if counter.exact else MAX_EXAMPLE_TOKENS * 9 // 10
+        tokens = counter.count(messages).total
+        if tokens <= limit:
+            return [example]
+        place = f"対話「{example['id']}」は{tokens:,}トークンで、上限{limit:,}を超えています"
+        if self.long_examples == "refuse":
+            raise DataError(f"{place}。--long-examples split か drop を指定してください。")
+        if self.long_examples == "drop":
+            logger.warning("%s。除きました。", place)
+            return []
+        parts = split_long_example(example, counter, limit)
+        logger.warning("%s。発話の切れ目で%d件に分けました。", place, len(parts))
+        return parts
+
     def save_all_datasets(
         self,
         train_data: Sequence[Example],
         test_data: Sequence[Example],
         valid_data: Sequence[Example],
     ) -> dict[str, str]:
-        """Write the three JSONL files of a run (``messages`` only); return their paths."""
+        """Check and write the three JSONL files of a run (``messages`` only); return their paths.
+
+        Beside them goes ``manifest_STAMP.json``: which dialogue stands on which line, with the
+        seed, the filters and the sha256 of each file. Problems that the service would refuse
+        raise :class:`DataError` before anything is written.
+        """
         run = self._run
         if run is None or "files" in run.data:
             run = self._start_run()
+        loaded = self._loaded
+        sources = loaded.sources if loaded else {}
         paths: dict[str, str] = {}
+        texts: dict[str, str] = {}
+        manifest: dict[str, Any] = {
+            "version": 1,
+            "dataset": self.dataset or "openai_sft_rehearsal",
+            "revision": self.revision,
+            "system_prompt": self.system_prompt,
+            "selection": asdict(loaded.selection) if loaded else None,
+            "removed": loaded.removed if loaded else None,
+            "leakage": loaded.leakage if loaded else None,
+            "splits": {},
+        }
+        findings: list[Finding] = []
         for name, examples in zip(SPLIT_NAMES, (train_data, test_data, valid_data), strict=True):
             path = self.output_dir / f"{name}_data_{run.stamp}.jsonl"
-            write_new_file(path, "".join(example_line(example) + "\n" for example in examples))
-            paths[name] = str(path)
-            logger.info("保存しました: %s（%s件）", path, f"{len(examples):,}")
-        run.update(files=paths)
+            lines = []
+            for number, example in enumerate(examples, 1):
+                line = example_line(example)
+                lines.append(line + "\n")
+                value = {key: item for key, item in example.items() if key != "id"}
+                for problem in (*find_problems(value), *_find_text_problems(line)):
+                    findings.append(_finding(str(path), number, problem))
+            text = "".join(lines)
+            paths[name], texts[name] = str(path), text
+            manifest["splits"][name] = {
+                "file": path.name,
+                "sha256": hashlib.sha256(text.encode()).hexdigest(),
+                "examples": len(examples),
+                "lines": [
+                    {"id": id_, "source": sources.get(id_) or sources.get(id_.rpartition("/")[0])}
+                    for id_ in (example["id"] for example in examples)
+                ],
+            }
+        require_no_errors(findings)
+        for kind, text in texts.items():
+            write_new_file(Path(paths[kind]), text)
+            count = manifest["splits"][kind]["examples"]
+            logger.info("保存しました: %s（%s件）", paths[kind], f"{count:,}")
+        manifest_path = self.output_dir / f"manifest_{run.stamp}.json"
+        write_new_file(manifest_path, to_json(manifest))
+        run.update(
+            files={**paths, "manifest": str(manifest_path)},
+            data={
+                name: {key: facts[key] for key in ("sha256", "examples")}
+                for name, facts in manifest["splits"].items()
+            },
+            **({"selection": manifest["selection"]} if loaded else {}),
+        )
         return paths
 
-    def _start_run(self) -> RunRecord:
-        """Begin a run record under a stamp that no file of the folder carries yet."""
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+    def _start_run(self, data_of: RunRecord | None = None) -> RunRecord:
+        """Begin a run record under a stamp that no file of the folder carries yet.
+
+        It takes over what the record ``data_of`` knows of the data.
+        """
+        known = data_of.data if data_of else {}
+        self._existing_folder()
         now = self._clock()
         for second in itertools.count():
             stamp = datetime.fromtimestamp(now + second).strftime("%Y%m%d_%H%M%S")
@@ -1495,9 +2625,11 @@ class OpenAISFT:
                     settings={
                         "model": self.model,
                         "dataset": self.dataset,
+                        "revision": self.revision,
                         "base_url": self.base_url,
                         "system_prompt": self.system_prompt,
                     },
+                    **{key: known[key] for key in ("selection", "data", "files") if key in known},
                 )
                 return self._run
         raise AssertionError("unreachable")
@@ -1509,12 +2641,13 @@ class OpenAISFT:
         self,
         splits: Splits,
         epochs: int | Literal["auto"] | None,
+        training_tokens: int = 0,
         *,
         model: str | None = None,
         max_test_cases: int | None = 10,
         seed: int = 42,
     ) -> CostEstimate:
-        """Count the tokens of ``splits`` of examples and price them; ``epochs=None``: no training.
+        """Price training on ``training_tokens`` (``epochs=None``: none) and the evaluation.
 
         The evaluation's answers are taken to be as long as the real ones.
         """
@@ -1525,11 +2658,12 @@ class OpenAISFT:
             for case in choose_cases(part, max_cases=max_test_cases, seed=seed)
         ]
         return estimate_cost(
-            0 if epochs is None else sum(counter.count(e["messages"]) for e in splits.train),
+            training_tokens,
             epochs,
             model=model or self.model,
-            evaluation_input_tokens=sum(counter.count(case.input) for case in cases),
-            evaluation_output_tokens=sum(counter.count_texts([c.reference]) for c in cases),
+            evaluation_input_tokens=sum(counter.count(case.input).total for case in cases),
+            evaluation_output_tokens=counter.count_texts([case.reference for case in cases]),
+            price=self.price,
             yen_per_dollar=self.yen_per_dollar,
             exact_tokens=counter.exact,
         )
@@ -1559,14 +2693,13 @@ class OpenAISFT:
     # Training ------------------------------------------------------------------------------
 
     def upload_training_file(self, path: str | os.PathLike[str]) -> str:
-        """Upload a training file; return its id. Fewer than 10 examples raise DataError."""
-        self._require_examples(len(read_examples(path)))
+        """Check and upload a training file; return its id. Any error raises DataError."""
+        require_no_errors(check_file(path))
         return self._upload(path, "training")
 
     def upload_validation_file(self, path: str | os.PathLike[str]) -> str:
-        """Upload a validation file, which needs one example; return its id."""
-        if not read_examples(path):
-            raise DataError(f"{path}: 検証データが0件です。")
+        """Check and upload a validation file (one example is enough); return its id."""
+        require_no_errors(check_file(path, kind="validation"))
         return self._upload(path, "validation")
 
     def _upload(self, path: str | os.PathLike[str], part: str) -> str:
@@ -1608,6 +2741,8 @@ class OpenAISFT:
         }
         options = {"validation_file": validation_file_id, "suffix": suffix, "seed": seed}
         request.update((key, value) for key, value in options.items() if value is not None)
+        if self._run is not None and "job_id" in self._run.data:
+            self._start_run(data_of=self._run)  # one record a job
         job = self._call(lambda: self.client.fine_tuning.jobs.create(**request), again=False)
         self._remember(job_id=job.id, job_request=request, job_status=job.status)
         logger.info("ファインチューニングジョブを作成しました: %s", job.id)
@@ -1714,10 +2849,7 @@ class OpenAISFT:
         ``error``; errors that would meet every case (key, model, quota) are raised.
         """
         generation = {"temperature": temperature, "seed": seed, "max_tokens": max_tokens}
-        results: dict[str, Any] = {
-            "model_id": model_id,
-            "evaluation_timestamp": self._now(),
-        }
+        results: dict[str, Any] = {"model_id": model_id, "evaluation_timestamp": self._now()}
         with SystemMonitor(self._existing_folder()):
             for name, data in (("test", test_data), ("valid", valid_data)):
                 cases = choose_cases(data, max_cases=max_test_cases, seed=seed)
@@ -1765,11 +2897,15 @@ class OpenAISFT:
         started = time.perf_counter()
         try:
             answer = self._call(lambda: self.client.chat.completions.create(**request))
-            choice = answer.choices[0]
-            if not choice.message.content:
+            try:
+                choice, usage = answer.choices[0], answer.usage
+                text = choice.message.content
+            except (AttributeError, IndexError, TypeError) as error:
+                raise BrokenAnswer("応答がチャットの形ではありません。") from error
+            if not text:
                 raise BrokenAnswer(f"応答が空です（finish_reason: {choice.finish_reason}）")
-            response["output"] = choice.message.content
-            response["usage"] = answer.usage.model_dump(exclude_none=True) if answer.usage else None
+            response["output"] = text
+            response["usage"] = usage.model_dump(exclude_none=True) if usage else None
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError):
             raise
         except (openai.APIError, BrokenAnswer) as error:
@@ -1823,8 +2959,20 @@ class OpenAISFT:
         logger.info("保存しました: %s", path)
         return str(path)
 
+    @staticmethod
+    def _beside(run: RunRecord, kind: str) -> Path:
+        """A file of ``run``, which may have been moved together with its record."""
+        path = Path(run.data["files"][kind])
+        return path if path.exists() else run.path.parent / path.name
+
     def _existing_folder(self) -> Path:
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigurationError(
+                f"保存先 {self.output_dir} を作れません（{error.strerror}）。"
+                "--output-dir で別のフォルダーを指定してください。"
+            ) from error
         return self.output_dir
 
     def _optional(self, part: str, request: Callable[[], T]) -> T | None:
@@ -1877,6 +3025,20 @@ class OpenAISFT:
             logger.debug("%.1f秒後にやり直します: %s", delay, printable(failure))
             self._sleep(delay)
         raise AssertionError("unreachable")
+
+
+def _is_text(value: str | None) -> bool:
+    """Whether ``value`` can be written as UTF-8; an odd byte of a command line can't."""
+    return value is None or not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _is_http_url(url: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError:
+        return False
+    host = parts.hostname or ""
+    return parts.scheme in ("http", "https") and host.isprintable() and host.split() == [host]
 
 
 def _is_transient(error: Any) -> bool:

@@ -8,27 +8,41 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
 import re
 import signal
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from openai_sft import CostEstimate, OpenAISFT, OpenAISFTError, explain_api_error, printable
+from openai_sft import (
+    GROUPS,
+    ConfigurationError,
+    CostEstimate,
+    OpenAISFT,
+    OpenAISFTError,
+    Price,
+    SelectionOptions,
+    check_file,
+    explain_api_error,
+    fix_file,
+    printable,
+)
 
 if TYPE_CHECKING:
     from types import FrameType
 
 DESCRIPTION = """\
-対話データ（既定はKokoroChat）でチャットモデルをファインチューニングし、評価します。
-読み込み → 8:1:1分割 → JSONL変換 → 料金の確認 → アップロード → 学習 → 評価 → 保存。"""
+対話データ（既定: KokoroChat）でチャットモデルを学習させ、評価します。
+読み込み、8:1:1分割、変換、料金の確認、アップロード、学習、評価、保存の順です。"""
 
 EXAMPLES = """\
 例:
   openai-sft --rehearse                    キーも料金もなしで全体を試す
-  openai-sft --data-only                   データと料金だけを確かめる（キー不要）
+  openai-sft --data-only                   データと料金を確かめる（キー不要）
   openai-sft --max-samples 20 --epochs 1   少量で本番を試す
   openai-sft                               全データで学習して評価する
   openai-sft --evaluate-only               最後に学習したモデルを評価する
@@ -64,6 +78,8 @@ class Parser(argparse.ArgumentParser):
     MESSAGES = (
         (r"unrecognized arguments: (.*)", r"知らない指定です: \1"),
         (r"argument (\S+): expected one argument", r"\1 には値が1つ必要です"),
+        (r"argument (\S+): expected at least one argument", r"\1 には値が必要です"),
+        (r"argument (\S+): invalid choice: (.*) \(choose from (.*)\)", r"\1 は \3 のどれかです"),
         (r"argument (\S+): ignored explicit argument .*", r"\1 に値は付けられません"),
         (r"argument (\S+): not allowed with argument (\S+)", r"\1 と \2 は同時に使えません"),
         (r"argument (\S+): (.*)", r"\1: \2"),
@@ -112,6 +128,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--data-only", action="store_true", help="データの作成と料金の計算だけをする（キー不要）"
     )
     only.add_argument("--evaluate-only", action="store_true", help="学習済みモデルの評価だけをする")
+    only.add_argument(
+        "--check-file", metavar="PATH", help="JSONLファイルの問題をすべて挙げる（キー不要）"
+    )
+    mode.add_argument(
+        "--fix",
+        action="store_true",
+        help="--check-file で、直したファイルと直せない行のファイルも作る",
+    )
+    mode.add_argument("--json", action="store_true", help="--check-file の結果をJSONで表示する")
     mode.add_argument("--model-id", metavar="ID", help="評価するモデル（既定: 最後に学習したもの）")
     mode.add_argument(
         "--rehearse",
@@ -127,10 +152,43 @@ def build_parser() -> argparse.ArgumentParser:
         help="Hubの名前、JSONのフォルダー、JSON・JSONL・Parquetファイル"
         "（既定: UEC-InabaLab/KokoroChat）",
     )
-    data.add_argument("--max-samples", type=integer, metavar="N", help="使う対話の数（既定: 全部）")
-    data.add_argument("--seed", type=integer, default=42, metavar="N", help="乱数の種（既定: 42）")
+    data.add_argument("--revision", metavar="REV", help="Hubのデータの版（既定: 最新）")
+    data.add_argument(
+        "--long-examples",
+        choices=("split", "drop", "refuse"),
+        default="split",
+        metavar="HOW",
+        help="上限トークンを超える対話を split（発話の切れ目で分割）、drop（除く）、"
+        "refuse（中止）のどれにするか（既定: split）",
+    )
     data.add_argument(
         "--system-prompt", metavar="TEXT", help="各対話の先頭に置く指示（既定: なし）"
+    )
+
+    # What chooses the split is passed on only where it is given: --evaluate-only holds it
+    # against the split that the model was trained on.
+    choice = parser.add_argument_group("対話の選び方と分け方", argument_default=argparse.SUPPRESS)
+    choice.add_argument(
+        "--max-samples", type=integer, metavar="N", help="使う対話の数（既定: 全部）"
+    )
+    choice.add_argument("--seed", type=integer, metavar="N", help="乱数の種（既定: 42）")
+    for flag, text in (("--min-score", "以上"), ("--max-score", "以下")):
+        choice.add_argument(
+            flag, type=real, metavar="X", help=f"評価点（0〜100）がX{text}の対話だけを使う"
+        )
+    choice.add_argument(
+        "--topics", nargs="+", metavar="TOPIC", help="この話題（日本語か英語）の対話だけを使う"
+    )
+    choice.add_argument(
+        "--exclude-flagged",
+        action="store_true",
+        help="離脱や、有害・倫理違反の指摘がある対話を除く",
+    )
+    choice.add_argument(
+        "--group-by",
+        choices=GROUPS,
+        metavar="WHO",
+        help="counselor、client、pair のどれかを複数の分割にまたがらせない",
     )
 
     job = parser.add_argument_group("学習")
@@ -171,12 +229,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-cost-usd", type=real, metavar="X", help="見積もりがこの額（ドル）を超えたら中止する"
     )
     money.add_argument(
-        "--yen-per-dollar",
-        type=real,
-        default=150.0,
-        metavar="X",
-        help="円換算の仮定（既定: 150）",
+        "--yen-per-dollar", type=real, default=150.0, metavar="X", help="円換算の仮定（既定: 150）"
     )
+    for flag, text in (
+        ("--price-training", "学習"),
+        ("--price-input", "学習済みモデルの入力"),
+        ("--price-output", "学習済みモデルの出力"),
+    ):
+        money.add_argument(
+            flag, type=real, metavar="X", help=f"{text}の単価（100万トークンあたりのドル）"
+        )
     money.add_argument("--yes", action="store_true", help="料金の確認を省く")
 
     place = parser.add_argument_group("接続と出力")
@@ -203,6 +265,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     options = build_parser().parse_args(argv)
+    if options.check_file:
+        return check(options)
     sft: OpenAISFT | None = None
     try:
         with sigterm_as_interrupt():
@@ -215,7 +279,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 offline=options.data_only,
                 rehearse=options.rehearse,
                 verbose=not options.quiet,
+                revision=options.revision,
                 system_prompt=options.system_prompt,
+                long_examples=options.long_examples,
+                price=price_from(options),
                 max_cost_usd=options.max_cost_usd,
                 yen_per_dollar=options.yen_per_dollar,
                 confirm=None if options.rehearse else confirm_with(options),
@@ -245,11 +312,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(sft: OpenAISFT, options: argparse.Namespace) -> None:
     """Call the method that the flags ask for and show what it gives."""
-    sample = {
-        "max_samples": options.max_samples,
-        "seed": options.seed,
-        "max_test_cases": options.max_test_cases,
-    }
+    names = ("max_samples", "seed", "max_test_cases", *SelectionOptions.__annotations__)
+    sample = {name: value for name, value in vars(options).items() if name in names}
     if options.data_only:
         show(sft.prepare_data(options.epochs, **sample).lines())
     elif options.evaluate_only:
@@ -264,6 +328,37 @@ def run(sft: OpenAISFT, options: argparse.Namespace) -> None:
         )
         show_results(results)
     show(f"{kind}: {path}" for kind, path in sft.files.items())
+
+
+def check(options: argparse.Namespace) -> int:
+    """--check-file: findings on stdout; 2 where one is an error."""
+    try:
+        findings = check_file(options.check_file)
+        fixed = fix_file(options.check_file) if options.fix else None
+    except (OpenAISFTError, FileExistsError) as error:
+        tell(f"エラー: {error}")
+        return 2
+    if options.json:
+        show([json.dumps([asdict(f) for f in findings], ensure_ascii=False, indent=2)])
+    else:
+        show(str(finding) for finding in findings)
+        if not findings:
+            show([f"{options.check_file}: 問題はありません。"])
+    if fixed:
+        tell(f"直したファイル: {fixed[0]}（{fixed[2]}件）、直せない行: {fixed[1]}（{fixed[3]}件）")
+    return 2 if any(finding.severity == "error" for finding in findings) else 0
+
+
+def price_from(options: argparse.Namespace) -> Price | None:
+    """The price given by flags: all three or none."""
+    prices = (options.price_training, options.price_input, options.price_output)
+    if prices == (None, None, None):
+        return None
+    if None in prices:
+        raise ConfigurationError(
+            "単価は --price-training、--price-input、--price-output の3つを指定してください。"
+        )
+    return Price(*prices)
 
 
 def show_results(results: dict[str, Any]) -> None:

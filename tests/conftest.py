@@ -1,0 +1,113 @@
+"""Fixtures: a vocabulary that needs no network, the endpoint, and instances that talk to it."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from helpers import records, write_jsonl
+from hypothesis import settings
+
+from openai_sft import OpenAISFT
+from openai_sft_rehearsal import Rehearsal, example_dialogues
+
+settings.register_profile("suite", max_examples=40, deadline=None, derandomize=True, database=None)
+settings.load_profile("suite")
+
+O200K_FILE = "fb374d419588a4632f3f557e76b4b70aebbca790"  # the sha1 of the URL tiktoken fetches
+PROXIES = ("http_proxy", "https_proxy", "all_proxy")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder in which tiktoken finds ``o200k_base``, here and in the processes tests start."""
+    folder = tmp_path_factory.mktemp("vocabulary")
+    package = importlib.util.find_spec("bpe_openai")  # found, not imported: it parses for a second
+    assert package is not None and package.origin is not None
+    packed = Path(package.origin).with_name("data") / "o200k_base.tiktoken.gz"
+    (folder / O200K_FILE).write_bytes(gzip.decompress(packed.read_bytes()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
+        yield folder
+
+
+@pytest.fixture
+def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No setting of the person who runs the tests is seen: no key, no proxy, no ``.env``."""
+    for name in list(os.environ):
+        if name.startswith("OPENAI_") or name.lower() in PROXIES:
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Rehearsal]:
+    """A running endpoint; at the end OpenAI's own description judges all it was asked and said."""
+    with Rehearsal(keep_exchanges=True) as running:
+        yield running
+        exchanges = list(running.exchanges)
+    if importlib.util.find_spec("judge"):
+        problems = importlib.import_module("judge").check_exchanges(exchanges)
+
+        assert problems == []
+
+
+@pytest.fixture
+def dataset(clean_environment: Path) -> Path:
+    """Twenty dialogues in a JSONL file."""
+    return write_jsonl(clean_environment / "dialogues.jsonl", records(20))
+
+
+@pytest.fixture
+def example_file(clean_environment: Path) -> Path:
+    """The rehearsal's own dialogues in a JSONL file."""
+    return write_jsonl(clean_environment / "examples.jsonl", example_dialogues())
+
+
+@pytest.fixture(scope="session")
+def sdk() -> Iterator[openai.OpenAI]:
+    """The SDK's client, made once: reading the certificates for each test would take seconds."""
+    with openai.OpenAI(api_key="k", base_url="http://127.0.0.1:1/v1") as client:
+        yield client
+
+
+@pytest.fixture
+def make_sft(
+    endpoint: Rehearsal, clean_environment: Path, dataset: Path, sdk: openai.OpenAI
+) -> Iterator[Callable[..., OpenAISFT]]:
+    """Makes instances that talk to ``endpoint`` and wait for its progress instead of time."""
+    made: list[OpenAISFT] = []
+
+    def make(**options: Any) -> OpenAISFT:
+        own = {"api_key", "base_url", "offline"} & options.keys()  # it makes its client itself
+        usual = {
+            "client": None if own else sdk.with_options(base_url=endpoint.url),
+            "api_key": "k",
+            "base_url": endpoint.url,
+            "dataset": str(dataset),
+            "output_dir": clean_environment / "out",
+            "sleep": lambda _: endpoint.wait_for_progress(5),
+            "verbose": False,
+        }
+        made.append(OpenAISFT(**(usual | options)))
+        return made[-1]
+
+    yield make
+    for sft in made:
+        sft.close()
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """What the library has logged so far, every level of it."""
+    caplog.set_level(logging.DEBUG, "openai_sft")
+    return lambda: [r.getMessage() for r in caplog.records if r.name == "openai_sft"]

@@ -1,0 +1,473 @@
+"""The command line: what it prints, where, and what it ends with."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from helpers import PROJECT, posts, read_json, records, write_jsonl
+
+import openai_sft_example
+from openai_sft import RunRecord
+from openai_sft_rehearsal import Fault, Rehearsal
+
+pytestmark = pytest.mark.usefixtures("clean_environment")
+
+HELP = Path(__file__).with_name("help.txt")
+SCRIPT = str(PROJECT / "openai_sft_example.py")
+JOBS = "/fine_tuning/jobs"
+HEAVY = ("openai", "datasets", "tiktoken", "pyarrow", "psutil", "tqdm", "dotenv", "numpy")
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def errors(self) -> list[str]:
+        return [line for line in self.err.splitlines() if line.startswith("エラー: ")]
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """The command line in this process."""
+
+    def run(*arguments: str | Path) -> Ended:
+        try:
+            code = openai_sft_example.main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else -1
+        return Ended(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def online(
+    endpoint: Rehearsal, monkeypatch: pytest.MonkeyPatch, dataset: Path
+) -> tuple[str | Path, ...]:
+    """Arguments and a key for a short run against ``endpoint``."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    return (
+        *("--base-url", endpoint.url, "--dataset", dataset, "--poll-interval", "0"),
+        *("--epochs", "1", "--batch-size", "4", "--max-test-cases", "1", "--output-dir", "out"),
+    )
+
+
+def shell(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
+    """The command line in a process of its own, warnings being errors there too."""
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONWARNINGS": "error"}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
+    return subprocess.Popen(
+        [sys.executable, SCRIPT, *map(str, arguments)],
+        **(streams | options),
+        env=environment,
+        encoding="utf-8",
+    )
+
+
+def wait(process: subprocess.Popen[str]) -> Ended:
+    out, err = process.communicate(timeout=30)
+    return Ended(process.returncode, out, err)
+
+
+# ── Help ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("columns", ["20", "80", "300"])
+def test_the_help_is_word_for_word_as_agreed_however_wide_the_terminal(
+    cli: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+
+    assert cli("--help") == Ended(0, HELP.read_text("utf-8"), "")
+
+
+def test_no_line_of_the_help_is_wider_than_a_terminal() -> None:
+    for line in HELP.read_text("utf-8").splitlines():
+        width = sum(2 if unicodedata.east_asian_width(c) in "WFA" else 1 for c in line)
+
+        assert width <= 80, line
+
+
+def test_the_help_names_every_flag_that_was_agreed() -> None:
+    agreed = (
+        "--epochs --batch-size --max-samples --seed --max-test-cases --data-only --evaluate-only "
+        "--model-id --dataset --model --base-url --output-dir --suffix --yen-per-dollar "
+        "--learning-rate-multiplier --system-prompt --poll-interval --rehearse --yes "
+        "--max-cost-usd --quiet --verbose"
+    )
+
+    assert set(agreed.split()) <= set(re.findall(r"--[a-z-]+", HELP.read_text("utf-8")))
+
+
+def test_the_help_is_there_at_once() -> None:
+    def seconds() -> float:
+        before = os.times()
+        subprocess.run([sys.executable, SCRIPT, "--help"], stdout=subprocess.DEVNULL, check=True)
+        after = os.times()
+        return (
+            after.children_user
+            - before.children_user
+            + (after.children_system - before.children_system)
+        )
+
+    assert min(seconds() for _ in range(3)) < 0.2
+
+
+def test_the_help_waits_for_no_heavy_import() -> None:
+    code = (
+        "import sys, runpy\n"
+        f"sys.argv = [{SCRIPT!r}, '--help']\n"
+        "try:\n"
+        f"    runpy.run_path({SCRIPT!r}, run_name='__main__')\n"
+        "finally:\n"
+        f"    sys.stderr.write(' '.join(m for m in {HEAVY!r} if m in sys.modules))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(PROJECT), "PYTHONIOENCODING": "utf-8"},
+        capture_output=True,
+        encoding="utf-8",
+    )
+
+    assert done.returncode == 0
+    assert done.stdout == HELP.read_text("utf-8")
+    assert done.stderr == ""
+
+
+# ── Exit 0 ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_data_and_the_price_need_no_key(cli: Callable[..., Ended], dataset: Path) -> None:
+    ended = cli("--data-only", "--dataset", dataset, "--output-dir", "out", "--epochs", "3")
+    files = sorted(path.name.split("_data_")[0] for path in Path("out").glob("*_data_*.jsonl"))
+
+    assert ended.code == 0
+    assert ended.err == ""
+    assert files == ["test", "train", "valid"]
+    assert "学習 16件、テスト 2件、検証 2件" in ended.out
+    assert re.search(r"学習: [\d,]+トークン × 3エポック = \$0\.\d{4}（約\d+円）", ended.out)
+    assert re.search(r"評価: .*\$0\.\d{4}", ended.out)
+    assert re.search(r"合計: \$0\.\d{4}（約\d+円）", ended.out)
+    assert "1ドル=150円と仮定" in ended.out
+    assert "推定" not in ended.out
+    for path in Path("out").glob("*_data_*.jsonl"):
+        assert str(path) in ended.out
+
+
+def test_a_rehearsal_runs_in_a_fresh_process_without_a_key_a_warning_or_a_terminal() -> None:
+    ended = wait(shell("--rehearse", "--epochs", "1", "--max-test-cases", "1"))
+    (saved,) = Path("openai_sft_outputs").glob("comprehensive_evaluation_*.json")
+
+    assert ended.code == 0
+    assert ended.errors == []
+    assert "Traceback" not in ended.err
+    assert "Warning" not in ended.err
+    assert "[監視] CPU: " in ended.err
+    assert ":rehearsal:" in ended.out
+    assert "GPTの性能とは無関係" in ended.out
+    assert read_json(saved)["rehearsal"] is True
+
+
+def test_a_whole_run_shows_its_results_on_stdout_and_goes_on_without_a_terminal(
+    cli: Callable[..., Ended], online: tuple[str, ...], endpoint: Rehearsal
+) -> None:
+    ended = cli(*online, "--suffix", "kokoro", "--seed", "7")
+    (saved,) = Path("out").glob("comprehensive_evaluation_*.json")
+    created = posts(endpoint, JOBS)[0].request
+
+    assert ended.code == 0
+    assert ended.err == ""
+    assert f"モデル: {read_json(saved)['model_id']}" in ended.out
+    assert "テスト: 1件に応答、0件失敗" in ended.out
+    assert str(saved) in ended.out
+    assert (created["suffix"], created["seed"]) == ("kokoro", 7)
+
+
+def test_every_option_of_training_reaches_the_service(
+    cli: Callable[..., Ended], online: tuple[str, ...], endpoint: Rehearsal
+) -> None:
+    ended = cli(
+        *online,
+        *("--epochs", "auto", "--batch-size", "auto", "--learning-rate-multiplier", "auto"),
+        *("--model", "gpt-4.1-mini-2025-04-14", "--system-prompt", "傾聴", "--max-samples", "15"),
+    )
+    (created,) = posts(endpoint, JOBS)
+
+    assert ended.code == 0
+    assert created.request["model"] == "gpt-4.1-mini-2025-04-14"
+    assert set(created.request["method"]["supervised"]["hyperparameters"].values()) == {"auto"}
+    (train,) = Path("out").glob("train_data_*.jsonl")
+    lines = train.read_text("utf-8").splitlines()
+    assert len(lines) == 11
+    assert all(
+        json.loads(line)["messages"][0] == {"role": "system", "content": "傾聴"} for line in lines
+    )
+
+
+def test_an_evaluation_alone_trains_nothing(
+    cli: Callable[..., Ended], online: tuple[str, ...], endpoint: Rehearsal
+) -> None:
+    Path("out").mkdir()
+    RunRecord.create(Path("out"), "20260101_000000", fine_tuned_model="gpt-4o-2024-08-06")
+    newest = cli(*online, "--evaluate-only")
+    named = cli(*online, "--evaluate-only", "--model-id", "gpt-4o-mini-2024-07-18")
+
+    assert (newest.code, named.code) == (0, 0)
+    assert "モデル: gpt-4o-2024-08-06" in newest.out
+    assert "モデル: gpt-4o-mini-2024-07-18" in named.out
+    assert posts(endpoint, JOBS) == posts(endpoint, "/files") == []
+
+
+# ── Exit 2 ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_without_a_key_one_line_says_how_to_set_it(cli: Callable[..., Ended]) -> None:
+    ended = cli()
+
+    assert ended.code == 2
+    assert ended.out == ""
+    assert ended.err.startswith("エラー: OpenAI API keyが設定されていません")
+    assert ended.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--epochs", "0"], "epochs"),
+        (["--epochs", "many"], "--epochs"),
+        (["--epochs", "51"], "epochs"),
+        (["--batch-size", "1.5"], "--batch-size"),
+        (["--batch-size", "257"], "batch_size"),
+        (["--learning-rate-multiplier", "-1"], "learning"),
+        (["--learning-rate-multiplier", "nan"], "learning"),
+        (["--suffix", "あ" * 65], "suffix"),
+        (["--seed", "-1"], "seed"),
+        (["--max-samples", "0"], "max_samples"),
+        (["--max-samples", "auto"], "--max-samples"),
+        (["--max-test-cases", "-1"], "max_test_cases"),
+        (["--poll-interval", "-1"], "poll_interval"),
+        (["--max-cost-usd", "-1"], "max_cost_usd"),
+        (["--yen-per-dollar", "0"], "yen_per_dollar"),
+        (["--system-prompt", "\udcff"], "system"),
+        (["--base-url", "http://["], "base"),
+        (["--data-only", "--epochs", "0"], "epochs"),
+        (["--data-only", "--evaluate-only"], "同時に使えません"),
+        (["--quiet", "--verbose"], "同時に使えません"),
+        (["--epoch", "3"], "--epoch"),
+        (["--unknown"], "--unknown"),
+        (["stray"], "stray"),
+        (["--seed"], "--seed"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_option_is_one_clear_line_and_nothing_is_sent(
+    cli: Callable[..., Ended],
+    online: tuple[str, ...],
+    endpoint: Rehearsal,
+    arguments: list[str],
+    words: str,
+) -> None:
+    ended = cli(*online, *arguments)
+
+    assert ended.code == 2
+    assert len(ended.errors) == 1
+    assert words in ended.errors[0]
+    assert "Traceback" not in ended.err
+    assert posts(endpoint) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--dataset", "nothing.json"], "nothing.json"),
+        (["--dataset", "."], "対話が1件もありません"),
+        (["--max-samples", "11"], "12件以上"),
+        (["--max-cost-usd", "0"], "上限"),
+        (["--max-cost-usd", "9", "--model", "gpt-4.1-nano-2025-04-14"], "不明"),
+        (["--max-cost-usd", "9", "--epochs", "auto"], "不明"),
+        (["--evaluate-only"], "--model-id"),
+        (["--output-dir", "taken"], "taken"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_too_few_examples_and_too_high_a_price_end_with_2_before_the_upload(
+    cli: Callable[..., Ended],
+    online: tuple[str, ...],
+    endpoint: Rehearsal,
+    arguments: list[str],
+    words: str,
+) -> None:
+    Path("taken").write_text("a file, not a folder")
+    if arguments == ["--dataset", "."]:
+        for path in Path.cwd().glob("*.jsonl"):
+            path.unlink()
+    ended = cli(*online, *arguments)
+
+    assert ended.code == 2
+    assert len(ended.errors) == 1
+    assert words in ended.errors[0]
+    assert posts(endpoint) == []
+
+
+def test_data_that_cannot_be_read_is_named_with_its_line(
+    cli: Callable[..., Ended], clean_environment: Path
+) -> None:
+    path = write_jsonl(clean_environment / "a.jsonl", records(12))
+    path.write_text(path.read_text("utf-8") + '{"dialogue": [', "utf-8")
+    ended = cli("--data-only", "--dataset", path)
+
+    assert ended.code == 2
+    assert ended.err.count("\n") == 1
+    assert "a.jsonl:13" in ended.err
+
+
+# ── Exit 1 ───────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (Fault("job_failed", "POST", JOBS), "server_error"),
+        (Fault("training_not_available", "POST", JOBS), "training_not_available"),
+        (Fault("401", "POST", "/files"), "OPENAI_API_KEY"),
+        (Fault("truncated", "POST", JOBS), "応答"),
+        (Fault("reset_after", "POST", JOBS), "接続"),
+        (Fault("404", "POST", "/chat/completions"), "見つかりません"),
+        (Fault("400", "POST", "/chat/completions", times=None), "すべて"),
+    ],
+    ids=lambda value: value.kind if isinstance(value, Fault) else "",
+)
+def test_what_the_service_fails_at_ends_with_1_and_one_clear_line(
+    cli: Callable[..., Ended],
+    online: tuple[str, ...],
+    endpoint: Rehearsal,
+    fault: Fault,
+    words: str,
+) -> None:
+    endpoint.inject(fault)
+    ended = cli(*online)
+
+    assert ended.code == 1
+    assert len(ended.errors) == 1
+    assert words in ended.errors[0]
+    assert "Traceback" not in ended.err
+    assert "sk-secret" not in ended.err
+
+
+# ── Asking on a terminal ─────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"), [("n\n", 2), ("\n", 2), ("はい\n", 0)], ids=["no", "nothing", "yes"]
+)
+def test_on_a_terminal_the_price_is_shown_and_asked_about(
+    online: tuple[str, ...], endpoint: Rehearsal, answer: str, code: int
+) -> None:
+    terminal, inner = pty.openpty()
+    try:
+        process = shell(*online, "--quiet", stdin=inner)
+        os.write(terminal, answer.encode())
+        ended = wait(process)
+    finally:
+        os.close(terminal)
+        os.close(inner)
+
+    assert ended.code == code
+    assert "合計: $" in ended.err
+    assert ended.err.index("合計: $") < ended.err.index("[y/N]")
+    assert len(posts(endpoint, JOBS)) == (code == 0)
+    assert code == 0 or posts(endpoint) == []
+
+
+def test_yes_asks_nothing(online: tuple[str, ...], endpoint: Rehearsal) -> None:
+    terminal, inner = pty.openpty()
+    try:
+        ended = wait(shell(*online, "--yes", stdin=inner))
+    finally:
+        os.close(terminal)
+        os.close(inner)
+
+    assert ended.code == 0
+    assert "[y/N]" not in ended.err
+    assert len(posts(endpoint, JOBS)) == 1
+
+
+# ── Interrupted ──────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_termination_says_what_goes_on_and_how_to_come_back(
+    online: tuple[str, ...], endpoint: Rehearsal
+) -> None:
+    endpoint.hold("running")
+    process = shell(*online, "--poll-interval", "60")
+    assert process.stderr
+    for line in iter(process.stderr.readline, ""):
+        if "の状態: " in line:  # the job is being watched now
+            break
+    process.send_signal(signal.SIGTERM)
+    ended = wait(process)
+    job_id = posts(endpoint, JOBS)[0].response["id"]
+
+    assert ended.code == 143
+    assert "Traceback" not in ended.err
+    assert job_id in ended.err
+    assert "料金" in ended.err
+    assert [e for e in endpoint.exchanges if e.path.endswith("/cancel")] == []
+
+
+def test_the_way_back_that_is_named_after_ctrl_c_works(
+    online: tuple[str, ...], endpoint: Rehearsal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command in the message is run as a shell would, with the settings in the environment."""
+    endpoint.hold("running")
+    process = shell(*online, "--poll-interval", "60")
+    assert process.stderr
+    for line in iter(process.stderr.readline, ""):
+        if "の状態: " in line:
+            break
+    process.send_signal(signal.SIGINT)
+    ended = wait(process)
+    endpoint.release()
+    command = re.search(r"python -c (\"[^\"]*\")", ended.err)
+    assert command, ended.err
+    monkeypatch.setenv("OPENAI_BASE_URL", endpoint.url)
+    done = subprocess.run(
+        ["/bin/sh", "-c", f"{sys.executable} -c {command[1]}"],
+        env={**os.environ, "PYTHONPATH": str(PROJECT), "PYTHONIOENCODING": "utf-8"},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=30,
+    )
+
+    assert ended.code == 130
+    assert "Traceback" not in ended.err
+    assert done.returncode == 0
+    assert "学習済みモデル: ft:" in done.stderr
+
+
+# ── Loudness ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_quiet_shows_the_results_alone_and_verbose_more_than_usual(dataset: Path) -> None:
+    def run(*loudness: str) -> Ended:
+        return wait(shell("--data-only", "--dataset", dataset, *loudness))
+
+    quiet, usual = run("--quiet"), run()
+
+    assert quiet.code == usual.code == 0
+    assert quiet.err == ""
+    assert "保存しました" in usual.err
+    assert quiet.out.splitlines()[:4] == usual.out.splitlines()[:4]

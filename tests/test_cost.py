@@ -1,0 +1,303 @@
+"""Tokens and money: what a run costs before it is paid."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiktoken
+from helpers import KOKOROCHAT, PROJECT, awkward_text, record, records, write_jsonl
+from hypothesis import given
+from hypothesis import strategies as st
+
+from openai_sft import (
+    OpenAISFT,
+    Splits,
+    TokenCounter,
+    choose_cases,
+    estimate_cost,
+    load_vocabulary,
+    parse_dialogue,
+    price_of,
+    read_dialogues,
+    to_example,
+)
+from openai_sft_rehearsal import example_dialogues
+
+MINI = "gpt-4o-mini-2024-07-18"
+
+messages = st.lists(
+    st.fixed_dictionaries(
+        {
+            "role": st.sampled_from(["system", "user", "assistant"]),
+            "content": awkward_text | st.sampled_from(["<|endoftext|>", "a<|endoftext", "|>"]),
+        },
+        optional={"name": st.just("taro")},
+    ),
+    max_size=6,
+)
+
+
+@pytest.fixture(scope="module")
+def encoding() -> Any:
+    found = load_vocabulary()
+    assert found is not None
+    return found
+
+
+def examples_of(rows: list[Any]) -> list[Any]:
+    dialogues = [parse_dialogue(row, fallback_id=str(n), source="") for n, row in enumerate(rows)]
+    return [example for dialogue in dialogues if (example := to_example(dialogue))]
+
+
+# ── Counting ─────────────────────────────────────────────────────────────────────────────────
+
+
+@given(messages)
+def test_tokens_are_counted_by_the_cookbooks_formula(said: list[dict[str, str]]) -> None:
+    exact = tiktoken.get_encoding("o200k_base")
+    expected = 3 + sum(
+        3 + sum(len(exact.encode_ordinary(text)) for text in one.values()) + ("name" in one)
+        for one in said
+    )
+
+    assert TokenCounter(exact).count(said) == expected
+
+
+def test_a_conversation_counted_by_hand_has_that_many_tokens(encoding: Any) -> None:
+    said = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello world"}]
+
+    # 3 for the example, 3 for each message, 1 for each role, 1 + 2 for the words
+    assert TokenCounter(encoding).count(said) == 3 + 3 * 2 + 2 + 3
+
+
+def test_the_vocabulary_is_that_of_4o_mini_and_its_count_is_called_exact(encoding: Any) -> None:
+    assert encoding.name == tiktoken.encoding_for_model("gpt-4o-mini").name == "o200k_base"
+    assert TokenCounter(encoding).exact
+    assert not TokenCounter(None).exact
+
+
+@given(messages, messages)
+def test_more_text_is_never_estimated_at_less(
+    said: list[dict[str, str]], more: list[dict[str, str]]
+) -> None:
+    counter = TokenCounter(None)
+
+    assert counter.count(said) >= 3 + 3 * len(said)
+    assert counter.count(said + more) >= counter.count(said)
+
+
+@pytest.mark.skipif(not KOKOROCHAT.is_dir(), reason="KokoroChat isn't here")
+def test_the_estimate_is_within_5_percent_of_the_exact_count_on_kokorochat(
+    encoding: Any,
+) -> None:
+    files = sorted(KOKOROCHAT.glob("*.json"))[::20]
+    made = [to_example(dialogue) for path in files for dialogue in read_dialogues(str(path))]
+    said = [example["messages"] for example in made if example]
+    exact = sum(map(TokenCounter(encoding).count, said))
+    estimate = sum(map(TokenCounter(None).count, said))
+
+    assert len(said) > 200
+    assert abs(estimate / exact - 1) < 0.05
+
+
+def test_the_estimate_is_within_10_percent_on_the_projects_own_short_dialogues(
+    encoding: Any,
+) -> None:
+    said = [example["messages"] for example in examples_of(example_dialogues())]
+    exact = sum(map(TokenCounter(encoding).count, said))
+    estimate = sum(map(TokenCounter(None).count, said))
+
+    assert abs(estimate / exact - 1) < 0.10
+
+
+def run_without_vocabulary(
+    code: list[str], proxy: int, folder: Path
+) -> subprocess.CompletedProcess[str]:
+    """Run Python where the vocabulary can't be had but through a port of this machine."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("OPENAI_") and "proxy" not in name.lower()
+    }
+    environment |= {
+        "TIKTOKEN_CACHE_DIR": str(folder),
+        "HTTPS_PROXY": f"http://127.0.0.1:{proxy}",
+        "PYTHONPATH": str(PROJECT),
+    }
+    return subprocess.run(
+        [sys.executable, *code],
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=30,
+    )
+
+
+def test_without_a_vocabulary_counts_are_marked_as_estimates_and_the_run_goes_on(
+    tmp_path: Path,
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", records(20))
+    with socket.create_server(("127.0.0.1", 0)) as refused:
+        port = refused.getsockname()[1]
+    arguments = ["--data-only", "--dataset", str(path), "--output-dir", str(tmp_path / "out")]
+    done = run_without_vocabulary(
+        [str(PROJECT / "openai_sft_example.py"), *arguments], port, tmp_path
+    )
+
+    assert done.returncode == 0
+    assert "トークン（推定）" in done.stdout
+    assert "o200k_base" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_vocabulary_that_never_arrives_hangs_nothing(tmp_path: Path) -> None:
+    code = "import openai_sft; print(openai_sft.load_vocabulary(timeout=0.2))"
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        started = time.monotonic()
+        done = run_without_vocabulary(["-c", code], silent.getsockname()[1], tmp_path)
+        took = time.monotonic() - started
+
+    assert done.stdout.strip() == "None"
+    assert "0.2秒" in done.stderr
+    assert took < 10
+
+
+# ── Pricing ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_ten_epochs_of_kokorochat_on_4o_mini_cost_348_dollars_and_60_cents() -> None:
+    cost = estimate_cost(11_620_000, 10, model=MINI)
+
+    assert cost.training_usd == pytest.approx(348.60)
+    assert cost.evaluation_usd == 0
+    assert cost.total_usd == pytest.approx(348.60)
+    # 7.5 times what the original description said, which took the input price for the training's
+    assert cost.total_usd == pytest.approx(7.5 * 11_620_000 * 10 * 0.40 / 1e6)
+    assert "$348.6000（約52,290円）" in "\n".join(cost.lines())
+
+
+@pytest.mark.parametrize(
+    ("model", "training", "tuned_input", "tuned_output"),
+    [
+        (MINI, 3, 0.30, 1.20),
+        ("gpt-4o-2024-08-06", 25, 3.75, 15),
+        ("gpt-4.1-2025-04-14", 25, 3, 12),
+        ("gpt-4.1-mini-2025-04-14", 5, 0.80, 3.20),
+    ],
+)
+def test_each_known_model_is_priced_by_the_published_table(
+    model: str, training: float, tuned_input: float, tuned_output: float
+) -> None:
+    cost = estimate_cost(
+        1_000_000,
+        2,
+        model=model,
+        evaluation_input_tokens=1_000_000,
+        evaluation_output_tokens=2_000_000,
+    )
+
+    assert cost.training_usd == pytest.approx(2 * training)
+    assert cost.evaluation_usd == pytest.approx(tuned_input + 2 * tuned_output)
+    assert cost.total_usd == pytest.approx(2 * training + tuned_input + 2 * tuned_output)
+
+
+def test_an_evaluation_alone_is_priced_at_the_rate_of_the_model_that_answers() -> None:
+    def price(model: str) -> float | None:
+        return estimate_cost(
+            9_999_999,
+            None,
+            model=model,
+            evaluation_input_tokens=1_000_000,
+            evaluation_output_tokens=1_000_000,
+        ).total_usd
+
+    assert price(f"ft:{MINI}:org::abc") == pytest.approx(0.30 + 1.20)
+    assert price(MINI) == pytest.approx(0.15 + 0.60)
+    assert price("gpt-4o-2024-08-06") is None
+
+
+def test_aliases_and_tuned_models_have_the_price_of_their_base() -> None:
+    assert price_of("gpt-4o-mini") == price_of(MINI) is not None
+    assert price_of(f"ft:{MINI}:org:suffix:abc:ckpt-step-3") == price_of(MINI)
+    assert price_of("gpt-4.1") != price_of("gpt-4.1-mini")
+
+
+@pytest.mark.parametrize("model", ["", "ft:", "ft:unknown:a", "llama-3.1-8b", "gpt-4o-mini-2"])
+def test_a_model_that_is_not_in_the_table_has_no_price(model: str) -> None:
+    cost = estimate_cost(1_000, 1, model=model)
+
+    assert price_of(model) is None
+    assert cost.total_usd is cost.training_usd is None
+    assert "合計: 不明" in cost.lines()
+    assert "$0" not in "\n".join(cost.lines())
+
+
+def test_epochs_chosen_by_the_service_leave_the_price_unknown_and_say_why() -> None:
+    cost = estimate_cost(1_000, "auto", model=MINI)
+
+    assert cost.total_usd is None
+    assert any("auto" in line and "事前に分かりません" in line for line in cost.lines())
+
+
+def test_yen_are_said_to_be_an_assumption() -> None:
+    text = "\n".join(estimate_cost(1_000_000, 1, model=MINI, yen_per_dollar=147.5).lines())
+
+    assert "約442円" in text or "約443円" in text
+    assert "1ドル=147.5円と仮定" in text
+
+
+def test_estimated_tokens_are_marked_and_exact_ones_are_not() -> None:
+    marked = "\n".join(estimate_cost(1_234, 1, model=MINI, exact_tokens=False).lines())
+    exact = "\n".join(estimate_cost(1_234, 1, model=MINI).lines())
+
+    assert "1,234トークン（推定）" in marked
+    assert "推定" not in exact
+
+
+@given(st.integers(0, 10**9), st.integers(1, 50), st.integers(0, 10**6), st.integers(0, 10**6))
+def test_the_price_of_training_is_tokens_times_epochs_and_the_total_is_the_sum(
+    tokens: int, epochs: int, asked: int, answered: int
+) -> None:
+    cost = estimate_cost(
+        tokens,
+        epochs,
+        model=MINI,
+        evaluation_input_tokens=asked,
+        evaluation_output_tokens=answered,
+    )
+
+    assert cost.training_usd == pytest.approx(tokens * epochs * 3e-6)
+    assert cost.evaluation_usd == pytest.approx(asked * 3e-7 + answered * 12e-7)
+    assert cost.total_usd == pytest.approx((cost.training_usd or 0) + (cost.evaluation_usd or 0))
+
+
+def test_only_the_training_split_is_paid_for_as_training(encoding: Any) -> None:
+    made = examples_of(records(30))
+    sft = OpenAISFT(offline=True, model=MINI)
+    counter = TokenCounter(encoding)
+    cost = sft.estimate(Splits(made[:20], made[20:25], made[25:]), 3, max_test_cases=2)
+    cases = choose_cases(made[20:25], max_cases=2) + choose_cases(made[25:], max_cases=2)
+
+    assert cost.training_tokens == sum(counter.count(one["messages"]) for one in made[:20])
+    assert cost.evaluation_input_tokens == sum(counter.count(case.input) for case in cases)
+    assert cost.evaluation_output_tokens >= sum(
+        len(encoding.encode_ordinary(case.reference)) for case in cases
+    )
+    assert cost.exact_tokens
+
+
+def test_a_system_prompt_is_paid_for_in_every_example(encoding: Any) -> None:
+    dialogue = parse_dialogue(record(1), fallback_id="", source="")
+    plain, prompted = to_example(dialogue), to_example(dialogue, system_prompt="hello")
+    counter = TokenCounter(encoding)
+
+    assert plain and prompted
+    assert counter.count(prompted["messages"]) == counter.count(plain["messages"]) + 3 + 1 + 1

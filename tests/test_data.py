@@ -1,0 +1,564 @@
+"""From files to examples: reading, splitting, converting, and the files that are written."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from helpers import KOKOROCHAT, awkward_text, record, records, turns, write_jsonl
+from hypothesis import given
+from hypothesis import strategies as st
+
+from openai_sft import (
+    ROLES,
+    ConfigurationError,
+    DataError,
+    Dialogue,
+    OpenAISFT,
+    dialogue_row,
+    example_line,
+    parse_dialogue,
+    read_dialogues,
+    read_examples,
+    split_dialogues,
+    to_example,
+    write_new_file,
+)
+from openai_sft_rehearsal import example_dialogues, judge_training_file
+
+needs_kokorochat = pytest.mark.skipif(not KOKOROCHAT.is_dir(), reason="KokoroChat isn't here")
+
+
+def parse(row: object) -> Dialogue:
+    return parse_dialogue(row, fallback_id="7", source="here")
+
+
+def spoken(*said: tuple[str, str]) -> Dialogue:
+    return parse(record(1, *said))
+
+
+def dialogues(count: int) -> list[Dialogue]:
+    return [parse(row) for row in records(count)]
+
+
+def ids(part: list[Any]) -> list[str]:
+    return [dialogue.id for dialogue in part]
+
+
+POOL = dialogues(60)
+
+# ── Reading ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_folder_and_each_kind_of_file_give_the_same_dialogues(tmp_path: Path) -> None:
+    rows = example_dialogues()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for number, row in enumerate(rows):
+        (folder / f"{number}.json").write_text(json.dumps(row, ensure_ascii=False), "utf-8")
+    (folder / "README.md").write_text("# not data")
+    (folder / ".hidden.json").write_text("not JSON")
+    (tmp_path / "list.json").write_text(json.dumps(rows), "utf-8")
+    write_jsonl(tmp_path / "lines.jsonl", rows)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "table.parquet")
+
+    def content(source: str) -> set[tuple[str, str]]:
+        return {(d.id, d.digest) for d in read_dialogues(str(tmp_path / source))}
+
+    assert len(content("folder")) == len(rows)
+    assert content("list.json") == content("folder")
+    assert content("lines.jsonl") == content("folder")
+    assert content("table.parquet") == content("folder")
+
+
+def test_one_dialogue_in_one_json_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "one.json").write_text(json.dumps(record(3)), "utf-8")
+
+    assert ids(read_dialogues(str(tmp_path / "one.json"))) == ["d3"]
+
+
+def test_a_byte_order_mark_crlf_and_blank_lines_in_a_jsonl_file_are_no_hindrance(
+    tmp_path: Path,
+) -> None:
+    lines = [json.dumps(record(n), ensure_ascii=False) for n in (1, 2)]
+    (tmp_path / "a.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + f"{lines[0]}\r\n\r\n  \r\n{lines[1]}".encode()
+    )
+
+    assert ids(read_dialogues(str(tmp_path / "a.jsonl"))) == ["d1", "d2"]
+
+
+def test_a_line_separator_inside_a_text_does_not_end_a_line_of_jsonl(tmp_path: Path) -> None:
+    row = record(1, ("client", "一\u2028二\x85三\u2029四"), ("counselor", "はい"))
+    write_jsonl(tmp_path / "a.jsonl", [row])
+
+    (dialogue,) = read_dialogues(str(tmp_path / "a.jsonl"))
+
+    assert dialogue.turns[0] == ("user", "一\u2028二\x85三\u2029四")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "place"),
+    [
+        ("broken.jsonl", b'{"dialogue": []}\n{"dialogue": [', "broken.jsonl:"),
+        ("broken.json", b'{\n"dialogue": [\n}', "broken.json:3"),
+        ("deep.json", b"[" * 100_000, "deep.json:1"),
+        ("bytes.json", b'{"dialogue": "\xff\xfe"}', "bytes.json"),
+        ("number.json", b"7", "number.json"),
+        ("text.jsonl", '\n\n"対話"'.encode(), "text.jsonl:3"),
+        ("nothing.json", b"{}", "nothing.json"),
+        ("string.json", b'{"dialogue": "hello"}', "string.json"),
+        ("turn.json", b'{"dialogue": [{"role": "client"}]}', "turn.json"),
+        ("null.json", b'{"dialogue": [{"role": "client", "utterance": null}]}', "null.json"),
+        ("plain.json", b'{"dialogue": ["hello"]}', "plain.json"),
+        ("half.json", b'{"dialogue": [{"role": "client", "utterance": "\\ud83d"}]}', "half.json"),
+        ("empty.jsonl", b"", "empty.jsonl"),
+        ("table.parquet", b"PAR1 no", "table.parquet"),
+    ],
+)
+def test_what_is_no_dialogue_stops_with_an_error_that_names_the_place(
+    tmp_path: Path, name: str, content: bytes, place: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+
+    with pytest.raises(DataError) as caught:
+        read_dialogues(str(tmp_path / name))
+
+    assert place in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_broken_line_of_a_jsonl_file_is_named_by_its_number(tmp_path: Path) -> None:
+    good = json.dumps(record(1))
+    (tmp_path / "a.jsonl").write_text(f"{good}\n\n{{oops\n", "utf-8")
+
+    with pytest.raises(DataError, match=r"a\.jsonl:3:"):
+        read_dialogues(str(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["nothing.json", "./nothing", "a/b/c", "~/no-such-folder-here"])
+def test_a_path_that_is_not_there_is_never_looked_up_on_the_hub(
+    clean_environment: Path, name: str
+) -> None:
+    with pytest.raises(DataError, match="データがありません") as caught:
+        read_dialogues(name)
+
+    assert name in str(caught.value)
+
+
+def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="1件もありません"):
+        read_dialogues(str(tmp_path))
+
+
+def test_two_dialogues_with_one_id_are_an_error(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [record(1), record(2), record(1)])
+
+    with pytest.raises(DataError, match="d1") as caught:
+        read_dialogues(str(tmp_path / "a.jsonl"))
+
+    assert "a.jsonl:3" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({"id": "x", "review_by_client_en": {"evaluation_id": 5}}, "x"),
+        ({"id": 0}, "0"),
+        ({"review_by_client_en": {"evaluation_id": 5}}, "5"),
+        ({"review_by_client_en": None}, "7"),
+        ({}, "7"),
+    ],
+)
+def test_a_dialogue_keeps_its_own_id_or_kokorochats_or_gets_the_name_of_its_place(
+    facts: dict[str, Any], expected: str
+) -> None:
+    row = {"dialogue": record(1)["dialogue"], **facts}
+
+    assert parse(row).id == expected
+
+
+def test_a_dialogue_of_blank_utterances_goes_through_a_dataset_and_is_left_out(
+    clean_environment: Path, log: Callable[[], list[str]]
+) -> None:
+    blank = record(99, ("client", " "), ("counselor", "\u3000"))
+    path = write_jsonl(Path("a.jsonl"), [*records(11), blank])
+    sft = OpenAISFT(offline=True, dataset=str(path))
+    made = [
+        example
+        for part in sft.load_and_split_dataset()
+        for example in sft.prepare_dataset(part, "train")
+    ]
+
+    assert len(made) == 11
+    assert any("d99" in line for line in log())
+
+
+@pytest.mark.parametrize("key", ["topic", "review_by_client_jp", "review_by_client_en"])
+def test_a_topic_or_review_that_is_plain_text_does_not_crash_the_split(
+    clean_environment: Path, key: str
+) -> None:
+    path = write_jsonl(Path("a.jsonl"), [{**row, key: "仕事"} for row in records(12)])
+
+    try:
+        parts = OpenAISFT(offline=True, dataset=str(path)).load_and_split_dataset()
+    except DataError as error:
+        assert "a.jsonl:1" in str(error)
+    else:
+        assert sum(map(len, parts)) == 12
+
+
+def test_a_chat_with_messages_and_content_is_a_dialogue_too() -> None:
+    row = {
+        "messages": [{"role": "user", "content": "やあ"}, {"role": "assistant", "content": "は"}]
+    }
+
+    assert parse(row).turns == (("user", "やあ"), ("assistant", "は"))
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        ("counselor", "assistant"),
+        ("counsellor", "assistant"),
+        ("カウンセラー", "assistant"),
+        ("therapist", "assistant"),
+        ("assistant", "assistant"),
+        ("client", "user"),
+        ("クライアント", "user"),
+        ("user", "user"),
+        (" Counselor ", "assistant"),
+        ("ＣＬＩＥＮＴ", "user"),
+        ("ｶｳﾝｾﾗｰ", "assistant"),
+    ],
+)
+def test_the_roles_people_write_are_known(name: str, role: str) -> None:
+    assert spoken((name, "はい")).turns == ((role, "はい"),)
+
+
+@pytest.mark.parametrize("name", ["supervisor", "", "coun selor", "カウンセラ", "system", "0"])
+def test_an_unknown_role_stops_with_an_error_that_names_the_dialogue_and_the_turn(
+    name: str,
+) -> None:
+    with pytest.raises(DataError) as caught:
+        spoken(("client", "はい"), (name, "はい"))
+
+    assert "d1" in str(caught.value)
+    assert "2番目" in str(caught.value)
+    assert f"「{name}」" in str(caught.value)
+
+
+@given(turns, st.dictionaries(awkward_text, awkward_text, max_size=3), awkward_text)
+def test_a_row_read_back_is_the_dialogue_it_was_made_of(
+    said: list[tuple[str, str]], topic: dict[str, str], name: str
+) -> None:
+    row = {**record(1, *said), "id": name, "topic": topic, "review_by_client_en": {"score": 3}}
+    dialogue = parse(row)
+
+    assert parse(dialogue_row(dialogue)) == dialogue
+
+
+@given(turns)
+def test_every_utterance_is_kept_in_order_stripped_and_none_is_blank(
+    said: list[tuple[str, str]],
+) -> None:
+    expected = [(ROLES[role], text.strip()) for role, text in said if text.strip()]
+
+    assert list(spoken(*said).turns) == expected
+
+
+# ── Splitting ────────────────────────────────────────────────────────────────────────────────
+
+
+@given(st.integers(0, 60), st.integers())
+def test_a_split_is_disjoint_and_complete_in_the_ratio_8_1_1(count: int, seed: int) -> None:
+    pool = POOL[:count]
+    train, test, valid = split_dialogues(pool, seed=seed)
+
+    assert len(test) == len(valid) == round(count / 10)
+    assert sorted(ids(train) + ids(test) + ids(valid)) == sorted(ids(pool))
+
+
+def test_the_6589_dialogues_of_kokorochat_become_5271_659_and_659() -> None:
+    pool = [replace(POOL[0], id=str(number)) for number in range(6589)]
+
+    assert [len(part) for part in split_dialogues(pool)] == [5271, 659, 659]
+
+
+@given(st.permutations(POOL[:25]), st.integers(0, 3), st.none() | st.integers(1, 30))
+def test_the_same_seed_gives_the_same_split_in_whatever_order_the_files_come(
+    shuffled: list[Dialogue], seed: int, max_samples: int | None
+) -> None:
+    expected = split_dialogues(POOL[:25], seed=seed, max_samples=max_samples)
+
+    assert split_dialogues(shuffled, seed=seed, max_samples=max_samples) == expected
+
+
+def test_the_names_of_the_files_have_no_say_in_the_split() -> None:
+    rows = [{"dialogue": row["dialogue"]} for row in records(30)]
+    named = [parse_dialogue(r, fallback_id=f"{n:03}", source="a") for n, r in enumerate(rows)]
+    renamed = [parse_dialogue(r, fallback_id=f"{99 - n}", source="b") for n, r in enumerate(rows)]
+
+    assert [[d.turns for d in part] for part in split_dialogues(named)] == [
+        [d.turns for d in part] for part in split_dialogues(renamed)
+    ]
+
+
+def test_the_split_of_seed_42_is_the_same_on_every_machine() -> None:
+    train, test, valid = split_dialogues(dialogues(20), seed=42)
+
+    assert (ids(test), ids(valid), ids(train)) == (
+        ["d13", "d15"],
+        ["d20", "d16"],
+        [
+            *("d10", "d1", "d2", "d14", "d19", "d7", "d8", "d12"),
+            *("d6", "d5", "d11", "d4", "d18", "d3", "d17", "d9"),
+        ],
+    )
+
+
+@given(st.integers(1, 70), st.integers(1, 70), st.integers(0, 99))
+def test_a_smaller_sample_is_part_of_a_larger_one(one: int, other: int, seed: int) -> None:
+    small, large = sorted((one, other))
+
+    def sample(size: int) -> set[str]:
+        return {i for part in split_dialogues(POOL, seed=seed, max_samples=size) for i in ids(part)}
+
+    assert len(sample(small)) == min(small, len(POOL))
+    assert sample(small) <= sample(large)
+
+
+def test_another_seed_draws_another_split_and_another_sample() -> None:
+    assert set(ids(split_dialogues(POOL, seed=1).test)) != set(ids(split_dialogues(POOL).test))
+    assert {i for part in split_dialogues(POOL, seed=1, max_samples=9) for i in ids(part)} != {
+        i for part in split_dialogues(POOL, seed=2, max_samples=9) for i in ids(part)
+    }
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_a_sample_of_nothing_is_refused(count: int) -> None:
+    with pytest.raises(ConfigurationError, match="max_samples"):
+        split_dialogues(POOL, max_samples=count)
+
+
+def test_asking_for_more_than_there_is_takes_all_and_says_so(
+    dataset: Path, log: Callable[[], list[str]]
+) -> None:
+    parts = OpenAISFT(offline=True, dataset=str(dataset)).load_and_split_dataset(1_000)
+
+    assert [len(part) for part in parts] == [16, 2, 2]
+    assert any("max_samples=1,000" in line and "20件" in line for line in log())
+
+
+# ── Converting ───────────────────────────────────────────────────────────────────────────────
+
+
+@given(turns)
+def test_merged_messages_alternate_and_end_with_the_assistant(
+    said: list[tuple[str, str]],
+) -> None:
+    example = to_example(spoken(*said))
+    roles = [message["role"] for message in example["messages"]] if example else ["assistant"]
+
+    assert roles[-1] == "assistant"
+    assert all(one != following for one, following in pairwise(roles))
+
+
+@given(turns)
+def test_an_example_holds_all_that_is_said_up_to_the_counsellors_last_word(
+    said: list[tuple[str, str]],
+) -> None:
+    dialogue = spoken(*said)
+    example = to_example(dialogue)
+    kept = list(dialogue.turns)
+    while kept and kept[-1][0] == "user":
+        kept.pop()
+
+    assert (example is None) == (not kept)
+    if example:
+        assert example["id"] == "d1"
+        assert "\n".join(m["content"] for m in example["messages"]) == "\n".join(
+            text for _, text in kept
+        )
+        assert sum(m["role"] == "assistant" for m in example["messages"]) == sum(
+            role == "assistant" and (not n or kept[n - 1][0] == "user")
+            for n, (role, _) in enumerate(kept)
+        )
+
+
+def test_consecutive_turns_are_one_message_and_the_clients_last_turns_are_cut() -> None:
+    dialogue = spoken(
+        ("client", " あの "), ("client", "相談です"), ("counselor", "はい"), ("client", "では")
+    )
+    example = to_example(dialogue)
+
+    assert example == {
+        "id": "d1",
+        "messages": [
+            {"role": "user", "content": "あの\n相談です"},
+            {"role": "assistant", "content": "はい"},
+        ],
+    }
+
+
+def test_a_system_prompt_comes_first_and_there_is_none_by_default() -> None:
+    dialogue = spoken(("client", "やあ"), ("counselor", "はい"))
+    prompted = to_example(dialogue, system_prompt="傾聴してください。")
+    plain = to_example(dialogue)
+
+    assert prompted and plain
+    assert prompted["messages"][0] == {"role": "system", "content": "傾聴してください。"}
+    assert prompted["messages"][1:] == plain["messages"]
+
+
+def test_a_dialogue_with_nothing_to_learn_from_is_left_out_counted_and_named(
+    clean_environment: Path, log: Callable[[], list[str]]
+) -> None:
+    silent = record(99, ("client", "もしもし"), ("counselor", " \u3000\n"))
+    sft = OpenAISFT(offline=True)
+    made = sft.prepare_dataset([parse(record(1)), silent, record(2)], "test")
+
+    assert [example["id"] for example in made] == ["d1", "d2"]
+    assert [line for line in log() if "test" in line and "1件" in line and "d99" in line]
+
+
+# ── Files ────────────────────────────────────────────────────────────────────────────────────
+
+
+@given(st.lists(turns, min_size=1, max_size=4), st.sampled_from(["", "相談員\u2028です\r\n"]))
+def test_convert_write_and_read_back_loses_nothing(
+    talks: list[list[tuple[str, str]]], prompt: str
+) -> None:
+    made = [to_example(spoken(*said), system_prompt=prompt or None) for said in talks]
+    kept = [example for example in made if example]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "train.jsonl")
+        write_new_file(path, "".join(example_line(example) + "\n" for example in kept))
+        read = read_examples(path)
+        content = path.read_bytes()
+
+    assert [example["messages"] for example in read] == [example["messages"] for example in kept]
+    assert all(set(json.loads(line)) == {"messages"} for line in content.split(b"\n")[:-1])
+
+
+@given(st.lists(turns, min_size=1, max_size=4))
+def test_a_written_file_is_one_the_service_takes_and_any_reader_sees_the_same_lines(
+    talks: list[list[tuple[str, str]]],
+) -> None:
+    made = [to_example(spoken(*said)) for said in talks]
+    text = "".join(example_line(example) + "\n" for example in made if example)
+
+    assert len(text.splitlines()) == text.count("\n") == sum(map(bool, made))
+    if text:
+        assert judge_training_file(text.encode(), purpose="validation") is None
+
+
+def test_japanese_is_written_as_it_is_and_not_as_escapes() -> None:
+    example = to_example(spoken(("counselor", "こんにちは😀")))
+
+    assert example
+    assert "こんにちは😀" in example_line(example)
+
+
+def test_lines_that_are_no_examples_are_refused_with_their_place(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"messages": []}\n{"prompt": "x"}\n', "utf-8")
+
+    with pytest.raises(DataError, match=r"a\.jsonl:2"):
+        read_examples(path)
+
+
+def test_an_existing_file_is_never_overwritten_and_no_temporary_file_stays(
+    tmp_path: Path,
+) -> None:
+    write_new_file(tmp_path / "a", "一")
+
+    with pytest.raises(FileExistsError):
+        write_new_file(tmp_path / "a", "二")
+    with pytest.raises(UnicodeEncodeError):
+        write_new_file(tmp_path / "b", "\ud800")
+
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_text("utf-8") == "一"
+
+
+# ── Through the class ────────────────────────────────────────────────────────────────────────
+
+
+def test_the_datasets_of_the_steps_give_the_files_that_the_data_stage_writes(
+    dataset: Path,
+) -> None:
+    sft = OpenAISFT(offline=True, dataset=str(dataset), output_dir="steps")
+    parts = zip(("train", "test", "valid"), sft.load_and_split_dataset(15, seed=7), strict=True)
+    paths = sft.save_all_datasets(*(sft.prepare_dataset(part, name) for name, part in parts))
+    whole = OpenAISFT(offline=True, dataset=str(dataset), output_dir="whole")
+    summary = whole.prepare_data(max_samples=15, seed=7)
+
+    assert set(paths) == {"train", "test", "valid"}
+    for name, path in paths.items():
+        assert type(path) is str
+        assert Path(path).read_bytes() == Path(summary.files[name]).read_bytes()
+    assert summary.examples == {"train": 11, "test": 2, "valid": 2}
+
+
+def test_the_three_datasets_are_datasets_with_ids_and_turns(dataset: Path) -> None:
+    from datasets import Dataset
+
+    train, test, valid = OpenAISFT(offline=True, dataset=str(dataset)).load_and_split_dataset()
+
+    assert all(isinstance(part, Dataset) for part in (train, test, valid))
+    assert [len(part) for part in (train, test, valid)] == [16, 2, 2]
+    assert {row["id"] for part in (train, test, valid) for row in part} == {
+        f"d{n}" for n in range(1, 21)
+    }
+    assert train[0]["dialogue"][0]["role"] == "user"
+
+
+def test_awkward_text_goes_through_a_dataset_unchanged(clean_environment: Path) -> None:
+    said = (("client", "a\r\nb\tc\u2028d\x85e\0f１２😀"), ("counselor", "は\0い\u2029ね"))
+    rows = [{**record(n, *said), "topic": {"main_jp": None}} for n in range(12)]
+    path = write_jsonl(Path("a.jsonl"), rows)
+    sft = OpenAISFT(offline=True, dataset=str(path))
+    train, _, _ = sft.load_and_split_dataset()
+    made = sft.prepare_dataset(train, "train")
+
+    assert [[m["content"] for m in one["messages"]] for one in made] == [
+        [text for _, text in said]
+    ] * 10
+
+
+# ── KokoroChat itself ────────────────────────────────────────────────────────────────────────
+
+
+@needs_kokorochat
+def test_the_released_kokorochat_is_read_whole_split_and_converted() -> None:
+    raw = [json.loads(path.read_bytes()) for path in KOKOROCHAT.glob("*.json")]
+    everything = read_dialogues(str(KOKOROCHAT))
+    splits = split_dialogues(everything, seed=42)
+    made = [to_example(dialogue) for dialogue in everything]
+    merged = sum(len(list(groupby(turn["role"] for turn in row["dialogue"]))) for row in raw)
+    clients_last_word = sum(row["dialogue"][-1]["role"] == "client" for row in raw)
+
+    assert len(splits.test) == len(splits.valid) == round(len(raw) / 10)
+    assert sum(map(len, splits)) == len(raw)
+    assert sum(len(d.turns) for d in everything) == sum(len(row["dialogue"]) for row in raw)
+    assert None not in made
+    assert sum(len(one["messages"]) for one in made if one) == merged - clients_last_word
+
+
+@needs_kokorochat
+def test_a_sample_of_kokorochat_becomes_three_datasets(clean_environment: Path) -> None:
+    sft = OpenAISFT(offline=True, dataset=str(KOKOROCHAT), output_dir="out")
+    train, test, valid = sft.load_and_split_dataset(max_samples=100)
+    made = sft.prepare_dataset(train, "train")
+
+    assert [len(part) for part in (train, test, valid)] == [80, 10, 10]
+    assert {example["id"] for example in made} == {str(row["id"]) for row in train}
