@@ -19,7 +19,7 @@ The stages, and the record that each hands to the next::
 Files written, all in ``output_dir`` with one ``YYYYmmdd_HHMMSS`` stamp a run:
 ``train_data_*.jsonl``, ``test_data_*.jsonl``, ``valid_data_*.jsonl``, ``run_*.json`` (the run
 record: settings, files, job, tuned model), ``training_metrics_*.csv``,
-``comprehensive_evaluation_*.json``.
+``evaluation_*.jsonl`` (the answers as they came), ``comprehensive_evaluation_*.json``.
 
 Errors::
 
@@ -30,6 +30,8 @@ Errors::
     ├── BudgetError          the estimate passes max_cost_usd, or can't be known
     ├── Declined             confirm() said no
     ├── JobFailed            the job ended without a model
+    ├── WaitTimeout          timeout= ran out; the job goes on
+    ├── TrainingNotAvailable the organisation can't fine-tune there any more
     ├── EvaluationFailed     not one answer was had
     └── BrokenAnswer         the endpoint answered something that isn't the API's
 
@@ -47,22 +49,28 @@ import csv
 import functools
 import gc
 import hashlib
+import importlib.metadata
 import io
 import itertools
 import json
 import logging
 import os
+import platform
 import random
 import re
+import shlex
+import shutil
 import sys
 import threading
 import time
 import unicodedata
 import urllib.parse
+import uuid
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
@@ -76,6 +84,11 @@ from typing import (
     cast,
 )
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]  # told by `fcntl is None`
+
 if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
@@ -88,9 +101,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "GROUPS",
+    "PRICES",
     "BrokenAnswer",
     "BudgetError",
     "Case",
+    "CheckItem",
     "ConfigurationError",
     "CostEstimate",
     "DataError",
@@ -99,23 +115,48 @@ __all__ = [
     "Dialogue",
     "EvaluationFailed",
     "Example",
+    "Finding",
     "JobFailed",
     "OpenAISFT",
     "OpenAISFTError",
     "Price",
+    "RunRecord",
+    "RunRow",
+    "Selection",
+    "SelectionOptions",
     "Splits",
     "SystemMonitor",
     "TokenCounter",
+    "TokenStats",
+    "Tokens",
+    "TrainingNotAvailable",
+    "UnknownRole",
+    "WaitTimeout",
+    "check_file",
+    "check_hyperparameters",
     "choose_cases",
+    "dialogue_row",
     "estimate_cost",
+    "example_line",
     "explain_api_error",
+    "find_run",
+    "fix_file",
+    "is_transient",
     "load_vocabulary",
+    "measure_leakage",
     "parse_dialogue",
+    "parse_result_file",
+    "percentile",
     "price_of",
+    "printable",
     "read_dialogues",
     "read_examples",
+    "retry_delay",
+    "select_dialogues",
     "split_dialogues",
+    "split_long_example",
     "to_example",
+    "token_stats",
 ]
 
 logger = logging.getLogger("openai_sft")
@@ -160,7 +201,9 @@ MAX_EPOCHS = 50
 MAX_BATCH_SIZE = 256
 MAX_SUFFIX_LENGTH = 64
 MAX_SEED = 2_147_483_647
-MAX_FILE_BYTES = 512 * 1024**2
+MAX_FILE_BYTES = 8 * 1024**3
+MAX_SINGLE_UPLOAD_BYTES = 512 * 1024**2  # larger files go up in parts
+UPLOAD_PART_BYTES = 64 * 1024**2
 MAX_EXAMPLE_TOKENS = 65_536  # of gpt-4o-mini; the service cuts a longer example at its end
 LINE_KEYS = frozenset({"messages", "tools", "parallel_tool_calls"})
 MESSAGE_KEYS = frozenset(
@@ -172,14 +215,23 @@ SPECIAL_TOKEN = re.compile(
 )
 
 TERMINAL_STATUSES = frozenset({"succeeded", "failed", "cancelled"})
+KNOWN_STATUSES = TERMINAL_STATUSES | frozenset(
+    {"validating_files", "queued", "running", "pausing", "paused", "pending"}
+)
 
 # o200k_base spends 0.228 tokens a UTF-8 byte on KokoroChat (10,601,921 tokens over the merged
 # messages of 5,989 dialogues; 0.2279 to 0.2284 on samples of 600), and 0.2 to 0.25 on English.
 TOKENS_PER_BYTE = 0.228
 VOCABULARY = "o200k_base"
 
+# https://platform.openai.com/docs/deprecations, read 2026-11-22.
+LAST_NEW_JOB_DATE = "2027-01-06"
+MODEL_SHUTDOWN_DATE = "2027-01-14"
+
 RETRIED_STATUSES = frozenset({408, 409, 429})  # and every 5xx
 RETRY_SECONDS = 600.0
+LOOK_DELAYS = (0.0, 3.0, 3.0)  # a list may lag behind what was just created
+MODEL_LOADING_SECONDS = 600.0  # a model may answer 404 for a while after its job succeeded
 MISSING_STATUSES = frozenset({404, 405, 501})  # the endpoint lacks this part of the API
 
 
@@ -228,6 +280,34 @@ class JobFailed(OpenAISFTError):
         reason = ": ".join(printable(part) for part in (code, message) if part)
         reason = f"、{reason}" if reason else ""
         super().__init__(f"ファインチューニング失敗: {status}（ジョブ {job_id}{reason}）")
+
+
+class WaitTimeout(OpenAISFTError):
+    """``timeout`` ran out while the job went on; the job itself is left alone."""
+
+    def __init__(self, job_id: str, status: str, seconds: float) -> None:
+        self.job_id, self.status = job_id, status
+        super().__init__(
+            f"{seconds:g}秒待ちましたが、ジョブ {job_id} は終わっていません"
+            f"（{printable(status)}）。ジョブはサービス側で続いています。"
+        )
+
+
+class TrainingNotAvailable(OpenAISFTError):
+    """The endpoint takes no fine-tuning job from this organisation any more (HTTP 403)."""
+
+    def __init__(self, endpoint: str, deleted: Sequence[str]) -> None:
+        self.deleted = list(deleted)
+        gone = (
+            f"アップロードしたファイル（{'、'.join(deleted)}）は削除しました。" if deleted else ""
+        )
+        super().__init__(
+            f"training_not_available: この組織は {endpoint} で新しいファインチューニングが"
+            f"できません。OpenAIは{LAST_NEW_JOB_DATE}にすべての組織の新規ジョブを終え、"
+            f"{MODEL_SHUTDOWN_DATE}にGPT-4o miniとその学習済みモデルを停止します。{gone}"
+            "まだできること: --base-url で別のエンドポイントを使う、作成済みのモデルを "
+            "--evaluate-only で評価する、同じJSONLで手元のモデルを学習する。"
+        )
 
 
 class EvaluationFailed(OpenAISFTError):
@@ -524,6 +604,32 @@ class Case:
     input: list[Message]
     reference: str
     tools: list[Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunRow:
+    """A run here and its job there; ``orphan`` says where one of the two is missing."""
+
+    run_id: str | None
+    job_id: str | None
+    status: str
+    model: str | None
+    started_at: str | None
+    orphan: Literal["no record", "no job"] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CheckItem:
+    """One line of :meth:`OpenAISFT.check`; ``fail`` means that a run can't work today."""
+
+    name: str
+    level: Literal["ok", "warn", "fail"]
+    text: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        mark = {"ok": "✓", "warn": "⚠", "fail": "✗"}[self.level]
+        return f"{mark} {self.name}: {self.text}" + (f" → {self.remedy}" if self.remedy else "")
 
 
 class Sample(NamedTuple):
@@ -1846,20 +1952,26 @@ def to_json(value: object) -> str:
 
 
 class RunRecord:
-    """What is known of one run, in ``run_STAMP.json``; replaced whole at every update."""
+    """What is known of one run, in ``run_STAMP.json``; replaced whole at every update.
+
+    Whoever may write a record holds its lock; another process gets :class:`ConfigurationError`.
+    """
 
     VERSION = 1
 
     def __init__(self, path: Path, data: dict[str, Any]) -> None:
         self.path, self.data = path, data
+        self._release: weakref.finalize[..., Any] | None = None
 
     @classmethod
     def create(cls, folder: Path, stamp: str, **facts: Any) -> RunRecord:
-        """Start a record. Raises ``FileExistsError`` where the stamp is taken."""
+        """Start a locked record. Raises ``FileExistsError`` where the stamp is taken."""
         data = {"version": cls.VERSION, "run_id": f"run_{stamp}", **facts}
         path = folder / f"run_{stamp}.json"
         write_new_file(path, to_json(data))
-        return cls(path, data)
+        record = cls(path, data)
+        record.lock()
+        return record
 
     @classmethod
     def load(cls, path: Path) -> RunRecord:
@@ -1877,18 +1989,75 @@ class RunRecord:
         """The ``YYYYmmdd_HHMMSS`` that all files of the run carry."""
         return self.path.stem.removeprefix("run_")
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether :meth:`OpenAISFT.resume` has something to do here."""
+        facts = self.data
+        return (
+            facts.get("kind") in ("pipeline", "evaluation")
+            and not facts.get("rehearsal")
+            and "finished_at" not in facts
+            and facts.get("job_status") not in ("failed", "cancelled")
+        )
+
+    def file(self, kind: str) -> Path:
+        """A file of the run, by its bare name: a run's files stand beside its record."""
+        path = self.path.parent / Path(self.data["files"][kind]).name
+        if path.is_symlink():
+            raise DataError(f"{path}: リンクは読みません。ファイルそのものを置いてください。")
+        return path
+
     def update(self, **facts: Any) -> None:
         """Add or replace top-level facts, on disk too."""
         self.data.update(facts)
         _write_temporary(self.path, to_json(self.data)).replace(self.path)
 
+    def lock(self) -> None:
+        """Take the lock and read what another process may have written before it ended.
+
+        Raises :class:`ConfigurationError` while another process holds it. Windows has no
+        ``fcntl``; there the lock is left out.
+        """
+        if fcntl is None or self._release is not None:
+            return
+        path = self.path.with_name(f".{self.path.stem}.lock")
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            raise ConfigurationError(
+                f"{self.path} は別のプロセスが使っています。終わるのを待ってください。"
+            ) from error
+        self._release = weakref.finalize(self, _unlock, path, descriptor)
+        self.data = self.load(self.path).data
+
+    def release(self) -> None:
+        """Give the lock back; it ends with the process too."""
+        if self._release is not None:
+            self._release()
+            self._release = None
+
+
+def _unlock(path: Path, descriptor: int) -> None:
+    path.unlink(missing_ok=True)
+    os.close(descriptor)
+
+
+def read_runs(folder: Path) -> Iterator[RunRecord]:
+    """The run records of ``folder``, newest first; one that can't be read is logged."""
+    for path in sorted(folder.glob("run_*.json"), reverse=True):
+        try:
+            yield RunRecord.load(path)
+        except DataError as error:
+            logger.warning("%s", error)
+
 
 def find_run(folder: Path, model_id: str | None = None) -> RunRecord | None:
     """The newest run in ``folder`` that tuned ``model_id``, or any model; never a rehearsal."""
-    for path in sorted(folder.glob("run_*.json"), reverse=True):
-        run = RunRecord.load(path)
-        model = run.data.get("fine_tuned_model")
-        if model and not run.data.get("rehearsal") and model_id in (None, model):
+    for run in read_runs(folder):
+        models = [run.data.get("fine_tuned_model"), *run.data.get("checkpoints", ())]
+        if models[0] and not run.data.get("rehearsal") and (model_id is None or model_id in models):
             return run
     return None
 
@@ -1988,6 +2157,7 @@ class _TrainingBar:
     def __init__(self, *, enabled: bool) -> None:
         self._enabled = enabled
         self._bar: Any = None
+        self.rows: list[dict[str, float]] = []  # the metrics of each step, for the record
 
     def show(self, event: FineTuningJobEvent) -> None:
         """Move to the step of a metrics event, or log any other event's message."""
@@ -1997,6 +2167,8 @@ class _TrainingBar:
             logger.info("[イベント] %s", printable(event.message))
             return
         logger.debug("[イベント] %s", printable(event.message))
+        numbers = {k: v for k, v in data.items() if isinstance(v, int | float)}
+        self.rows.append({k: v for k, v in numbers.items() if k != "total_steps"})
         if self._bar is None and self._enabled:
             from tqdm.auto import tqdm
 
@@ -2015,7 +2187,88 @@ class _TrainingBar:
             self._bar.close()
 
 
+class _Journal:
+    """The answers of an evaluation, one JSON line each, written as they come.
+
+    Opening it reads what is there; a line that was cut by a crash is ignored.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.answers: dict[tuple[str, str], dict[str, Any]] = {}
+        self._paid: list[Mapping[str, Any]] = []
+        content = path.read_bytes() if path.exists() else b""
+        for line in content.splitlines():
+            with contextlib.suppress(ValueError):
+                entry = json.loads(line)
+                self._take(entry.pop("split"), entry)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self._file = os.fdopen(descriptor, "a", encoding="utf-8", newline="\n")
+        if content and not content.endswith(b"\n"):
+            self._file.write("\n")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def _take(self, split: str, response: dict[str, Any]) -> None:
+        self._paid.append(response.get("usage") or {})
+        if "error" not in response:
+            self.answers[split, response["case_id"]] = response
+
+    def add(self, split: str, response: dict[str, Any]) -> None:
+        """Keep one answer, on disk before anything else is asked."""
+        self._take(split, response)
+        self._file.write(_dump({"split": split, **response}) + "\n")
+        self._file.flush()
+
+    def usage(self) -> dict[str, int]:
+        """Tokens of everything that was answered, also before a crash."""
+        return {
+            key: sum(usage.get(key) or 0 for usage in self._paid)
+            for key in ("prompt_tokens", "completion_tokens")
+        }
+
+
+class _ProgressReader(io.FileIO):
+    """A file that moves a tqdm bar of bytes as it is read."""
+
+    def __init__(self, path: Path, size: int, *, enabled: bool) -> None:
+        super().__init__(path)
+        from tqdm.auto import tqdm
+
+        self._bar = tqdm(
+            total=size,
+            desc="アップロード",
+            unit="B",
+            unit_scale=True,
+            disable=None if enabled else True,
+        )
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(-1 if size is None else size) or b""
+        self._bar.update(len(data))
+        return data
+
+    def close(self) -> None:
+        if not self.closed:
+            self._bar.close()
+        super().close()
+
+
 # ── The class ────────────────────────────────────────────────────────────────────────────────
+
+
+RECORDED_SETTINGS = (
+    "model",
+    "dataset",
+    "revision",
+    "base_url",
+    "system_prompt",
+    "long_examples",
+)
+MIN_FREE_BYTES = 2**30
 
 
 class OpenAISFT:
@@ -2056,6 +2309,7 @@ class OpenAISFT:
         system_prompt: str | None = None,
         long_examples: LongExamples = "split",
         price: Price | None = None,
+        max_single_upload_bytes: int = MAX_SINGLE_UPLOAD_BYTES,
         max_cost_usd: float | None = None,
         yen_per_dollar: float = DEFAULT_YEN_PER_DOLLAR,
         confirm: Callable[[CostEstimate], bool] | None = None,
@@ -2081,6 +2335,14 @@ class OpenAISFT:
         self.max_cost_usd = max_cost_usd
         self.yen_per_dollar = yen_per_dollar
         self._api_key = "rehearsal" if rehearse else setting(api_key, "OPENAI_API_KEY")
+        self._api_key_source = (
+            "引数"
+            if api_key
+            else "環境変数 OPENAI_API_KEY"
+            if os.environ.get("OPENAI_API_KEY")
+            else ".env"
+        )
+        self._max_single_upload_bytes = max_single_upload_bytes
         self._organization = setting(None, "OPENAI_ORG_ID")
         self._project = setting(None, "OPENAI_PROJECT_ID")
         self._client = client
@@ -2093,6 +2355,9 @@ class OpenAISFT:
         self._dataset_given = dataset
         self._loaded: _Loaded | None = None
         self._licence_told = False
+        self._made: Splits | None = None
+        self._resumed = False
+        self._fresh_models: dict[str, float] = {}
         self._lacking: set[str] = set()
         if verbose and not logger.hasHandlers():
             handler = _StderrHandler()
@@ -2151,6 +2416,8 @@ class OpenAISFT:
 
     def close(self) -> None:
         """Close the connections, and the local endpoint of a rehearsal."""
+        if self._run is not None:
+            self._run.release()
         if self._client is not None and self._owns_client:
             self._client.close()
             self._client = None
@@ -2208,47 +2475,306 @@ class OpenAISFT:
         *,
         learning_rate_multiplier: float | Literal["auto"] | None = None,
         suffix: str | None = None,
+        timeout: float | None = None,
         **filters: Unpack[SelectionOptions],
     ) -> dict[str, Any]:
         """Load, split, convert, price, upload, train, evaluate and save; return the results.
 
-        ``filters`` are those of :class:`Selection`.
+        ``filters`` are those of :class:`Selection`; ``timeout`` bounds the wait for the job in
+        seconds. Whatever happens to this program, :meth:`resume` goes on where it stopped.
 
         Raises :class:`JobFailed` for a job that ends without a model, :class:`BudgetError` and
         :class:`Declined` before anything is sent, and what the stages raise.
         """
         check_hyperparameters(epochs, batch_size, learning_rate_multiplier, suffix, seed)
+        self._require_ready()
+        self._make_data(
+            Selection(max_samples, seed, **filters),
+            kind="pipeline",
+            plan={
+                "epochs": epochs,
+                "batch_size": batch_size,
+                "learning_rate_multiplier": learning_rate_multiplier,
+                "suffix": suffix,
+                "seed": seed,
+                "max_test_cases": max_test_cases,
+            },
+        )
+        return self._continue_pipeline(self._current_run, timeout)
+
+    def _continue_pipeline(self, run: RunRecord, timeout: float | None = None) -> dict[str, Any]:
+        """Take a run whose data are made on from its first unfinished step to its end."""
+        plan = run.data["plan"]
+        cases = {"max_test_cases": plan["max_test_cases"], "seed": plan["seed"]}
+        splits = self._recorded_splits(run)
+        if "job_id" not in run.data:
+            tokens = run.data["data"]["train"]["tokens"]
+            self._authorise(self.estimate(splits, plan["epochs"], tokens, **cases))
+            training_file_id = self._upload(run.file("train"), "training")
+            validation_file_id = None
+            if splits.valid:
+                validation_file_id = self._upload(run.file("valid"), "validation")
+            else:
+                logger.info("検証データが0件のため、検証なしで学習します。")
+            self.create_fine_tune_job(
+                training_file_id,
+                plan["epochs"],
+                plan["batch_size"],
+                validation_file_id=validation_file_id,
+                learning_rate_multiplier=plan["learning_rate_multiplier"],
+                suffix=plan["suffix"],
+                seed=plan["seed"],
+            )
+        if run.data.get("fine_tuned_model") is None:
+            job = self.monitor_fine_tune_job(run.data["job_id"], timeout=timeout)
+            if job.status != "succeeded" or not job.fine_tuned_model:
+                code, message = _job_error(job)
+                raise JobFailed(job.id, job.status, code, message)
+        return self._evaluate_and_save(run.data["fine_tuned_model"], splits, **cases)
+
+    def resume(
+        self, run: str | None = None, *, timeout: float | None = None
+    ) -> dict[str, Any] | None:
+        """Go on with an unfinished run (the newest, or ``run_STAMP``) with its own settings.
+
+        Returns its results, or ``None`` where there is nothing to do. Raises
+        :class:`ConfigurationError` for a run that isn't here or that another process drives.
+        """
+        record = self._find_unfinished(run)
+        if record is None:
+            logger.info("再開する実行はありません。")
+            return None
+        record.lock()
+        logger.info("再開します: %s", record.path)
+        self._run = record
+        self._resumed = True
+        self._use_settings(record.data["settings"])
+        self._require_ready()
+        if record.data["kind"] == "evaluation":
+            return self._continue_evaluation(record)
+        return self._continue_pipeline(record, timeout)
+
+    def _find_unfinished(self, name: str | None) -> RunRecord | None:
+        if name is None:
+            return next((run for run in read_runs(self.output_dir) if run.unfinished), None)
+        stem = Path(name).name.removesuffix(".json")
+        path = self.output_dir / f"{stem}.json"
+        if not re.fullmatch(r"run_\d{8}_\d{6}", stem) or not path.is_file():
+            raise ConfigurationError(
+                f"実行 {printable(name)} の記録が {self.output_dir} にありません。"
+                "--list で実行の一覧を見られます。"
+            )
+        record = RunRecord.load(path)
+        return record if record.unfinished else None
+
+    def _use_settings(self, settings: Mapping[str, Any]) -> None:
+        for name in RECORDED_SETTINGS:
+            setattr(self, name, settings.get(name))
+        if self._owns_client and self._client is not None:
+            self._client.close()
+            self._client = None
+
+    def attach(
+        self, job_id: str, *, timeout: float | None = None
+    ) -> dict[str, Any] | FineTuningJob:
+        """Watch any job to its end, also one made elsewhere; save what it leaves.
+
+        A job of an unfinished run here is taken through to the run's results; of any other the
+        SDK's job object is returned.
+        """
+        for run in read_runs(self.output_dir):
+            if run.data.get("job_id") == job_id and run.unfinished:
+                results = self.resume(run.path.stem, timeout=timeout)
+                assert results is not None
+                return results
+        self._start_run(kind="job")
+        return self.monitor_fine_tune_job(job_id, timeout=timeout)
+
+    def cancel_job(self, job_id: str) -> FineTuningJob:
+        """Cancel a job; what it has trained so far is still billed. An ended job is left alone."""
+        job = self._call(lambda: self.client.fine_tuning.jobs.retrieve(job_id))
+        if job.status in TERMINAL_STATUSES:
+            logger.info("ジョブ %s はすでに終わっています（%s）。", job_id, job.status)
+            return job
+        job = self._call(lambda: self.client.fine_tuning.jobs.cancel(job_id))
+        logger.info(
+            "ジョブ %s を取り消しました（%s）。取り消しまでに学習した分の料金は請求されます。",
+            job_id,
+            printable(job.status),
+        )
+        for run in read_runs(self.output_dir):
+            if run.data.get("job_id") == job_id:
+                run.lock()
+                run.update(job_status=job.status)
+                run.release()
+        return job
+
+    def list_runs(self) -> list[RunRow]:
+        """The runs recorded here and the jobs at the endpoint side by side, newest first.
+
+        Without a key (``offline``) or where the endpoint lists no jobs, the runs alone.
+        """
+        jobs: dict[str, FineTuningJob] | None = None
+        if not self._offline:
+            listed = self._optional("ジョブの一覧", lambda: list(self._all_jobs()))
+            jobs = None if listed is None else {job.id: job for job in listed}
+        rows = []
+        for run in read_runs(self.output_dir):
+            job_id = run.data.get("job_id")
+            job = jobs.pop(job_id, None) if jobs and job_id else None
+            missing = jobs is not None and job_id and job is None and not run.data.get("rehearsal")
+            rows.append(
+                RunRow(
+                    run_id=run.data["run_id"],
+                    job_id=job_id,
+                    status=job.status if job else run.data.get("job_status", "—"),
+                    model=run.data.get("fine_tuned_model")
+                    or (job.fine_tuned_model if job else None),
+                    started_at=run.data.get("started_at"),
+                    orphan="no job" if missing else None,
+                )
+            )
+        for job in (jobs or {}).values():
+            started = datetime.fromtimestamp(job.created_at).astimezone()
+            rows.append(
+                RunRow(
+                    run_id=(job.metadata or {}).get("openai_sft_run"),
+                    job_id=job.id,
+                    status=job.status,
+                    model=job.fine_tuned_model,
+                    started_at=started.isoformat(timespec="seconds"),
+                    orphan="no record",
+                )
+            )
+        return sorted(rows, key=lambda row: row.started_at or "", reverse=True)
+
+    def _all_jobs(self, **options: Any) -> Iterator[FineTuningJob]:
+        page = self._call(lambda: self.client.fine_tuning.jobs.list(limit=100, **options))
+        seen: set[str] = set()
+        while True:
+            fresh = [job for job in page.data if job.id not in seen]
+            yield from fresh
+            seen.update(job.id for job in fresh)
+            if not fresh or not page.has_next_page():
+                return
+            page = self._call(page.get_next_page)
+
+    def check(self) -> list[CheckItem]:
+        """Whether a run can work today: key, endpoint, model, dates, disk, vocabulary.
+
+        Nothing is paid. What an endpoint doesn't offer is a warning, never a failure.
+        """
+        return [
+            *self._check_local(),
+            self._check_key(),
+            *self._check_endpoint(),
+            self._check_vocabulary(),
+            self._check_versions(),
+        ]
+
+    def _require_ready(self) -> None:
+        """The cheap part of :meth:`check`; raises ConfigurationError where a run can't work."""
         _ = self.client
-        splits, tokens = self._make_data(Selection(max_samples, seed, **filters))
-        self._authorise(
-            self.estimate(
-                splits, epochs, tokens["train"].total, max_test_cases=max_test_cases, seed=seed
-            )
-        )
-        training_file_id = self._upload(self.files["train"], "training")
-        validation_file_id = None
-        if splits.valid:
-            validation_file_id = self._upload(self.files["valid"], "validation")
+        for item in self._check_local():
+            if item.level == "fail":
+                raise ConfigurationError(f"{item.name}: {item.text}。{item.remedy}")
+            if item.level == "warn":
+                logger.warning("%s", item)
+
+    def _check_local(self) -> Iterator[CheckItem]:
+        folder = self._existing_folder()
+        if os.access(folder, os.W_OK | os.X_OK):
+            yield CheckItem("保存先", "ok", f"{folder} に書き込めます")
         else:
-            logger.info("検証データが0件のため、検証なしで学習します。")
-        job_id = self.create_fine_tune_job(
-            training_file_id,
-            epochs,
-            batch_size,
-            validation_file_id=validation_file_id,
-            learning_rate_multiplier=learning_rate_multiplier,
-            suffix=suffix,
-            seed=seed,
-        )
-        job = self.monitor_fine_tune_job(job_id)
-        if job.status != "succeeded" or not job.fine_tuned_model:
-            error = job.error
-            raise JobFailed(
-                job_id, job.status, error.code if error else None, error.message if error else None
+            remedy = "--output-dir で書き込めるフォルダーを指定してください"
+            yield CheckItem("保存先", "fail", f"{folder} に書き込めません", remedy)
+        free = shutil.disk_usage(folder).free
+        level: Literal["ok", "warn"] = "ok" if free > MIN_FREE_BYTES else "warn"
+        remedy = "" if level == "ok" else "不要なファイルを削除してください"
+        yield CheckItem("ディスク", level, f"空き {free / 2**30:.1f}GB", remedy)
+        today = datetime.fromtimestamp(self._clock()).date()
+        if not self.rehearse and self._host == "api.openai.com":
+            left = (date.fromisoformat(LAST_NEW_JOB_DATE) - today).days
+            text = f"OpenAIの新規ジョブの受付は{LAST_NEW_JOB_DATE}まで"
+            if left > 0:
+                yield CheckItem("受付終了日", "ok", f"{text}（あと{left}日）")
+            else:
+                remedy = "--base-url で別のエンドポイントを使ってください"
+                yield CheckItem("受付終了日", "warn", f"{text}でした", remedy)
+        age = (today - date.fromisoformat(f"{PRICES_AS_OF}-01")).days
+        text = f"{PRICES_AS_OF}時点（{age}日前）"
+        if self.price is not None:
+            yield CheckItem("料金表", "ok", "指定された単価を使います")
+        elif price_of(self.model) is None:
+            remedy = "--price-training などで指定してください"
+            yield CheckItem("料金表", "warn", f"{self.model} の単価がありません", remedy)
+        elif age > 180:
+            yield CheckItem("料金表", "warn", text, f"{PRICES_SOURCE} で確かめてください")
+        else:
+            yield CheckItem("料金表", "ok", text)
+
+    @property
+    def _host(self) -> str:
+        return urllib.parse.urlsplit(self.base_url or "").hostname or ""
+
+    def _check_key(self) -> CheckItem:
+        if not self._api_key:
+            if self._owns_client:
+                return CheckItem(
+                    "APIキー", "fail", "ありません", "OPENAI_API_KEY に設定してください"
+                )
+            return CheckItem("APIキー", "ok", "渡された client のものを使います")
+        if self.rehearse:
+            return CheckItem("APIキー", "ok", "リハーサルでは使いません")
+        ending = f"…{self._api_key[-4:]}" if len(self._api_key) >= 12 else "短すぎる値"
+        return CheckItem("APIキー", "ok", f"{self._api_key_source}から（{ending}）")
+
+    def _check_endpoint(self) -> Iterator[CheckItem]:
+        import openai
+
+        if self._offline:
+            yield CheckItem("エンドポイント", "warn", "offline のため確かめていません")
+            return
+        try:
+            client = self.client
+            address = str(client.base_url)
+            model = self._call(lambda: client.models.retrieve(self.model), patience=5.0)
+        except openai.APIStatusError as error:
+            if error.status_code == 404 and error.code == "model_not_found":
+                yield CheckItem("エンドポイント", "ok", address)
+                remedy = "--model か --base-url を確認してください"
+                yield CheckItem("モデル", "fail", f"{self.model} がありません", remedy)
+            elif error.status_code in MISSING_STATUSES:
+                yield CheckItem("エンドポイント", "ok", address)
+                yield CheckItem("モデル", "warn", f"{self.model} を確かめられません")
+            else:
+                yield CheckItem("エンドポイント", "fail", address, explain_api_error(error))
+            return
+        except (openai.OpenAIError, BrokenAnswer, ConfigurationError) as error:
+            text = self.base_url or "不明"
+            yield CheckItem("エンドポイント", "fail", text, explain_api_error(error))
+            return
+        yield CheckItem("エンドポイント", "ok", f"{address} につながりました")
+        shutdown = _shutdown_date(model)
+        if shutdown is None:
+            yield CheckItem("モデル", "ok", f"{self.model}（停止日の情報なし）")
+            return
+        left = (shutdown - datetime.fromtimestamp(self._clock()).date()).days
+        text = f"{self.model} は{shutdown}に停止します（あと{left}日）"
+        remedy = "学習したモデルも同じ日に停止します。別のモデルを検討してください"
+        yield CheckItem("モデル", "warn" if left > 0 else "fail", text, remedy)
+
+    def _check_vocabulary(self) -> CheckItem:
+        if load_vocabulary() is None:
+            remedy = "TIKTOKEN_CACHE_DIR に語彙ファイルを置くと正確になります"
+            return CheckItem(
+                "トークンの語彙", "warn", f"{VOCABULARY} がなく、推定になります", remedy
             )
-        return self._evaluate_and_save(
-            job.fine_tuned_model, splits, max_test_cases=max_test_cases, seed=seed
-        )
+        return CheckItem("トークンの語彙", "ok", f"{VOCABULARY} で正確に数えられます")
+
+    def _check_versions(self) -> CheckItem:
+        versions = " ".join(f"{name} {version}" for name, version in _versions().items())
+        return CheckItem("版", "ok", versions)
 
     def prepare_data(
         self,
@@ -2260,7 +2786,7 @@ class OpenAISFT:
     ) -> DataSummary:
         """Load, split, convert and write the three files, and price them. Needs no key."""
         check_hyperparameters(epochs, "auto", seed=seed)
-        splits, tokens = self._make_data(Selection(max_samples, seed, **filters))
+        splits, tokens = self._make_data(Selection(max_samples, seed, **filters), kind="data")
         loaded = self._loaded
         return DataSummary(
             examples={name: len(part) for name, part in zip(SPLIT_NAMES, splits, strict=True)},
@@ -2294,13 +2820,12 @@ class OpenAISFT:
                 f"評価するモデルがありません。{folder} に学習済みモデルの記録がないため、"
                 "--model-id（model_id=）で指定してください。"
             )
-        _ = self.client
+        self._require_ready()
         if run is not None and "selection" in run.data:
             given = {"max_samples": max_samples, "seed": seed, **filters}
             self._require_same_split(run, given)
             model_id = model_id or run.data["fine_tuned_model"]
             seed = run.data["selection"]["seed"]
-            splits = self._recorded_splits(run)
         else:
             seed = 42 if seed is None else seed
             logger.warning(
@@ -2308,12 +2833,29 @@ class OpenAISFT:
                 "対話が評価に混ざっている可能性を否定できません。",
                 model_id,
             )
-            splits = self._convert(self._load(Selection(max_samples, seed, **filters)))
-        assert model_id is not None
-        self._authorise(
-            self.estimate(splits, None, model=model_id, max_test_cases=max_test_cases, seed=seed)
+            run = None
+        self._start_run(
+            kind="evaluation",
+            plan={
+                "model_id": model_id,
+                "split_of": run.path.stem if run else None,
+                "selection": asdict(Selection(max_samples, seed, **filters)),
+                "seed": seed,
+                "max_test_cases": max_test_cases,
+            },
         )
-        return self._evaluate_and_save(model_id, splits, max_test_cases=max_test_cases, seed=seed)
+        return self._continue_evaluation(self._current_run)
+
+    def _continue_evaluation(self, run: RunRecord) -> dict[str, Any]:
+        plan = run.data["plan"]
+        if plan["split_of"]:
+            source = RunRecord.load(self.output_dir / f"{plan['split_of']}.json")
+            splits = self._recorded_splits(source)
+        else:
+            splits = self._convert(self._load(Selection(**plan["selection"])))
+        cases = {"max_test_cases": plan["max_test_cases"], "seed": plan["seed"]}
+        self._authorise(self.estimate(splits, None, model=plan["model_id"], **cases))
+        return self._evaluate_and_save(plan["model_id"], splits, **cases)
 
     def _require_same_split(self, run: RunRecord, given: Mapping[str, Any]) -> None:
         recorded = {**run.data["selection"], **run.data["settings"]}
@@ -2336,18 +2878,21 @@ class OpenAISFT:
 
     def _recorded_splits(self, run: RunRecord) -> Splits:
         """The examples of a run's three files, with their ids; the files must be unchanged."""
-        logger.info("学習時に記録した分割を使います: %s", run.path)
+        if run is not self._run or self._resumed:
+            logger.info("記録した分割を使います: %s", run.path)
+        elif self._made is not None:
+            return self._made
         parts = []
         for name in SPLIT_NAMES:
             facts = run.data["data"][name]
-            path = self._beside(run, name)
+            path = run.file(name)
             if not path.exists() or sha256_of(path) != facts["sha256"]:
                 raise DataError(
                     f"{path}: 学習時のデータファイルがないか、変わっています（{run.path} の記録と"
                     "sha256が違います）。元に戻すか、--model-id と別の --output-dir で、記録の"
                     "ないモデルとして評価してください。"
                 )
-            manifest = json.loads(self._beside(run, "manifest").read_text(encoding="utf-8"))
+            manifest = json.loads(run.file("manifest").read_text(encoding="utf-8"))
             ids = [line["id"] for line in manifest["splits"][name]["lines"]]
             examples = read_examples(path)
             parts.append(
@@ -2355,8 +2900,13 @@ class OpenAISFT:
             )
         return Splits(*parts)
 
-    def _make_data(self, selection: Selection) -> tuple[Splits, dict[str, TokenStats]]:
-        """Load, split, convert, check and save; count the tokens beside it."""
+    def _make_data(
+        self, selection: Selection, *, kind: str, plan: Mapping[str, Any] | None = None
+    ) -> tuple[Splits, dict[str, TokenStats]]:
+        """Load, split, convert, check and save; count the tokens beside it.
+
+        The run record appears once everything in it is on disk.
+        """
         workers = os.cpu_count() or 1
         with (
             _gc_paused(),
@@ -2370,13 +2920,13 @@ class OpenAISFT:
                 name: counter.count_all((e["messages"] for e in part), executor)
                 for name, part in zip(SPLIT_NAMES, splits, strict=True)
             }
-            run = self._start_run()
-            self.save_all_datasets(*splits)
+            stamp = self._new_stamp()
+            facts = self._write_datasets(stamp, splits)
             tokens = {name: token_stats(count()) for name, count in counts.items()}
-        data = run.data["data"]
         for name, stats in tokens.items():
-            data[name] = {**data[name], "tokens": stats.total}
-        run.update(data=data, exact_tokens=counter.exact)
+            facts["data"][name]["tokens"] = stats.total
+        self._start_run(stamp, kind=kind, plan=plan, exact_tokens=counter.exact, **facts)
+        self._made = splits
         return splits, tokens
 
     def _load(self, selection: Selection) -> Splits:
@@ -2404,6 +2954,7 @@ class OpenAISFT:
                 f"{asked}件すべての応答に失敗しました。理由は {path} の error を見てください。",
                 path,
             )
+        self._remember(finished_at=self._now())
         return results
 
     @staticmethod
@@ -2549,9 +3100,13 @@ class OpenAISFT:
         seed, the filters and the sha256 of each file. Problems that the service would refuse
         raise :class:`DataError` before anything is written.
         """
-        run = self._run
-        if run is None or "files" in run.data:
-            run = self._start_run()
+        stamp = self._new_stamp()
+        facts = self._write_datasets(stamp, Splits(*map(list, (train_data, test_data, valid_data))))
+        self._start_run(stamp, kind="steps", **facts)
+        return {name: facts["files"][name] for name in SPLIT_NAMES}
+
+    def _write_datasets(self, stamp: str, splits: Splits) -> dict[str, Any]:
+        """Check and write the files of the data stages; return what the record says of them."""
         loaded = self._loaded
         sources = loaded.sources if loaded else {}
         paths: dict[str, str] = {}
@@ -2567,8 +3122,8 @@ class OpenAISFT:
             "splits": {},
         }
         findings: list[Finding] = []
-        for name, examples in zip(SPLIT_NAMES, (train_data, test_data, valid_data), strict=True):
-            path = self.output_dir / f"{name}_data_{run.stamp}.jsonl"
+        for name, examples in zip(SPLIT_NAMES, splits, strict=True):
+            path = self.output_dir / f"{name}_data_{stamp}.jsonl"
             lines = []
             for number, example in enumerate(examples, 1):
                 line = example_line(example)
@@ -2592,47 +3147,51 @@ class OpenAISFT:
             write_new_file(Path(paths[kind]), text)
             count = manifest["splits"][kind]["examples"]
             logger.info("保存しました: %s（%s件）", paths[kind], f"{count:,}")
-        manifest_path = self.output_dir / f"manifest_{run.stamp}.json"
+        manifest_path = self.output_dir / f"manifest_{stamp}.json"
         write_new_file(manifest_path, to_json(manifest))
-        run.update(
-            files={**paths, "manifest": str(manifest_path)},
-            data={
+        return {
+            "files": {**paths, "manifest": str(manifest_path)},
+            "data": {
                 name: {key: facts[key] for key in ("sha256", "examples")}
                 for name, facts in manifest["splits"].items()
             },
             **({"selection": manifest["selection"]} if loaded else {}),
-        )
-        return paths
+        }
 
-    def _start_run(self, data_of: RunRecord | None = None) -> RunRecord:
-        """Begin a run record under a stamp that no file of the folder carries yet.
-
-        It takes over what the record ``data_of`` knows of the data.
-        """
-        known = data_of.data if data_of else {}
-        self._existing_folder()
+    def _new_stamp(self) -> str:
+        """A stamp of now, or of the next second that no file of the folder carries yet."""
+        folder = self._existing_folder()
         now = self._clock()
-        for second in itertools.count():
-            stamp = datetime.fromtimestamp(now + second).strftime("%Y%m%d_%H%M%S")
-            if any(self.output_dir.glob(f"*_{stamp}.*")):
-                continue
-            with contextlib.suppress(FileExistsError):  # taken by another process just now
-                self._run = RunRecord.create(
-                    self.output_dir,
-                    stamp,
-                    rehearsal=self.rehearse,
-                    started_at=self._now(),
-                    settings={
-                        "model": self.model,
-                        "dataset": self.dataset,
-                        "revision": self.revision,
-                        "base_url": self.base_url,
-                        "system_prompt": self.system_prompt,
-                    },
-                    **{key: known[key] for key in ("selection", "data", "files") if key in known},
-                )
+        stamps = (
+            datetime.fromtimestamp(now + second).strftime("%Y%m%d_%H%M%S")
+            for second in itertools.count()
+        )
+        return next(stamp for stamp in stamps if not any(folder.glob(f"*_{stamp}.*")))
+
+    def _start_run(self, stamp: str | None = None, **facts: Any) -> RunRecord:
+        """Begin a run record, under ``stamp`` or a new one, and make it the current one."""
+        if self._run is not None:
+            self._run.release()
+        self._resumed = False
+        self._made = None
+        facts = {
+            "rehearsal": self.rehearse,
+            "started_at": self._now(),
+            "versions": _versions(),
+            "settings": {name: getattr(self, name) for name in RECORDED_SETTINGS},
+            **facts,
+        }
+        while True:
+            try:
+                self._run = RunRecord.create(self.output_dir, stamp or self._new_stamp(), **facts)
                 return self._run
-        raise AssertionError("unreachable")
+            except FileExistsError:  # taken by another process just now
+                if stamp is not None:
+                    raise
+
+    @property
+    def _current_run(self) -> RunRecord:
+        return self._run or self._start_run(kind="steps")
 
     def _now(self) -> str:
         return datetime.fromtimestamp(self._clock()).astimezone().isoformat(timespec="seconds")
@@ -2669,26 +3228,36 @@ class OpenAISFT:
         )
 
     def _authorise(self, estimate: CostEstimate) -> None:
-        """Show the price, hold it against the limit and ask; raises before anything is sent."""
+        """Show the price, hold it against the limit and ask; raises before anything is sent.
+
+        The limit is the whole run's: what its earlier attempts have cost counts as well.
+        """
+        run = self._current_run
+        spent = run.data.get("cost", {}).get("total_usd", 0.0)
         for line in estimate.lines():
             logger.info("%s", line)
+        if spent:
+            logger.info("この実行でこれまでにかかった料金: $%.4f", spent)
         if self.rehearse:
             logger.info("リハーサルのため、実際の課金はありません。")
             return
+        run.update(estimate={**asdict(estimate), "total_usd": estimate.total_usd})
         if self.max_cost_usd is not None:
+            limit = f"上限 ${self.max_cost_usd:,.2f}"
             if estimate.total_usd is None:
                 raise BudgetError(
-                    f"料金が不明で、上限 ${self.max_cost_usd:,.2f} を守れるか判断できません。"
-                    "何も送信していません。--max-cost-usd を外すと続けられます。"
+                    f"料金が不明で、{limit} を守れるか判断できないため中止しました。"
+                    "--price-training などで単価を指定するか、--max-cost-usd を外してください。"
                 )
-            if estimate.total_usd > self.max_cost_usd:
+            if estimate.total_usd + spent > self.max_cost_usd:
+                paid = f"とこれまでの ${spent:,.4f} " if spent else " "
                 raise BudgetError(
-                    f"見積もり ${estimate.total_usd:,.4f} が上限 ${self.max_cost_usd:,.2f} を"
-                    "超えるため中止しました。何も送信していません。--max-samples か --epochs を"
-                    "減らすか、--max-cost-usd を上げてください。"
+                    f"見積もり ${estimate.total_usd:,.4f}{paid}が{limit} を超えるため中止しました。"
+                    "この先は何も送信していません。--max-samples か --epochs を減らすか、"
+                    "--max-cost-usd を上げてください。"
                 )
         if self._confirm is not None and not self._confirm(estimate):
-            raise Declined("中止しました。何も送信していません。")
+            raise Declined("中止しました。この先は何も送信していません。")
 
     # Training ------------------------------------------------------------------------------
 
@@ -2703,17 +3272,119 @@ class OpenAISFT:
         return self._upload(path, "validation")
 
     def _upload(self, path: str | os.PathLike[str], part: str) -> str:
+        """Upload a file, unless this data is there already; its intent is recorded first."""
         path = Path(path)
-        logger.info("アップロードしています: %s（%.1f MB）", path, path.stat().st_size / 1e6)
-        with path.open("rb") as file:
-            uploaded = self._call(
-                lambda: self.client.files.create(
-                    file=(path.name, file), purpose="fine-tune", timeout=600.0
-                ),
-                again=False,
+        run = self._current_run
+        size = path.stat().st_size
+        facts: dict[str, Any] = {"name": path.name, "bytes": size, "sha256": sha256_of(path)}
+        before = run.data.get("uploads", {})
+        file_id = self._uploaded_before(facts)
+        if file_id is None and "intent_at" in before.get(part, {}):
+            file_id = self._look_for(lambda: self._find_file(facts))
+        if file_id is not None:
+            logger.info("アップロード済みのファイルを使います: %s（%s）", path.name, file_id)
+            facts["reused"] = True
+        else:
+            logger.info("アップロードしています: %s（%.1f MB）", path, size / 1e6)
+            run.update(uploads={**before, part: {**facts, "intent_at": self._now()}})
+            file_id = self._send_once(
+                lambda: self._send_file(path, size), lambda: self._find_file(facts)
             )
-        self._remember(**{f"{part}_file_id": uploaded.id})
-        return uploaded.id
+        run.update(uploads={**before, part: {**facts, "file_id": file_id}})
+        return file_id
+
+    def _uploaded_before(self, facts: Mapping[str, Any]) -> str | None:
+        """The id of a file that a run here uploaded to this endpoint, if it is still there."""
+        if self.rehearse:
+            return None
+        for run in read_runs(self.output_dir):
+            if run.data.get("rehearsal") or run.data["settings"]["base_url"] != self.base_url:
+                continue
+            for upload in run.data.get("uploads", {}).values():
+                if upload["sha256"] != facts["sha256"] or "file_id" not in upload:
+                    continue
+                file_id = str(upload["file_id"])
+                kept = self._optional(
+                    "ファイルの照会",
+                    functools.partial(self.client.files.retrieve, file_id),
+                    gone_is_missing=False,
+                )
+                if kept is not None and kept.bytes == facts["bytes"] and kept.status != "error":
+                    return file_id
+        return None
+
+    def _find_file(self, facts: Mapping[str, Any]) -> str | None:
+        page = self._call(lambda: self.client.files.list(purpose="fine-tune"))
+        for file in page.data:
+            same = (file.filename, file.bytes) == (facts["name"], facts["bytes"])
+            # A stamp a run makes names unique; the day is for clocks that disagree.
+            if same and abs(file.created_at - self._clock()) < 86_400:
+                return file.id
+        return None
+
+    def _send_file(self, path: Path, size: int) -> str:
+        client = self.client.with_options(timeout=600.0)
+        with _ProgressReader(path, size, enabled=self.verbose) as file:
+            if size <= self._max_single_upload_bytes:
+                sent = self._call(
+                    lambda: client.files.create(file=(path.name, file), purpose="fine-tune"),
+                    patience=0,
+                )
+                return sent.id
+            # The SDK's helper for this neither repeats a part that fails nor shows how far it is.
+            upload = self._call(
+                lambda: client.uploads.create(
+                    bytes=size,
+                    filename=path.name,
+                    mime_type="application/jsonl",
+                    purpose="fine-tune",
+                )
+            )
+            part_ids = []
+            while chunk := file.read(min(UPLOAD_PART_BYTES, self._max_single_upload_bytes)):
+                send = functools.partial(client.uploads.parts.create, upload.id, data=chunk)
+                part_ids.append(self._call(send).id)
+            done = self._call(lambda: client.uploads.complete(upload.id, part_ids=part_ids))
+            if done.file is None:
+                raise BrokenAnswer("アップロードは完了しましたが、ファイルのIDが返りませんでした。")
+            return done.file.id
+
+    def _send_once(self, send: Callable[[], T], find: Callable[[], T | None]) -> T:
+        """Carry out what must not happen twice: after a lost answer, look before sending again.
+
+        Raises the SDK's error or :class:`BrokenAnswer` after :data:`RETRY_SECONDS`.
+        """
+        import openai
+
+        started = self._clock()
+        for attempt in itertools.count():
+            try:
+                return send()
+            except (openai.APIError, BrokenAnswer) as error:
+                if not is_transient(error):
+                    raise
+                failure: Exception = error
+            # A refusal for the rate tells that nothing happened; of any other failure only the
+            # service knows whether the request was carried out.
+            if getattr(failure, "status_code", None) != 429:
+                logger.info("応答が失われました。サービス側に届いたかを確かめます。")
+                found = self._look_for(find)
+                if found is not None:
+                    return found
+            delay = retry_delay(attempt, _retry_after(failure), random.random())
+            if self._clock() + delay - started > RETRY_SECONDS:
+                raise failure
+            self._sleep(delay)
+        raise AssertionError("unreachable")
+
+    def _look_for(self, find: Callable[[], T | None]) -> T | None:
+        for delay in LOOK_DELAYS:
+            if delay:
+                self._sleep(delay)
+            found = find()
+            if found is not None:
+                return found
+        return None
 
     def create_fine_tune_job(
         self,
@@ -2728,8 +3399,13 @@ class OpenAISFT:
     ) -> str:
         """Create the (paid) job with supervised fine-tuning; return its id.
 
-        It is sent once: a repeated request could make a second paid job.
+        What is asked is recorded before it is sent, and the job carries the run's id, the
+        data's hash and a token of this one request as ``metadata``. Where the answer is lost,
+        the job with that token is looked for before anything is sent again. Raises
+        :class:`TrainingNotAvailable` after deleting the files just uploaded.
         """
+        import openai
+
         check_hyperparameters(epochs, batch_size, learning_rate_multiplier, suffix, seed)
         hyperparameters: dict[str, Any] = {"n_epochs": epochs, "batch_size": batch_size}
         if learning_rate_multiplier is not None:
@@ -2741,35 +3417,127 @@ class OpenAISFT:
         }
         options = {"validation_file": validation_file_id, "suffix": suffix, "seed": seed}
         request.update((key, value) for key, value in options.items() if value is not None)
-        if self._run is not None and "job_id" in self._run.data:
-            self._start_run(data_of=self._run)  # one record a job
-        job = self._call(lambda: self.client.fine_tuning.jobs.create(**request), again=False)
-        self._remember(job_id=job.id, job_request=request, job_status=job.status)
-        logger.info("ファインチューニングジョブを作成しました: %s", job.id)
-        return job.id
+        if "job_id" in self._current_run.data:
+            known = self._current_run.data
+            kept = ("kind", "plan", "selection", "data", "files", "uploads")
+            self._start_run(**{key: known[key] for key in kept if key in known})
+        run = self._current_run
+        intent: dict[str, Any] = run.data.get("job_intent", {})
+        found = None
+        if intent.get("request") == request:
+            token = intent["token"]
+            found = self._look_for(lambda: self._find_job(token))
+        else:
+            token = uuid.uuid4().hex
+            run.update(job_intent={"token": token, "at": self._now(), "request": request})
+        metadata = {
+            "openai_sft_run": run.data["run_id"],
+            "openai_sft_data": run.data.get("data", {}).get("train", {}).get("sha256", "unknown"),
+            "openai_sft_intent": token,
+        }
+        if found is None:
+            jobs = self.client.fine_tuning.jobs
+            try:
+                found = self._send_once(
+                    lambda: (
+                        self._call(lambda: jobs.create(**request, metadata=metadata), patience=0).id
+                    ),
+                    lambda: self._find_job(token),
+                )
+            except openai.PermissionDeniedError as error:
+                if error.code != "training_not_available":
+                    raise
+                endpoint = str(self.client.base_url)
+                raise TrainingNotAvailable(endpoint, self._delete_uploads(run)) from error
+        run.update(job_id=found)
+        logger.info("ファインチューニングジョブを作成しました: %s", found)
+        return found
 
-    def monitor_fine_tune_job(self, job_id: str) -> FineTuningJob:
+    def _find_job(self, token: str) -> str | None:
+        # Compared here too, for an endpoint may ignore the filter.
+        for job in self._all_jobs(metadata={"openai_sft_intent": token}):
+            if (job.metadata or {}).get("openai_sft_intent") == token:
+                return job.id
+        return None
+
+    def _delete_uploads(self, run: RunRecord) -> list[str]:
+        """Delete what this run uploaded itself; return the ids that are gone."""
+        deleted = []
+        uploads = run.data.get("uploads", {})
+        for upload in uploads.values():
+            file_id = upload.get("file_id")
+            if file_id and not upload.get("reused"):
+                remove = functools.partial(self.client.files.delete, file_id)
+                if self._optional("ファイルの削除", remove) is not None:
+                    deleted.append(str(file_id))
+        run.update(uploads={k: u for k, u in uploads.items() if u.get("file_id") not in deleted})
+        return deleted
+
+    def monitor_fine_tune_job(self, job_id: str, *, timeout: float | None = None) -> FineTuningJob:
         """Poll until the job ends; return it, whatever its end. Events are logged as they come.
 
-        Waits ``poll_interval`` seconds between polls, less at first. The outcome, with the
-        tuned model's name and the training metrics, is saved in the run record.
+        Waits ``poll_interval`` seconds between polls, less at first. Failed polls are survived,
+        however many; an unknown status waits. After ``timeout`` seconds raises
+        :class:`WaitTimeout` and leaves the job alone. The outcome, with the tuned model, its
+        checkpoints, the metrics and the cost, is saved in the run record.
         """
+        self._current_run.update(job_id=job_id)
+        deadline = None if timeout is None else self._clock() + timeout
         seen: set[str] = set()
         status = ""
         bar = _TrainingBar(enabled=self.verbose)
         with SystemMonitor(self._existing_folder()), contextlib.closing(bar):
             for delay in self._poll_delays():
-                job = self._call(lambda: self.client.fine_tuning.jobs.retrieve(job_id))
-                for event in self._new_events(job_id, seen):
-                    bar.show(event)
-                if job.status != status:
-                    status = job.status
-                    logger.info("ジョブ %s の状態: %s", job_id, printable(status))
-                if status in TERMINAL_STATUSES:
-                    break
-                self._sleep(delay)
-        self._record_outcome(job)
+                job = self._survive(
+                    lambda: self._call(
+                        lambda: self.client.fine_tuning.jobs.retrieve(job_id), patience=0
+                    ),
+                    deadline,
+                )
+                if job is not None:
+                    for event in self._new_events(job_id, seen):
+                        bar.show(event)
+                    if job.status != status:
+                        status = job.status
+                        waiting = "" if status in KNOWN_STATUSES else "（知らない状態。待ちます）"
+                        logger.info("ジョブ %s の状態: %s%s", job_id, printable(status), waiting)
+                        self._remember(job_status=status)
+                    if status in TERMINAL_STATUSES:
+                        break
+                if deadline is not None and self._clock() >= deadline:
+                    raise WaitTimeout(job_id, status, timeout or 0.0)
+                left = delay if deadline is None else deadline - self._clock()
+                self._sleep(max(0.0, min(delay, left)))
+        assert job is not None
+        self._record_outcome(job, bar.rows)
         return job
+
+    def _survive(self, request: Callable[[], T], deadline: float | None) -> T | None:
+        """``request()``, waiting out any outage; ``None`` where the deadline comes first."""
+        import openai
+
+        began: float | None = None
+        for attempt in itertools.count():
+            try:
+                answer = request()
+            except (openai.APIError, BrokenAnswer) as error:
+                if not is_transient(error):
+                    raise
+                if began is None:
+                    began = self._clock()
+                    logger.warning(
+                        "ジョブの状態を取得できません。つながるまで待ちます: %s",
+                        explain_api_error(error),
+                    )
+                delay = retry_delay(attempt, _retry_after(error), random.random())
+                if deadline is not None and self._clock() + delay >= deadline:
+                    return None
+                self._sleep(delay)
+            else:
+                if began is not None:
+                    logger.info("つながりました（中断は%.0f秒）。", self._clock() - began)
+                return answer
+        raise AssertionError("unreachable")
 
     def _poll_delays(self) -> Iterator[float]:
         """Seconds between polls: short at first, when a bad file is found, then the interval."""
@@ -2791,25 +3559,88 @@ class OpenAISFT:
             page = self._optional("イベント", page.get_next_page)
         return fresh[::-1]
 
-    def _record_outcome(self, job: FineTuningJob) -> None:
-        error = job.error
+    def _record_outcome(self, job: FineTuningJob, rows: Sequence[Mapping[str, float]]) -> None:
+        code, message = _job_error(job)
         self._remember(
             job_id=job.id,
             job_status=job.status,
-            job_error={"code": error.code, "message": error.message} if error else None,
+            job_error={"code": code, "message": message} if code or message else None,
             fine_tuned_model=job.fine_tuned_model,
             trained_tokens=job.trained_tokens,
             result_files=job.result_files,
         )
         if job.status != "succeeded":
-            reason = f"（{printable(error.code)}: {printable(error.message)}）" if error else ""
+            reason = ": ".join(printable(part) for part in (code, message) if part)
+            reason = f"（{reason}）" if reason else ""
             logger.error("ファインチューニング失敗: %s%s", printable(job.status), reason)
             return
         logger.info("学習済みモデル: %s", job.fine_tuned_model)
-        self._save_metrics(job)
+        if job.fine_tuned_model:
+            self._fresh_models[job.fine_tuned_model] = self._clock() + MODEL_LOADING_SECONDS
+        self._save_metrics(job, rows)
+        self._record_checkpoints(job)
+        self._record_training_cost(job)
+        self._record_shutdown(job)
 
-    def _save_metrics(self, job: FineTuningJob) -> None:
-        """Write the result file's rows to ``training_metrics_STAMP.csv``, where there is one."""
+    def _record_checkpoints(self, job: FineTuningJob) -> None:
+        page = self._optional(
+            "チェックポイント", lambda: self.client.fine_tuning.jobs.checkpoints.list(job.id)
+        )
+        checkpoints = page.data if page is not None else []
+        for checkpoint in checkpoints:
+            logger.info(
+                "チェックポイント: %s（step %d）",
+                printable(checkpoint.fine_tuned_model_checkpoint),
+                checkpoint.step_number,
+            )
+        names = [checkpoint.fine_tuned_model_checkpoint for checkpoint in checkpoints]
+        self._remember(checkpoints=names)
+
+    def _record_training_cost(self, job: FineTuningJob) -> None:
+        price = self.price or price_of(self.model)
+        if self.rehearse or price is None or job.trained_tokens is None:
+            return
+        actual = job.trained_tokens * price.training / 1e6
+        estimate = (self._current_run.data.get("estimate") or {}).get("training_usd")
+        difference = f"、見積もりとの差 {actual / estimate - 1:+.1%}" if estimate else ""
+        logger.info(
+            "学習の実費: $%.4f（%s トークン%s）", actual, f"{job.trained_tokens:,}", difference
+        )
+        self._add_cost(training_usd=actual)
+
+    def _add_cost(self, **dollars: float) -> None:
+        cost = {**self._current_run.data.get("cost", {}), **dollars}
+        cost["total_usd"] = sum(value for key, value in cost.items() if key != "total_usd")
+        self._remember(cost=cost)
+
+    def _record_shutdown(self, job: FineTuningJob) -> None:
+        for name in filter(None, (job.fine_tuned_model, job.model)):
+            model = self._optional(
+                "モデル情報",
+                functools.partial(self.client.models.retrieve, name),
+                gone_is_missing=False,
+            )
+            shutdown = _shutdown_date(model)
+            if shutdown is not None:
+                logger.warning("%s は %s に停止します。", name, shutdown)
+                self._remember(shutdown_date=str(shutdown))
+                return
+
+    def _save_metrics(self, job: FineTuningJob, event_rows: Sequence[Mapping[str, float]]) -> None:
+        """Write the result file's rows, or those of the events, to ``training_metrics_*.csv``."""
+        rows = self._result_rows(job) or event_rows
+        if not rows:
+            logger.info("学習の記録（損失など）は得られませんでした。")
+            return
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        table = io.StringIO()
+        writer = csv.DictWriter(table, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        self._publish("training_metrics", ".csv", table.getvalue())
+        self._remember(final_metrics=rows[-1])
+
+    def _result_rows(self, job: FineTuningJob) -> list[dict[str, float]]:
         for file_id in job.result_files or ():
             content = self._optional(
                 "結果ファイル", functools.partial(self.client.files.content, file_id)
@@ -2821,14 +3652,9 @@ class OpenAISFT:
             except ValueError as error:
                 logger.warning("結果ファイル %s を読めません（%s）。", file_id, printable(error))
                 continue
-            columns = list(dict.fromkeys(key for row in rows for key in row))
-            table = io.StringIO()
-            writer = csv.DictWriter(table, columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-            self._publish("training_metrics", ".csv", table.getvalue())
-            self._remember(final_metrics=rows[-1] if rows else None)
-            return
+            if rows:
+                return rows
+        return []
 
     # Evaluation ----------------------------------------------------------------------------
 
@@ -2849,17 +3675,23 @@ class OpenAISFT:
         ``error``; errors that would meet every case (key, model, quota) are raised.
         """
         generation = {"temperature": temperature, "seed": seed, "max_tokens": max_tokens}
-        results: dict[str, Any] = {"model_id": model_id, "evaluation_timestamp": self._now()}
-        with SystemMonitor(self._existing_folder()):
+        results: dict[str, Any] = {
+            "model_id": model_id,
+            "evaluation_timestamp": self._now(),
+        }
+        cases = {
+            name: choose_cases(data, max_cases=max_test_cases, seed=seed)
+            for name, data in (("test", test_data), ("valid", valid_data))
+        }
+        with SystemMonitor(self._existing_folder()), self._journal(model_id, generation) as journal:
             for name, data in (("test", test_data), ("valid", valid_data)):
-                cases = choose_cases(data, max_cases=max_test_cases, seed=seed)
-                responses = self._ask_all(model_id, cases, name, generation)
+                responses = self._ask_all(model_id, cases[name], name, generation, journal)
                 answered = sum("error" not in response for response in responses)
                 results[f"{name}_evaluation"] = {
                     "dataset_type": name,
                     "total_test_cases": len(data),
                     "evaluated_cases": answered,
-                    "failed_cases": len(cases) - answered,
+                    "failed_cases": len(responses) - answered,
                     "responses": responses,
                 }
         counts = [results[f"{name}_evaluation"]["evaluated_cases"] for name in ("test", "valid")]
@@ -2868,24 +3700,62 @@ class OpenAISFT:
             "valid_cases_evaluated": counts[1],
             "total_cases_evaluated": sum(counts),
         }
+        results["usage"] = journal.usage()
         results["settings"] = {**generation, "max_test_cases": max_test_cases}
+        self._record_evaluation_cost(model_id, results)
         if self.rehearse or ":rehearsal:" in model_id:
             results["rehearsal"] = True
             results["note"] = "リハーサルの小さな文字モデルの応答です。GPTの性能とは無関係です。"
         return results
 
+    def _record_evaluation_cost(self, model_id: str, results: dict[str, Any]) -> None:
+        price = self.price or price_of(model_id)
+        rates = price.rates(tuned=model_id.startswith("ft:")) if price else None
+        usage = results["usage"]
+        if self.rehearse or rates is None:
+            return
+        dollars = (usage["prompt_tokens"] * rates[0] + usage["completion_tokens"] * rates[1]) / 1e6
+        self._add_cost(evaluation_usd=dollars)
+        results["cost"] = dict(self._current_run.data["cost"])
+        logger.info("評価の実費: $%.4f", dollars)
+
+    def _journal(self, model_id: str, generation: Mapping[str, Any]) -> _Journal:
+        """The answers so far of a resumed evaluation, or a new journal."""
+        run = self._current_run
+        asked = {"model_id": model_id, "generation": dict(generation)}
+        known = run.data.get("evaluation", {})
+        resumes = self._resumed and {key: known.get(key) for key in asked} == asked
+        if not resumes and "journal" in run.data.get("files", {}):
+            kept = ("kind", "plan", "selection", "data")
+            run = self._start_run(**{key: run.data[key] for key in kept if key in run.data})
+        path = self.output_dir / f"evaluation_{run.stamp}.jsonl"
+        run.update(evaluation=asked, files={**run.data.get("files", {}), "journal": str(path)})
+        return _Journal(path)
+
     def _ask_all(
-        self, model_id: str, cases: Sequence[Case], name: str, generation: Mapping[str, Any]
+        self,
+        model_id: str,
+        cases: Sequence[Case],
+        name: str,
+        generation: Mapping[str, Any],
+        journal: _Journal,
     ) -> list[dict[str, Any]]:
         from tqdm.auto import tqdm
 
         label = {"test": "テスト", "valid": "検証"}[name]
+        known = sum((name, case.id) in journal.answers for case in cases)
         logger.info("%sデータの%d件を評価しています: %s", label, len(cases), model_id)
+        if known:
+            logger.info("うち%d件は回答済みです。", known)
         hidden = None if self.verbose else True
-        return [
-            self._ask(model_id, case, generation)
-            for case in tqdm(cases, desc=f"評価 {label}", unit="件", disable=hidden)
-        ]
+        responses = []
+        for case in tqdm(cases, desc=f"評価 {label}", unit="件", disable=hidden):
+            response = journal.answers.get((name, case.id))
+            if response is None:
+                response = self._ask(model_id, case, generation)
+                journal.add(name, response)
+            responses.append(response)
+        return responses
 
     def _ask(self, model_id: str, case: Case, generation: Mapping[str, Any]) -> dict[str, Any]:
         import openai
@@ -2896,7 +3766,9 @@ class OpenAISFT:
             request["tools"] = case.tools
         started = time.perf_counter()
         try:
-            answer = self._call(lambda: self.client.chat.completions.create(**request))
+            answer = self._wait_for_model(
+                model_id, lambda: self.client.chat.completions.create(**request)
+            )
             try:
                 choice, usage = answer.choices[0], answer.usage
                 text = choice.message.content
@@ -2918,10 +3790,29 @@ class OpenAISFT:
         response["latency_seconds"] = round(time.perf_counter() - started, 3)
         return response
 
+    def _wait_for_model(self, model_id: str, request: Callable[[], T]) -> T:
+        """``request()``; while a model that was just tuned is still loading, it is repeated."""
+        import openai
+
+        for attempt in itertools.count():
+            try:
+                answer = self._call(request)
+            except openai.NotFoundError:
+                if self._clock() >= self._fresh_models.get(model_id, 0.0):
+                    raise
+                if attempt == 0:
+                    logger.info("モデルの準備を待っています: %s", model_id)
+                self._sleep(retry_delay(attempt, None, random.random()))
+            else:
+                self._fresh_models.pop(model_id, None)
+                return answer
+        raise AssertionError("unreachable")
+
     def save_results(self, results: Mapping[str, Any]) -> str:
         """Write ``comprehensive_evaluation_STAMP.json``; return its path."""
         path = self._publish("comprehensive_evaluation", ".json", to_json(results))
-        self._remember(evaluation=results.get("summary"), finished_at=self._now())
+        evaluation = {**self._current_run.data.get("evaluation", {}), **results.get("summary", {})}
+        self._remember(evaluation=evaluation)
         return path
 
     # Shared --------------------------------------------------------------------------------
@@ -2929,41 +3820,40 @@ class OpenAISFT:
     def describe_remote_state(self) -> str:
         """What goes on at the service after an interruption, and how to come back to it."""
         facts = self._run.data if self._run else {}
+        folder_text = shlex.quote(str(self.output_dir))
         job_id, model = facts.get("job_id"), facts.get("fine_tuned_model")
-        if self.rehearse or not job_id:
-            return "サービス側で続いている処理はありません。"
-        if model:
-            return (
-                f"学習済みモデル {model} は残っています。評価: --evaluate-only --model-id {model}"
-            )
-        if facts.get("job_status") in TERMINAL_STATUSES:
-            return f"ジョブ {job_id} は終わっています（{facts['job_status']}）。"
-        return (
-            f"ジョブ {job_id} はサービス側で続いていて、料金もかかります。見守りに戻るには: "
-            f'python -c "from openai_sft import OpenAISFT; '
-            f"OpenAISFT().monitor_fine_tune_job('{job_id}')\""
+        folder = (
+            "" if str(self.output_dir) == DEFAULT_OUTPUT_DIR else f" --output-dir {folder_text}"
         )
+        if self.rehearse or not self._run:
+            return "サービス側で続いている処理はありません。"
+        going = "サービス側で続いている処理はありません。"
+        if job_id and not model and facts.get("job_status") not in TERMINAL_STATUSES:
+            going = f"ジョブ {job_id} はサービス側で続いていて、料金もかかります。"
+        elif model:
+            going = f"学習済みモデル {model} はサービス側に残っています。"
+        if self._run.unfinished:
+            return f"{going}続きから再開するには: openai-sft --resume {facts['run_id']}{folder}"
+        if job_id and not model:
+            return f"{going}見守りに戻るには: openai-sft --job-id {job_id}{folder}"
+        return going
 
     def _remember(self, **facts: Any) -> None:
-        (self._run or self._start_run()).update(**facts)
+        self._current_run.update(**facts)
 
     def _publish(self, kind: str, suffix: str, text: str) -> str:
         """Write one more file of the run, in a new run where this one has it already."""
-        run = self._run or self._start_run()
+        run = self._current_run
         path = self.output_dir / f"{kind}_{run.stamp}{suffix}"
-        if path.exists():
-            run = self._start_run()
+        if path.exists() and self._resumed:
+            path.unlink()  # written just before the program died, and not yet in the record
+        elif path.exists():
+            run = self._start_run(kind="steps")
             path = self.output_dir / f"{kind}_{run.stamp}{suffix}"
         write_new_file(path, text)
         run.update(files={**run.data.get("files", {}), kind: str(path)})
         logger.info("保存しました: %s", path)
         return str(path)
-
-    @staticmethod
-    def _beside(run: RunRecord, kind: str) -> Path:
-        """A file of ``run``, which may have been moved together with its record."""
-        path = Path(run.data["files"][kind])
-        return path if path.exists() else run.path.parent / path.name
 
     def _existing_folder(self) -> Path:
         try:
@@ -2975,8 +3865,13 @@ class OpenAISFT:
             ) from error
         return self.output_dir
 
-    def _optional(self, part: str, request: Callable[[], T]) -> T | None:
-        """``request()``, or ``None`` where the endpoint lacks this part of the API."""
+    def _optional(
+        self, part: str, request: Callable[[], T], *, gone_is_missing: bool = True
+    ) -> T | None:
+        """``request()``, or ``None`` where the endpoint lacks this part of the API.
+
+        With ``gone_is_missing=False`` a 404 is about this one object and isn't remembered.
+        """
         import openai
 
         if part in self._lacking:
@@ -2986,6 +3881,8 @@ class OpenAISFT:
         except openai.APIStatusError as error:
             if error.status_code not in MISSING_STATUSES:
                 raise
+            if error.status_code == 404 and not gone_is_missing:
+                return None
             self._lacking.add(part)
             logger.info(
                 "このエンドポイントは%sに対応していません（HTTP %d）。省いて続けます。",
@@ -2994,37 +3891,74 @@ class OpenAISFT:
             )
             return None
 
-    def _call(self, request: Callable[[], T], *, again: bool = True) -> T:
-        """``request()``; transient failures are repeated for ten minutes where ``again``.
+    def _call(self, request: Callable[[], T], *, patience: float = RETRY_SECONDS) -> T:
+        """``request()``; transient failures are repeated for up to ``patience`` seconds.
 
         Raises the SDK's error, or :class:`BrokenAnswer` for an answer that isn't the API's JSON.
+        The key is taken out of what an endpoint may echo.
         """
         import openai
 
         started = self._clock()
         for attempt in itertools.count():
-            failure: Exception
-            retry_after: float | None = None
+            failure: openai.APIError | BrokenAnswer
             try:
                 answer = request()
                 if isinstance(answer, str):  # what the SDK makes of a page that isn't JSON
                     raise BrokenAnswer("エンドポイントの応答がJSONではありません。")
                 return answer
-            except openai.APIStatusError as error:
-                if not _is_transient(error):
-                    raise
-                failure, retry_after = error, _retry_after(error.response.headers)
-            except (openai.APIConnectionError, BrokenAnswer) as error:
+            except (openai.APIError, BrokenAnswer) as error:
                 failure = error
-            except (json.JSONDecodeError, openai.APIResponseValidationError) as error:
+            except json.JSONDecodeError:
                 failure = BrokenAnswer("エンドポイントの応答が途中で切れたか、壊れています。")
-                failure.__cause__ = error
-            delay = retry_delay(attempt, retry_after, random.random())
-            if not again or self._clock() + delay - started > RETRY_SECONDS:
+            self._hide_key(failure)
+            delay = retry_delay(attempt, _retry_after(failure), random.random())
+            if not is_transient(failure) or self._clock() + delay - started > patience:
                 raise failure
             logger.debug("%.1f秒後にやり直します: %s", delay, printable(failure))
             self._sleep(delay)
         raise AssertionError("unreachable")
+
+    def _hide_key(self, error: Any) -> None:
+        key = self._api_key
+        if not key or key not in f"{error} {getattr(error, 'body', '')}":
+            return
+        error.args = tuple(str(arg).replace(key, "[APIキー]") for arg in error.args)
+        if hasattr(error, "message"):
+            error.message = str(error.message).replace(key, "[APIキー]")
+        if hasattr(error, "body"):
+            error.body = json.loads(_dump(error.body).replace(key, "[APIキー]"))
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether the same request may succeed later: no connection, a broken answer, 408, 409,
+    429 (but for ``insufficient_quota``) and 5xx (but for 501)."""
+    status = getattr(error, "status_code", None)
+    if status is None:
+        return True
+    if getattr(error, "code", None) == "insufficient_quota":
+        return False
+    return status in RETRIED_STATUSES or (status >= 500 and status not in MISSING_STATUSES)
+
+
+def _job_error(job: FineTuningJob) -> tuple[str | None, str | None]:
+    """Code and message; a job without an error may carry an empty object."""
+    return (job.error.code, job.error.message) if job.error else (None, None)
+
+
+def _shutdown_date(model: object) -> date | None:
+    """The date of a model's end; older SDKs don't declare the field, other endpoints lack it."""
+    try:
+        return date.fromisoformat(str(getattr(model, "shutdown_date", None)))
+    except ValueError:
+        return None
+
+
+@functools.lru_cache(maxsize=1)
+def _versions() -> dict[str, str]:
+    names = ("openai", "datasets", "tiktoken", "psutil", "tqdm", "python-dotenv")
+    found = {name: importlib.metadata.version(name) for name in names}
+    return {"openai_sft": __version__, "python": platform.python_version(), **found}
 
 
 def _is_text(value: str | None) -> bool:
@@ -3041,18 +3975,11 @@ def _is_http_url(url: str) -> bool:
     return parts.scheme in ("http", "https") and host.isprintable() and host.split() == [host]
 
 
-def _is_transient(error: Any) -> bool:
-    status = error.status_code
-    return (status in RETRIED_STATUSES or status >= 500) and (
-        error.code != "insufficient_quota" and status not in MISSING_STATUSES
-    )
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
+def _retry_after(error: Any) -> float | None:
     """Seconds of a ``Retry-After`` header; its date form is left to the back-off."""
     try:
-        return float(headers.get("retry-after", ""))
-    except ValueError:
+        return float(error.response.headers.get("retry-after", ""))
+    except (AttributeError, ValueError):
         return None
 
 

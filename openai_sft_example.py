@@ -20,11 +20,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from openai_sft import (
     GROUPS,
+    CheckItem,
     ConfigurationError,
     CostEstimate,
+    Declined,
     OpenAISFT,
     OpenAISFTError,
     Price,
+    RunRow,
     SelectionOptions,
     check_file,
     explain_api_error,
@@ -46,6 +49,7 @@ EXAMPLES = """\
   openai-sft --max-samples 20 --epochs 1   少量で本番を試す
   openai-sft                               全データで学習して評価する
   openai-sft --evaluate-only               最後に学習したモデルを評価する
+  openai-sft --resume                      途中で止まった実行を再開する
 
 終了コード: 0 完了、1 サービスの失敗、2 入力・設定・予算、130/143 中断"""
 
@@ -129,6 +133,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     only.add_argument("--evaluate-only", action="store_true", help="学習済みモデルの評価だけをする")
     only.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="RUN",
+        help="途中の実行を続きから再開する（既定: 最新のもの）",
+    )
+    only.add_argument("--job-id", metavar="ID", help="ジョブを見守る（ほかで作ったものでもよい）")
+    only.add_argument("--cancel", metavar="ID", help="ジョブを取り消す")
+    only.add_argument("--list", action="store_true", help="ここの実行とサービスのジョブを並べる")
+    only.add_argument("--check", action="store_true", help="今日使えるかを確かめる（料金なし）")
+    only.add_argument(
         "--check-file", metavar="PATH", help="JSONLファイルの問題をすべて挙げる（キー不要）"
     )
     mode.add_argument(
@@ -136,7 +151,9 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="--check-file で、直したファイルと直せない行のファイルも作る",
     )
-    mode.add_argument("--json", action="store_true", help="--check-file の結果をJSONで表示する")
+    mode.add_argument(
+        "--json", action="store_true", help="--check、--check-file、--list をJSONで表示する"
+    )
     mode.add_argument("--model-id", metavar="ID", help="評価するモデル（既定: 最後に学習したもの）")
     mode.add_argument(
         "--rehearse",
@@ -212,6 +229,9 @@ def build_parser() -> argparse.ArgumentParser:
         type=number(float, "数", auto=True),
         metavar="X",
         help="学習率の倍率、正の数か auto（既定: サービスに任せる）",
+    )
+    job.add_argument(
+        "--timeout", type=real, metavar="SECONDS", help="ジョブを待つ時間の上限（既定: なし）"
     )
     job.add_argument("--suffix", metavar="NAME", help="モデル名に付ける名前、64文字まで")
 
@@ -290,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if options.verbose:
                 logging.getLogger("openai_sft").setLevel(logging.DEBUG)
             with sft:
-                run(sft, options)
+                return run(sft, options)
     except KeyboardInterrupt as interrupt:
         tell("中断しました。" + (sft.describe_remote_state() if sft else ""))
         return 143 if isinstance(interrupt, Terminated) else 130
@@ -307,17 +327,33 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         tell(f"エラー: {explain_api_error(error)}")
         return 1
-    return 0
 
 
-def run(sft: OpenAISFT, options: argparse.Namespace) -> None:
-    """Call the method that the flags ask for and show what it gives."""
+def run(sft: OpenAISFT, options: argparse.Namespace) -> int:
+    """Call the method that the flags ask for, show what it gives, return the exit code."""
     names = ("max_samples", "seed", "max_test_cases", *SelectionOptions.__annotations__)
     sample = {name: value for name, value in vars(options).items() if name in names}
+    results: Any = None
+    if options.check:
+        return show_check(sft.check(), as_json=options.json)
+    if options.list:
+        show_runs(sft.list_runs(), as_json=options.json)
+        return 0
+    if options.cancel:
+        if not agrees(f"ジョブ {options.cancel} を取り消しますか？", options):
+            raise Declined("中止しました。")
+        show([f"{options.cancel}: {sft.cancel_job(options.cancel).status}"])
+        return 0
     if options.data_only:
         show(sft.prepare_data(options.epochs, **sample).lines())
     elif options.evaluate_only:
-        show_results(sft.run_evaluation(options.model_id, **sample))
+        results = sft.run_evaluation(options.model_id, **sample)
+    elif options.job_id:
+        results = sft.attach(options.job_id, timeout=options.timeout)
+    elif options.resume is not None:
+        results = sft.resume(options.resume or None, timeout=options.timeout)
+        if results is None:
+            show(["再開する実行はありません。"])
     else:
         results = sft.run_full_pipeline(
             options.epochs,
@@ -325,9 +361,42 @@ def run(sft: OpenAISFT, options: argparse.Namespace) -> None:
             **sample,
             learning_rate_multiplier=options.learning_rate_multiplier,
             suffix=options.suffix,
+            timeout=options.timeout,
         )
+    code = 0
+    if isinstance(results, dict):
         show_results(results)
+    elif results is not None:
+        show([f"ジョブ: {results.id}（{results.status}）"])
+        show([f"モデル: {results.fine_tuned_model or 'なし'}"])
+        code = 0 if results.status == "succeeded" else 1
     show(f"{kind}: {path}" for kind, path in sft.files.items())
+    return code
+
+
+def show_check(items: Sequence[CheckItem], *, as_json: bool) -> int:
+    """--check: a line an item; 1 where one fails."""
+    if as_json:
+        show([json.dumps([asdict(item) for item in items], ensure_ascii=False, indent=2)])
+    else:
+        show(str(item) for item in items)
+    return 1 if any(item.level == "fail" for item in items) else 0
+
+
+def show_runs(rows: Sequence[RunRow], *, as_json: bool) -> None:
+    """--list: a table aligned by what a terminal shows."""
+    if as_json:
+        show([json.dumps([asdict(row) for row in rows], ensure_ascii=False, indent=2)])
+        return
+    notes = {None: "", "no record": "記録なし", "no job": "ジョブなし"}
+    table = [["実行", "ジョブ", "状態", "モデル", "備考"]]
+    for row in rows:
+        cells = (row.run_id, row.job_id, row.status, row.model, notes[row.orphan])
+        table.append([printable("—" if cell is None else cell) for cell in cells])
+    widths = [max(map(columns, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        padded = (c + " " * (w - columns(c)) for c, w in zip(line, widths, strict=True))
+        show(["  ".join(padded).rstrip()])
 
 
 def check(options: argparse.Namespace) -> int:
@@ -388,19 +457,24 @@ def tell(line: str) -> None:
 
 
 def confirm_with(options: argparse.Namespace) -> Callable[[CostEstimate], bool]:
-    """Show the price and ask on a terminal, unless ``--yes``; elsewhere go on."""
+    """Show the price, and ask on a terminal unless ``--yes``."""
 
     def confirm(estimate: CostEstimate) -> bool:
         if options.quiet:
             for line in estimate.lines():
                 tell(line)
-        if options.yes or not (sys.stdin and sys.stdin.isatty()):
-            return True
-        sys.stderr.write("この料金で進めますか？ [y/N] ")
-        sys.stderr.flush()
-        return sys.stdin.readline().strip().casefold() in ("y", "yes", "はい")
+        return agrees("この料金で進めますか？", options)
 
     return confirm
+
+
+def agrees(question: str, options: argparse.Namespace) -> bool:
+    """The answer on a terminal; without one, or with ``--yes``, it is yes."""
+    if options.yes or not (sys.stdin and sys.stdin.isatty()):
+        return True
+    sys.stderr.write(f"{question} [y/N] ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().casefold() in ("y", "yes", "はい")
 
 
 def is_sdk_error(error: Exception) -> bool:
