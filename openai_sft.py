@@ -49,13 +49,16 @@ import csv
 import functools
 import gc
 import hashlib
+import html
 import importlib.metadata
 import io
 import itertools
 import json
 import logging
+import math
 import os
 import platform
+import queue
 import random
 import re
 import shlex
@@ -184,6 +187,7 @@ ROLES: dict[str, Role] = {
 CHAT_ROLES = frozenset({"system", "user", "assistant", "tool"})
 GROUPS = ("counselor", "client", "pair")
 Group = Literal["counselor", "client", "pair"]
+EvalTurns = int | Literal["last", "all"]
 LongExamples = Literal["split", "drop", "refuse"]
 FLAGS = ("unwilling_to_continue", "harmful_due_to_ignorance", "other_potentially_unethical")
 MAX_UNREADABLE_SHARE = 0.01
@@ -278,6 +282,7 @@ class JobFailed(OpenAISFTError):
     def __init__(self, job_id: str, status: str, code: str | None, message: str | None) -> None:
         self.job_id, self.status, self.code, self.message = (job_id, status, code, message)
         reason = ": ".join(printable(part) for part in (code, message) if part)
+        job_id, status = printable(job_id), printable(status)
         reason = f"、{reason}" if reason else ""
         super().__init__(f"ファインチューニング失敗: {status}（ジョブ {job_id}{reason}）")
 
@@ -288,7 +293,7 @@ class WaitTimeout(OpenAISFTError):
     def __init__(self, job_id: str, status: str, seconds: float) -> None:
         self.job_id, self.status = job_id, status
         super().__init__(
-            f"{seconds:g}秒待ちましたが、ジョブ {job_id} は終わっていません"
+            f"{seconds:g}秒待ちましたが、ジョブ {printable(job_id)} は終わっていません"
             f"（{printable(status)}）。ジョブはサービス側で続いています。"
         )
 
@@ -377,6 +382,17 @@ class SelectionOptions(TypedDict, total=False):
     topics: Sequence[str] | None
     exclude_flagged: bool
     group_by: Group | None
+
+
+class RunOptions(SelectionOptions, total=False):
+    """Besides the filters, how the evaluation asks; see
+    :meth:`OpenAISFT.evaluate_model_comprehensive`."""
+
+    eval_turns: EvalTurns
+    baseline: str | bool | None
+    concurrency: int
+    temperature: float
+    max_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -518,6 +534,7 @@ class CostEstimate:
     evaluation_usd: float | None
     yen_per_dollar: float
     exact_tokens: bool
+    baseline: str | None
     price: Price | None
     price_source: str
 
@@ -545,7 +562,9 @@ class CostEstimate:
             )
         lines += [
             f"評価: 入力 {self.evaluation_input_tokens:,} + 出力 約"
-            f"{self.evaluation_output_tokens:,}トークン{mark} = {money(self.evaluation_usd)}",
+            f"{self.evaluation_output_tokens:,}トークン{mark}"
+            f"{f' × 2（比較: {self.baseline}）' if self.baseline else ''}"
+            f" = {money(self.evaluation_usd)}",
             f"合計: {money(self.total_usd)}",
         ]
         if self.total_usd is None:
@@ -601,6 +620,7 @@ class Case:
     """One question to a model: the context up to a counsellor's turn, and the real answer."""
 
     id: str
+    dialogue_id: str
     input: list[Message]
     reference: str
     tools: list[Any] | None = None
@@ -1699,6 +1719,7 @@ def estimate_cost(
     epochs: int | Literal["auto"] | None,
     *,
     model: str = DEFAULT_MODEL,
+    baseline: str | None = None,
     evaluation_input_tokens: int = 0,
     evaluation_output_tokens: int = 0,
     price: Price | None = None,
@@ -1706,6 +1727,8 @@ def estimate_cost(
     exact_tokens: bool = True,
 ) -> CostEstimate:
     """Price a run: training tokens × epochs × price, plus the evaluation at the tuned rate.
+
+    With ``baseline`` the same questions are asked of that model too, at its own rate.
 
     ``epochs=None`` prices an evaluation alone; ``"auto"`` leaves the training price unknown,
     for the service chooses. Prices: ``price``, else :data:`PRICES`, dated
@@ -1718,14 +1741,18 @@ def estimate_cost(
         training = 0.0
     elif price is not None and epochs != "auto":
         training = training_tokens * epochs * price.training / 1e6
-    rates = None
-    if price is not None:
-        rates = price.rates(tuned=epochs is not None or model.startswith("ft:"))
-    evaluation = None
-    if rates is not None:
-        evaluation = (
-            evaluation_input_tokens * rates[0] + evaluation_output_tokens * rates[1]
-        ) / 1e6
+    tuned = epochs is not None or model.startswith("ft:")
+    asked = [price.rates(tuned=tuned) if price else None]
+    if baseline is not None:
+        other = price_of(baseline)
+        asked.append(other.rates(tuned=baseline.startswith("ft:")) if other else None)
+    evaluation: float | None = 0.0
+    for rates in asked:
+        if rates is None or evaluation is None:
+            evaluation = None
+        else:
+            evaluation += evaluation_input_tokens * rates[0] / 1e6
+            evaluation += evaluation_output_tokens * rates[1] / 1e6
     return CostEstimate(
         model=model,
         epochs=epochs,
@@ -1736,6 +1763,7 @@ def estimate_cost(
         evaluation_usd=evaluation,
         yen_per_dollar=yen_per_dollar,
         exact_tokens=exact_tokens,
+        baseline=baseline,
         price=price,
         price_source=source,
     )
@@ -1745,26 +1773,45 @@ def estimate_cost(
 
 
 def choose_cases(
-    examples: Iterable[Example], *, max_cases: int | None = 10, seed: int = 42
+    examples: Iterable[Example],
+    *,
+    max_cases: int | None = 10,
+    seed: int = 42,
+    turns: EvalTurns = 1,
 ) -> list[Case]:
-    """Draw at most ``max_cases`` dialogues (0 or ``None``: all) and one turn of each to answer.
+    """Draw turns to answer from across the dialogues, at most ``max_cases`` (0 or ``None``: all).
 
-    The turn is a seeded choice among the assistant's turns that follow a user's, but not the
-    last of the dialogue, which is nearly always a farewell, where there is another. A case's id
-    is the dialogue's id and the turn's index in ``messages``; both draws depend on the seed and
-    the id alone, so the same dialogue is always asked at the same turn. Raises
-    :class:`ConfigurationError` for a negative number.
+    ``turns`` of a dialogue are asked: that many by a seeded choice, the ``"last"`` or ``"all"``
+    of the assistant's turns that follow a user's; the last turn of the dialogue, which is nearly
+    always a farewell, is left out where there is another. No dialogue gives its second case
+    before each has given its first. A case's id is the dialogue's id and the turn's index in
+    ``messages``; the draws depend on the seed and the id alone, so that two runs meet on the
+    same cases. Raises :class:`ConfigurationError` for a value out of range.
     """
     if max_cases is not None and max_cases < 0:
         raise ConfigurationError(
             f"max_test_cases は0以上（0は全部）でなければなりません（指定: {max_cases}）。"
         )
-    ranked = sorted(
-        (random.Random(f"{seed}/{example['id']}").random(), example["id"], example)
-        for example in examples
-        if _turns_to_ask(example["messages"])
-    )
-    return [_case(example, seed) for _, _, example in ranked[: max_cases or None]]
+    if turns not in ("last", "all") and (type(turns) is not int or turns < 1):
+        raise ConfigurationError(
+            f"eval_turns は last、all、1以上の整数のどれかです（指定: {turns}）。"
+        )
+    ranked = []
+    for example in examples:
+        rank = random.Random(f"{seed}/{example['id']}").random()
+        for order, index in enumerate(_chosen_turns(example, seed, turns)):
+            ranked.append((order, rank, example["id"], index, example))
+    ranked.sort(key=lambda entry: entry[:4])
+    return [_case(example, index) for *_, index, example in ranked[: max_cases or None]]
+
+
+def _chosen_turns(example: Example, seed: int, turns: EvalTurns) -> list[int]:
+    possible = _turns_to_ask(example["messages"])
+    if turns == "last":
+        return possible[-1:]
+    draw = random.Random(f"{seed}/{example['id']}/turn")
+    count = len(possible) if turns == "all" else min(turns, len(possible))
+    return draw.sample(possible, count)
 
 
 def _turns_to_ask(messages: Sequence[Message]) -> list[int]:
@@ -1781,19 +1828,449 @@ def _turns_to_ask(messages: Sequence[Message]) -> list[int]:
     return turns
 
 
-def _case(example: Example, seed: int) -> Case:
+def _case(example: Example, index: int) -> Case:
     messages = example["messages"]
-    index = random.Random(f"{seed}/{example['id']}/turn").choice(_turns_to_ask(messages))
     context = [
         {key: value for key, value in message.items() if key != "weight"}
         for message in messages[:index]
     ]
     return Case(
         id=f"{example['id']}:{index}",
+        dialogue_id=example["id"],
         input=context,
         reference=messages[index]["content"],
         tools=example.get("tools"),
     )
+
+
+# ── Scoring ──────────────────────────────────────────────────────────────────────────────────
+
+BOOTSTRAP_SAMPLES = 1000
+SIGNIFICANCE = 0.05
+EVAL_EXTRA = "pip install 'openai-sft[eval]'"
+BACKCHANNELS = frozenset(
+    {"はい", "ええ", "うん", "うんうん", "はいはい", "そう", "なるほど"}
+    | {"そうですか", "そうですね", "そうなんですね"}
+)
+
+
+class Answer(NamedTuple):
+    """A model's text for one case, beside the real one."""
+
+    case_id: str
+    dialogue_id: str
+    output: str
+    reference: str
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A corpus-level figure of some answers, ready to be computed on resampled dialogues.
+
+    ``score`` takes weights of shape (samples, dialogues), how often each dialogue is in each
+    sample, and gives one value a sample. ``per_case`` holds a value a case for the sign test.
+    ``better`` is the sign of a good difference, 0 where neither direction is good by itself.
+    """
+
+    name: str
+    label: str
+    better: int
+    signature: str
+    score: Callable[[Any], Any]
+    per_case: Sequence[float]
+    symmetric: bool = False
+
+
+def score_answers(
+    answers: Sequence[Answer], *, seed: int = 42
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Corpus-level figures on a scale of 0–100 with 95 % intervals, and those that are missing.
+
+    Each is ``{"score", "low", "high", "signature"}``. Intervals are by bootstrap over dialogues
+    (percentiles of :data:`BOOTSTRAP_SAMPLES` samples by ``seed``; for Dist-n, whose resampled
+    values are biased low by repetition, the score ± 1.96 standard deviations of them). Nothing
+    is scored where there is no answer; chrF, BLEU and ROUGE-L need the extra ``eval``.
+    """
+    figures, missing = make_figures(answers)
+    weights = _resample(answers, seed)
+    metrics = {}
+    for figure in figures:
+        score, samples = _evaluate_figure(figure, weights)
+        low, high = _interval(score, samples, symmetric=figure.symmetric)
+        metrics[figure.name] = {
+            "score": score,
+            "low": low,
+            "high": high,
+            "signature": figure.signature,
+        }
+    return metrics, missing
+
+
+def make_figures(answers: Sequence[Answer]) -> tuple[list[Figure], list[str]]:
+    """The figures of some answers, and the names of those that a missing package holds back."""
+    if not answers:
+        return [], []
+    owners, count = _dialogue_indexes(answers)
+    figures: list[Figure] = []
+    missing: list[str] = []
+    for name, make in (
+        ("chrf", _make_chrf),
+        ("bleu_char", _make_bleu_char),
+        ("bleu_ja_mecab", _make_bleu_mecab),
+        ("rouge_l", _make_rouge_l),
+    ):
+        try:
+            figures.append(make(answers, owners, count))
+        except ImportError:
+            missing += [name] if name != "bleu_ja_mecab" else []
+    figures += [
+        _make_dist(answers, owners, count, 1),
+        _make_dist(answers, owners, count, 2),
+        _make_length_ratio(answers, owners, count),
+        _make_backchannel_share(answers, owners, count),
+    ]
+    return figures, missing
+
+
+def _dialogue_indexes(answers: Sequence[Answer]) -> tuple[list[int], int]:
+    order = {id_: n for n, id_ in enumerate(dict.fromkeys(a.dialogue_id for a in answers))}
+    return [order[answer.dialogue_id] for answer in answers], len(order)
+
+
+def _resample(answers: Sequence[Answer], seed: int) -> Any:
+    """Weights of the sample itself (first row) and of the bootstrap samples of its dialogues."""
+    import numpy as np
+
+    _, count = _dialogue_indexes(answers)
+    if not count:
+        return np.zeros((0, 0))
+    draws = np.random.default_rng(seed).multinomial(
+        count, np.full(count, 1 / count), size=BOOTSTRAP_SAMPLES
+    )
+    return np.vstack([np.ones((1, count)), draws])
+
+
+def _evaluate_figure(figure: Figure, weights: Any) -> tuple[float, Any]:
+    values = figure.score(weights)
+    return float(values[0]), values[1:]
+
+
+def _interval(score: float, samples: Any, *, symmetric: bool) -> tuple[float, float]:
+    import numpy as np
+
+    if symmetric:
+        half = 1.96 * float(np.std(samples, ddof=1))
+        return score - half, score + half
+    low, high = np.percentile(samples, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def _by_dialogue(rows: Any, owners: Sequence[int], count: int) -> Any:
+    """Rows of statistics a case, summed over the cases of each dialogue."""
+    import numpy as np
+
+    rows = np.asarray(rows, dtype=float)
+    sums = np.zeros((count, rows.shape[1]))
+    np.add.at(sums, list(owners), rows)
+    return sums
+
+
+def _ratio_figure(
+    name: str,
+    label: str,
+    better: int,
+    signature: str,
+    rows: Sequence[tuple[float, float]],
+    owners: Sequence[int],
+    count: int,
+) -> Figure:
+    """A figure that is 100 × Σ first / Σ second of statistics that add up over cases."""
+    sums = _by_dialogue(rows, owners, count)
+
+    def score(weights: Any) -> Any:
+        totals = weights @ sums
+        return 100 * totals[:, 0] / totals[:, 1]
+
+    per_case = [100 * first / second for first, second in rows]
+    return Figure(name, label, better, signature, score, per_case)
+
+
+def _sacrebleu_figure(
+    name: str,
+    label: str,
+    metric: Any,
+    sentence_metric: Any,
+    answers: Sequence[Answer],
+    owners: Sequence[int],
+    count: int,
+) -> Figure:
+    # The statistics of each segment, which corpus_score() sums up itself, are wanted one by one.
+    outputs = [answer.output for answer in answers]
+    statistics = metric._extract_corpus_statistics(outputs, [[a.reference for a in answers]])
+    sums = _by_dialogue(statistics, owners, count)
+
+    def score(weights: Any) -> Any:
+        import numpy as np
+
+        totals = (weights @ sums).round().astype(int).tolist()
+        return np.array([metric._compute_score_from_stats(row).score for row in totals])
+
+    return Figure(
+        name,
+        label,
+        1,
+        metric.get_signature().format(),
+        score,
+        [sentence_metric._compute_score_from_stats(list(row)).score for row in statistics],
+    )
+
+
+def _make_chrf(answers: Sequence[Answer], owners: Sequence[int], count: int) -> Figure:
+    from sacrebleu.metrics.chrf import CHRF
+
+    metric = CHRF()
+    return _sacrebleu_figure("chrf", "chrF", metric, metric, answers, owners, count)
+
+
+def _make_bleu_char(answers: Sequence[Answer], owners: Sequence[int], count: int) -> Figure:
+    return _make_bleu("bleu_char", "BLEU（文字）", "char", answers, owners, count)
+
+
+def _make_bleu_mecab(answers: Sequence[Answer], owners: Sequence[int], count: int) -> Figure:
+    import MeCab  # noqa: F401  # sacrebleu's own error for its absence is a RuntimeError
+
+    return _make_bleu("bleu_ja_mecab", "BLEU（MeCab）", "ja-mecab", answers, owners, count)
+
+
+def _make_bleu(
+    name: str,
+    label: str,
+    tokenize: str,
+    answers: Sequence[Answer],
+    owners: Sequence[int],
+    count: int,
+) -> Figure:
+    from sacrebleu.metrics.bleu import BLEU
+
+    # Effective order only matters where all answers are shorter than four tokens, which would
+    # otherwise score 0 even when they are the references.
+    metric = BLEU(tokenize=tokenize, effective_order=True)
+    return _sacrebleu_figure(name, label, metric, metric, answers, owners, count)
+
+
+def _make_rouge_l(answers: Sequence[Answer], owners: Sequence[int], count: int) -> Figure:
+    from rapidfuzz.distance import LCSseq
+
+    def f1(answer: Answer) -> float:
+        lengths = len(answer.output) + len(answer.reference)
+        return 2 * LCSseq.similarity(answer.output, answer.reference) / lengths
+
+    signature = "F1 of the longest common subsequence of characters, mean over cases (Lin 2004)"
+    rows = [(f1(answer), 1.0) for answer in answers]
+    return _ratio_figure("rouge_l", "ROUGE-L（文字）", 1, signature, rows, owners, count)
+
+
+def _make_dist(answers: Sequence[Answer], owners: Sequence[int], count: int, n: int) -> Figure:
+    import numpy as np
+
+    grams = [[a.output[i : i + n] for i in range(len(a.output) - n + 1)] for a in answers]
+    columns = {gram: k for k, gram in enumerate(dict.fromkeys(itertools.chain(*grams)))}
+    present = np.zeros((count, len(columns)), dtype=np.float32)
+    for owner, own in zip(owners, grams, strict=True):
+        present[owner, [columns[gram] for gram in own]] = 1
+    totals = _by_dialogue([(len(own),) for own in grams], owners, count)[:, 0]
+
+    def score(weights: Any) -> Any:
+        chunks = np.array_split((weights > 0).astype(np.float32), max(1, len(weights) // 64))
+        distinct = np.concatenate([((chunk @ present) > 0).sum(axis=1) for chunk in chunks])
+        return 100 * distinct / np.maximum(1, weights @ totals)
+
+    return Figure(
+        f"dist_{n}",
+        f"Dist-{n}",
+        1,
+        f"distinct/all character {n}-grams of all answers (Li et al. 2016)",
+        score,
+        [100 * len(set(own)) / max(1, len(own)) for own in grams],
+        symmetric=True,
+    )
+
+
+def _make_length_ratio(answers: Sequence[Answer], owners: Sequence[int], count: int) -> Figure:
+    rows = [(float(len(a.output)), float(len(a.reference))) for a in answers]
+    signature = "100 × characters of all answers / of all references"
+    return _ratio_figure("length_ratio", "長さの比", 0, signature, rows, owners, count)
+
+
+def _make_backchannel_share(answers: Sequence[Answer], owners: Sequence[int], count: int) -> Figure:
+    rows = [(float(is_backchannel(answer.output)), 1.0) for answer in answers]
+    signature = "100 × share of answers that are a bare back-channel (openai_sft.BACKCHANNELS)"
+    return _ratio_figure("backchannel_share", "相づちだけの割合", 0, signature, rows, owners, count)
+
+
+def is_backchannel(text: str) -> bool:
+    """Whether an answer is nothing but a back-channel such as はい or ええ."""
+    return re.sub(r"[\s。、．，.,!！?？…〜ー]+", "", text) in BACKCHANNELS
+
+
+def compare_answers(
+    tuned: Sequence[Answer], baseline: Sequence[Answer], *, seed: int = 42
+) -> dict[str, Any]:
+    """Compare two models on the cases that both answered, figure by figure.
+
+    A figure holds both values, ``difference`` (tuned − baseline) with its paired 95 % bootstrap
+    interval over dialogues, wins, losses and ties over cases with the two-sided sign test's
+    ``p_value``, ``verdict`` (``better``, ``worse``, ``higher``, ``lower`` or
+    ``indistinguishable``) and ``sentence``. A verdict needs both: the interval excludes 0, and
+    p < .05 in the same direction.
+    """
+    return compare_figures(*_paired(tuned, baseline), make=make_figures, seed=seed)
+
+
+def _paired(
+    tuned: Sequence[Answer], baseline: Sequence[Answer]
+) -> tuple[list[Answer], list[Answer], int]:
+    others = {answer.case_id: answer for answer in baseline}
+    pairs = [(answer, others[answer.case_id]) for answer in tuned if answer.case_id in others]
+    left_out = len({a.case_id for a in tuned} | others.keys()) - len(pairs)
+    return [a for a, _ in pairs], [b for _, b in pairs], left_out
+
+
+def compare_figures(
+    tuned: Sequence[Answer],
+    baseline: Sequence[Answer],
+    left_out: int,
+    *,
+    make: Callable[[Sequence[Answer]], tuple[list[Figure], list[str]]],
+    seed: int,
+) -> dict[str, Any]:
+    """:func:`compare_answers` of answers that stand in pairs already."""
+    weights = _resample(tuned, seed)
+    figures = {}
+    for one, other in zip(make(tuned)[0], make(baseline)[0], strict=True):
+        value, samples = _evaluate_figure(one, weights)
+        other_value, other_samples = _evaluate_figure(other, weights)
+        difference = value - other_value
+        low, high = _interval(difference, samples - other_samples, symmetric=one.symmetric)
+        deltas = [a - b for a, b in zip(one.per_case, other.per_case, strict=True)]
+        wins, losses = sum(delta > 0 for delta in deltas), sum(delta < 0 for delta in deltas)
+        p_value = sign_test(wins, losses)
+        verdict = _verdict(one.better, low, high, wins - losses, p_value)
+        figures[one.name] = {
+            "tuned": value,
+            "baseline": other_value,
+            "difference": difference,
+            "low": low,
+            "high": high,
+            "wins": wins,
+            "losses": losses,
+            "ties": len(deltas) - wins - losses,
+            "p_value": p_value,
+            "verdict": verdict,
+            "sentence": f"{one.label}は{VERDICTS[verdict]}（差 {difference:+.2f}、95%区間 "
+            f"{low:+.2f}〜{high:+.2f}、符号検定 p={p_value:.3g}）。",
+        }
+    return {"pairs": len(tuned), "left_out_pairs": left_out, "figures": figures}
+
+
+VERDICTS = {
+    "better": "基準のモデルより良くなりました",
+    "worse": "基準のモデルより悪くなりました",
+    "higher": "基準のモデルより高くなりました",
+    "lower": "基準のモデルより低くなりました",
+    "indistinguishable": "基準のモデルと区別できない差です",
+}
+
+
+def _verdict(better: int, low: float, high: float, lead: int, p_value: float) -> str:
+    direction = 1 if low > 0 else -1 if high < 0 else 0
+    if direction == 0 or p_value >= SIGNIFICANCE or direction * lead <= 0:
+        return "indistinguishable"
+    if better == 0:
+        return "higher" if direction > 0 else "lower"
+    return "better" if direction == better else "worse"
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """Two-sided exact p of a sign test (binomial with one half; ties are left out before)."""
+    trials = wins + losses
+    tail = sum(math.comb(trials, k) for k in range(min(wins, losses) + 1))
+    return min(1.0, float(2 * tail / 2**trials))
+
+
+class EvaluationResults(dict[str, Any]):
+    """The results of an evaluation: a plain dict that a notebook shows as a table."""
+
+    def tables(self) -> list[list[list[str]]]:
+        """Rows of text, the first of each table its head: the figures, then the comparison."""
+        tables = []
+        head = ["指標", "テスト", "95%区間", "検証", "95%区間"]
+        parts = [self[f"{name}_evaluation"].get("metrics", {}) for name in ("test", "valid")]
+        rows = [head]
+        for name in dict.fromkeys(itertools.chain(*parts)):
+            row = [FIGURE_LABELS.get(name, name)]
+            for part in parts:
+                figure = part.get(name)
+                row += _figure_cells(figure, "score")
+            rows.append(row)
+        if len(rows) > 1:
+            tables.append(rows)
+        for name, label in (("test", "テスト"), ("valid", "検証")):
+            comparison = self.get("comparison", {}).get(name)
+            if comparison is None:
+                continue
+            rows = [[f"比較（{label}）", "学習後", "基準", "差", "95%区間", "p", "判定"]]
+            for figure_name, figure in comparison["figures"].items():
+                rows.append(
+                    [
+                        FIGURE_LABELS.get(figure_name, figure_name),
+                        f"{figure['tuned']:.2f}",
+                        f"{figure['baseline']:.2f}",
+                        *_figure_cells(figure, "difference"),
+                        f"{figure['p_value']:.3g}",
+                        VERDICT_LABELS[figure["verdict"]],
+                    ]
+                )
+            tables.append(rows)
+        return tables
+
+    def _repr_html_(self) -> str:
+        parts = [f"<p>モデル: {html.escape(str(self['model_id']))}</p>"]
+        if self.get("rehearsal"):
+            parts.append(f"<p><strong>{html.escape(self['note'])}</strong></p>")
+        for head, *rows in self.tables():
+            cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+            body = "".join(
+                "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+                for row in rows
+            )
+            parts.append(f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>")
+        return "".join(parts)
+
+
+FIGURE_LABELS = {
+    "chrf": "chrF",
+    "bleu_char": "BLEU（文字）",
+    "bleu_ja_mecab": "BLEU（MeCab）",
+    "rouge_l": "ROUGE-L（文字）",
+    "dist_1": "Dist-1",
+    "dist_2": "Dist-2",
+    "length_ratio": "長さの比",
+    "backchannel_share": "相づちだけの割合",
+}
+VERDICT_LABELS = {
+    "better": "良い",
+    "worse": "悪い",
+    "higher": "高い",
+    "lower": "低い",
+    "indistinguishable": "区別できない",
+}
+
+
+def _figure_cells(figure: Mapping[str, float] | None, key: str) -> list[str]:
+    if figure is None:
+        return ["—", "—"]
+    return [f"{figure[key]:.2f}", f"{figure['low']:.2f}〜{figure['high']:.2f}"]
 
 
 # ── Talking to the service ───────────────────────────────────────────────────────────────────
@@ -2021,6 +2498,8 @@ class RunRecord:
         if fcntl is None or self._release is not None:
             return
         path = self.path.with_name(f".{self.path.stem}.lock")
+        if path.is_symlink():
+            raise ConfigurationError(f"{path} がリンクです。取り除いてください。")
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2030,6 +2509,8 @@ class RunRecord:
                 f"{self.path} は別のプロセスが使っています。終わるのを待ってください。"
             ) from error
         self._release = weakref.finalize(self, _unlock, path, descriptor)
+        for left_behind in self.path.parent.glob(f".*_{self.stamp}.*.tmp"):
+            left_behind.unlink(missing_ok=True)  # by a process that was killed while writing
         self.data = self.load(self.path).data
 
     def release(self) -> None:
@@ -2194,13 +2675,15 @@ class _Journal:
     """
 
     def __init__(self, path: Path) -> None:
-        self.answers: dict[tuple[str, str], dict[str, Any]] = {}
-        self._paid: list[Mapping[str, Any]] = []
+        self.answers: dict[tuple[str, str, str], dict[str, Any]] = {}
+        self._usage: dict[str, dict[str, int]] = {}
+        if path.is_symlink():
+            raise DataError(f"{path}: リンクには書きません。リンクを取り除いてください。")
         content = path.read_bytes() if path.exists() else b""
         for line in content.splitlines():
             with contextlib.suppress(ValueError):
                 entry = json.loads(line)
-                self._take(entry.pop("split"), entry)
+                self._take(entry.pop("model_id"), entry.pop("split"), entry)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self._file = os.fdopen(descriptor, "a", encoding="utf-8", newline="\n")
         if content and not content.endswith(b"\n"):
@@ -2212,23 +2695,107 @@ class _Journal:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def _take(self, split: str, response: dict[str, Any]) -> None:
-        self._paid.append(response.get("usage") or {})
+    def _take(self, model_id: str, split: str, response: dict[str, Any]) -> None:
+        totals = self._usage.setdefault(model_id, {"prompt_tokens": 0, "completion_tokens": 0})
+        for key in totals:
+            totals[key] += (response.get("usage") or {}).get(key) or 0
         if "error" not in response:
-            self.answers[split, response["case_id"]] = response
+            self.answers[model_id, split, response["case_id"]] = response
 
-    def add(self, split: str, response: dict[str, Any]) -> None:
-        """Keep one answer, on disk before anything else is asked."""
-        self._take(split, response)
-        self._file.write(_dump({"split": split, **response}) + "\n")
+    def add(self, model_id: str, split: str, response: dict[str, Any]) -> None:
+        """Keep one answer, on disk before the next is taken."""
+        self._take(model_id, split, response)
+        self._file.write(_dump({"model_id": model_id, "split": split, **response}) + "\n")
         self._file.flush()
 
-    def usage(self) -> dict[str, int]:
-        """Tokens of everything that was answered, also before a crash."""
-        return {
-            key: sum(usage.get(key) or 0 for usage in self._paid)
-            for key in ("prompt_tokens", "completion_tokens")
-        }
+    def usage_by_model(self) -> dict[str, dict[str, int]]:
+        """Tokens of everything that was answered, also before a crash, a model."""
+        return self._usage
+
+    def usage(self) -> dict[str, Any]:
+        """The tokens of all models together and ``by_model``."""
+        keys = ("prompt_tokens", "completion_tokens")
+        totals = {key: sum(usage[key] for usage in self._usage.values()) for key in keys}
+        return {**totals, "by_model": self._usage}
+
+
+class _Stopped(OpenAISFTError):
+    """The pool was closed while this question waited for its turn."""
+
+
+class _Pool:
+    """Daemon threads that ask, with a bound on the requests under way that follows the endpoint.
+
+    When the endpoint limits the rate the bound is halved, once a wave; every answer widens it
+    again (additive increase, multiplicative decrease, as TCP does). Closing it ends the threads
+    after the request they are in; the program's end doesn't wait for them.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._bound = float(size)
+        self._wave = 0
+        self._under_way = 0
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def map(self, ask: Callable[[Case], T], cases: Sequence[Case]) -> Iterator[T]:
+        """``ask`` each case on the threads; yield what comes, as it comes; raise its error."""
+        waiting = collections.deque(cases)
+        answers: queue.SimpleQueue[T | BaseException] = queue.SimpleQueue()
+
+        def work() -> None:
+            while not self._closed:
+                try:
+                    case = waiting.popleft()
+                except IndexError:
+                    return
+                try:
+                    answers.put(ask(case))
+                except BaseException as error:  # noqa: BLE001  # raised again where it is awaited
+                    answers.put(error)
+
+        for number in range(min(self._size, len(cases))):
+            name = f"openai-sft-ask-{number}"
+            threading.Thread(target=work, name=name, daemon=True).start()
+        for _ in cases:
+            answer = answers.get()
+            if isinstance(answer, BaseException):
+                raise answer
+            yield answer
+
+    def attempt(self, request: Callable[[], T]) -> T:
+        """``request()`` when there is room for it."""
+        import openai
+
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._under_way < int(self._bound))
+            if self._closed:
+                raise _Stopped
+            self._under_way += 1
+            wave = self._wave
+        try:
+            answer = request()
+        except openai.RateLimitError:
+            with self._changed:
+                if wave == self._wave:
+                    self._bound = max(1.0, self._bound / 2)
+                    self._wave += 1
+            raise
+        else:
+            with self._changed:
+                self._bound = min(float(self._size), self._bound + 1 / self._bound)
+            return answer
+        finally:
+            with self._changed:
+                self._under_way -= 1
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """Let no further question begin."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
 
 class _ProgressReader(io.FileIO):
@@ -2260,6 +2827,11 @@ class _ProgressReader(io.FileIO):
 # ── The class ────────────────────────────────────────────────────────────────────────────────
 
 
+NO_KEY = (
+    "OpenAI API keyが設定されていません。環境変数 OPENAI_API_KEY か .env ファイルに設定するか、"
+    "OpenAISFT(api_key=...) で渡してください。キーなしで試すにはリハーサル（rehearse=True、"
+    "--rehearse）を使えます。"
+)
 RECORDED_SETTINGS = (
     "model",
     "dataset",
@@ -2284,7 +2856,8 @@ class OpenAISFT:
     the service's limit of tokens: ``split`` at a turn, ``drop`` or ``refuse`` (DataError).
     ``price`` replaces the price table. ``client`` is a ready ``openai.OpenAI``.
     ``offline=True`` gives the data stages alone. ``rehearse=True`` starts a local endpoint and
-    uses it, whatever key or URL is set.
+    uses it, whatever key or URL is set. ``allow_no_key`` puts the question for a key off until
+    it is needed, for :meth:`check` and :meth:`list_runs`.
     ``confirm`` is asked with a :class:`CostEstimate` before anything is paid; ``max_cost_usd``
     bounds it. ``clock`` and ``sleep`` serve tests. With ``verbose`` the log goes to stderr,
     unless the application has set up logging itself.
@@ -2303,6 +2876,7 @@ class OpenAISFT:
         poll_interval: float = 10.0,
         client: OpenAI | None = None,
         offline: bool = False,
+        allow_no_key: bool = False,
         rehearse: bool = False,
         verbose: bool = True,
         revision: str | None = None,
@@ -2348,6 +2922,7 @@ class OpenAISFT:
         self._client = client
         self._owns_client = client is None
         self._offline = offline
+        self._allow_no_key = allow_no_key
         self._confirm = confirm
         self._clock, self._sleep = clock, sleep
         self._endpoint: Rehearsal | None = None
@@ -2367,12 +2942,8 @@ class OpenAISFT:
         self._check_settings()
 
     def _check_settings(self) -> None:
-        if not (self._api_key or self._client or self._offline):
-            raise ConfigurationError(
-                "OpenAI API keyが設定されていません。環境変数 OPENAI_API_KEY か .env ファイルに"
-                "設定するか、OpenAISFT(api_key=...) で渡してください。キーなしで試すには"
-                "リハーサル（rehearse=True、--rehearse）を使えます。"
-            )
+        if not (self._api_key or self._client or self._offline or self._allow_no_key):
+            raise ConfigurationError(NO_KEY)
         if self._api_key and not (self._api_key.isascii() and self._api_key.isprintable()):
             raise ConfigurationError(
                 "OpenAI API keyに使えない文字（全角文字や改行など）が含まれています。"
@@ -2432,6 +3003,8 @@ class OpenAISFT:
             raise ConfigurationError(
                 "offline=True ではサービスを使えません。データの準備だけができます。"
             )
+        if self._client is None and not self._api_key:
+            raise ConfigurationError(NO_KEY)
         if self._client is None:
             import openai
 
@@ -2451,10 +3024,13 @@ class OpenAISFT:
                 organization=self._organization,
                 project=self._project,
                 timeout=60.0,
+                max_retries=0,
                 # A proxy of the environment must not see a rehearsal.
                 http_client=openai.DefaultHttpxClient(trust_env=False) if self.rehearse else None,
             )
-        return self._client.with_options(max_retries=0)
+        if self._client.max_retries:
+            self._client = self._client.with_options(max_retries=0)
+        return self._client
 
     @property
     def files(self) -> dict[str, str]:
@@ -2476,17 +3052,18 @@ class OpenAISFT:
         learning_rate_multiplier: float | Literal["auto"] | None = None,
         suffix: str | None = None,
         timeout: float | None = None,
-        **filters: Unpack[SelectionOptions],
-    ) -> dict[str, Any]:
+        **options: Unpack[RunOptions],
+    ) -> EvaluationResults:
         """Load, split, convert, price, upload, train, evaluate and save; return the results.
 
-        ``filters`` are those of :class:`Selection`; ``timeout`` bounds the wait for the job in
+        ``options`` are :class:`RunOptions`; ``timeout`` bounds the wait for the job in
         seconds. Whatever happens to this program, :meth:`resume` goes on where it stopped.
 
         Raises :class:`JobFailed` for a job that ends without a model, :class:`BudgetError` and
         :class:`Declined` before anything is sent, and what the stages raise.
         """
         check_hyperparameters(epochs, batch_size, learning_rate_multiplier, suffix, seed)
+        filters, evaluation = _split_options(options, max_test_cases, seed)
         self._require_ready()
         self._make_data(
             Selection(max_samples, seed, **filters),
@@ -2497,19 +3074,20 @@ class OpenAISFT:
                 "learning_rate_multiplier": learning_rate_multiplier,
                 "suffix": suffix,
                 "seed": seed,
-                "max_test_cases": max_test_cases,
+                "evaluation": evaluation,
             },
         )
         return self._continue_pipeline(self._current_run, timeout)
 
-    def _continue_pipeline(self, run: RunRecord, timeout: float | None = None) -> dict[str, Any]:
+    def _continue_pipeline(self, run: RunRecord, timeout: float | None = None) -> EvaluationResults:
         """Take a run whose data are made on from its first unfinished step to its end."""
         plan = run.data["plan"]
-        cases = {"max_test_cases": plan["max_test_cases"], "seed": plan["seed"]}
         splits = self._recorded_splits(run)
         if "job_id" not in run.data:
             tokens = run.data["data"]["train"]["tokens"]
-            self._authorise(self.estimate(splits, plan["epochs"], tokens, **cases))
+            self._authorise(
+                self.estimate(splits, plan["epochs"], tokens, **_about_cases(plan["evaluation"]))
+            )
             training_file_id = self._upload(run.file("train"), "training")
             validation_file_id = None
             if splits.valid:
@@ -2525,16 +3103,16 @@ class OpenAISFT:
                 suffix=plan["suffix"],
                 seed=plan["seed"],
             )
-        if run.data.get("fine_tuned_model") is None:
+        if "training_recorded_at" not in run.data:
             job = self.monitor_fine_tune_job(run.data["job_id"], timeout=timeout)
             if job.status != "succeeded" or not job.fine_tuned_model:
                 code, message = _job_error(job)
                 raise JobFailed(job.id, job.status, code, message)
-        return self._evaluate_and_save(run.data["fine_tuned_model"], splits, **cases)
+        return self._evaluate_and_save(run.data["fine_tuned_model"], splits, plan["evaluation"])
 
     def resume(
         self, run: str | None = None, *, timeout: float | None = None
-    ) -> dict[str, Any] | None:
+    ) -> EvaluationResults | None:
         """Go on with an unfinished run (the newest, or ``run_STAMP``) with its own settings.
 
         Returns its results, or ``None`` where there is nothing to do. Raises
@@ -2544,9 +3122,13 @@ class OpenAISFT:
         if record is None:
             logger.info("再開する実行はありません。")
             return None
+        if self._run is not None:
+            self._run.release()
         record.lock()
         logger.info("再開します: %s", record.path)
         self._run = record
+        if model := record.data.get("fine_tuned_model"):
+            self._fresh_models[model] = self._clock() + MODEL_LOADING_SECONDS
         self._resumed = True
         self._use_settings(record.data["settings"])
         self._require_ready()
@@ -2570,13 +3152,18 @@ class OpenAISFT:
     def _use_settings(self, settings: Mapping[str, Any]) -> None:
         for name in RECORDED_SETTINGS:
             setattr(self, name, settings.get(name))
+        # A limit or a price that is given now was meant for what is left.
+        if self.max_cost_usd is None:
+            self.max_cost_usd = settings.get("max_cost_usd")
+        if self.price is None and settings.get("price"):
+            self.price = Price(**settings["price"])
         if self._owns_client and self._client is not None:
             self._client.close()
             self._client = None
 
     def attach(
         self, job_id: str, *, timeout: float | None = None
-    ) -> dict[str, Any] | FineTuningJob:
+    ) -> EvaluationResults | FineTuningJob:
         """Watch any job to its end, also one made elsewhere; save what it leaves.
 
         A job of an unfinished run here is taken through to the run's results; of any other the
@@ -2592,18 +3179,31 @@ class OpenAISFT:
 
     def cancel_job(self, job_id: str) -> FineTuningJob:
         """Cancel a job; what it has trained so far is still billed. An ended job is left alone."""
-        job = self._call(lambda: self.client.fine_tuning.jobs.retrieve(job_id))
+        import openai
+
+        jobs = self.client.fine_tuning.jobs
+        job = self._call(lambda: jobs.retrieve(job_id), needs="status")
         if job.status in TERMINAL_STATUSES:
             logger.info("ジョブ %s はすでに終わっています（%s）。", job_id, job.status)
             return job
-        job = self._call(lambda: self.client.fine_tuning.jobs.cancel(job_id))
+        try:
+            job = self._call(lambda: jobs.cancel(job_id), needs="status")
+        except openai.BadRequestError:  # ended, or cancelled by a request whose answer was lost
+            job = self._call(lambda: jobs.retrieve(job_id), needs="status")
+            if job.status not in TERMINAL_STATUSES:
+                raise
         logger.info(
             "ジョブ %s を取り消しました（%s）。取り消しまでに学習した分の料金は請求されます。",
             job_id,
             printable(job.status),
         )
         for run in read_runs(self.output_dir):
-            if run.data.get("job_id") == job_id:
+            if run.data.get("job_id") != job_id:
+                continue
+            if self._run is not None and run.path == self._run.path:
+                self._remember(job_status=job.status)
+                continue
+            with contextlib.suppress(ConfigurationError):  # who watches the job records it
                 run.lock()
                 run.update(job_status=job.status)
                 run.release()
@@ -2615,13 +3215,13 @@ class OpenAISFT:
         Without a key (``offline``) or where the endpoint lists no jobs, the runs alone.
         """
         jobs: dict[str, FineTuningJob] | None = None
-        if not self._offline:
+        if self._api_key or self._client:
             listed = self._optional("ジョブの一覧", lambda: list(self._all_jobs()))
             jobs = None if listed is None else {job.id: job for job in listed}
         rows = []
         for run in read_runs(self.output_dir):
             job_id = run.data.get("job_id")
-            job = jobs.pop(job_id, None) if jobs and job_id else None
+            job = jobs.get(job_id) if jobs and job_id else None
             missing = jobs is not None and job_id and job is None and not run.data.get("rehearsal")
             rows.append(
                 RunRow(
@@ -2634,7 +3234,10 @@ class OpenAISFT:
                     orphan="no job" if missing else None,
                 )
             )
+        known = {row.job_id for row in rows}
         for job in (jobs or {}).values():
+            if job.id in known:
+                continue
             started = datetime.fromtimestamp(job.created_at).astimezone()
             rows.append(
                 RunRow(
@@ -2682,7 +3285,11 @@ class OpenAISFT:
                 logger.warning("%s", item)
 
     def _check_local(self) -> Iterator[CheckItem]:
-        folder = self._existing_folder()
+        try:
+            folder = self._existing_folder()
+        except ConfigurationError as error:
+            yield CheckItem("保存先", "fail", str(error))
+            return
         if os.access(folder, os.W_OK | os.X_OK):
             yield CheckItem("保存先", "ok", f"{folder} に書き込めます")
         else:
@@ -2732,8 +3339,8 @@ class OpenAISFT:
     def _check_endpoint(self) -> Iterator[CheckItem]:
         import openai
 
-        if self._offline:
-            yield CheckItem("エンドポイント", "warn", "offline のため確かめていません")
+        if self._offline or not (self._api_key or self._client):
+            yield CheckItem("エンドポイント", "warn", "キーがないため確かめていません")
             return
         try:
             client = self.client
@@ -2782,10 +3389,11 @@ class OpenAISFT:
         max_samples: int | None = None,
         seed: int = 42,
         max_test_cases: int | None = 10,
-        **filters: Unpack[SelectionOptions],
+        **options: Unpack[RunOptions],
     ) -> DataSummary:
         """Load, split, convert and write the three files, and price them. Needs no key."""
         check_hyperparameters(epochs, "auto", seed=seed)
+        filters, evaluation = _split_options(options, max_test_cases, seed)
         splits, tokens = self._make_data(Selection(max_samples, seed, **filters), kind="data")
         loaded = self._loaded
         return DataSummary(
@@ -2793,7 +3401,7 @@ class OpenAISFT:
             tokens=tokens,
             files=self.files,
             estimate=self.estimate(
-                splits, epochs, tokens["train"].total, max_test_cases=max_test_cases, seed=seed
+                splits, epochs, tokens["train"].total, **_about_cases(evaluation)
             ),
             removed=loaded.removed if loaded else {},
             leakage=loaded.leakage if loaded else {},
@@ -2805,14 +3413,15 @@ class OpenAISFT:
         max_samples: int | None = None,
         seed: int | None = None,
         max_test_cases: int | None = 10,
-        **filters: Unpack[SelectionOptions],
-    ) -> dict[str, Any]:
+        **options: Unpack[RunOptions],
+    ) -> EvaluationResults:
         """Evaluate ``model_id``, or the newest model tuned here; save and return the results.
 
         A model tuned here is asked the split recorded with its run; options that would change
         that split raise :class:`ConfigurationError`. For one made elsewhere the split is made
         from the options (``seed`` 42), and nothing tells what the model was trained on.
         """
+        filters, evaluation = _split_options(options, max_test_cases, 42 if seed is None else seed)
         folder = self.output_dir
         run = find_run(folder, model_id)
         if run is None and model_id is None:
@@ -2825,9 +3434,8 @@ class OpenAISFT:
             given = {"max_samples": max_samples, "seed": seed, **filters}
             self._require_same_split(run, given)
             model_id = model_id or run.data["fine_tuned_model"]
-            seed = run.data["selection"]["seed"]
+            evaluation["seed"] = run.data["selection"]["seed"]
         else:
-            seed = 42 if seed is None else seed
             logger.warning(
                 "モデル %s の学習記録がないため、分割は指定から作り直します。このモデルが学習した"
                 "対話が評価に混ざっている可能性を否定できません。",
@@ -2839,23 +3447,22 @@ class OpenAISFT:
             plan={
                 "model_id": model_id,
                 "split_of": run.path.stem if run else None,
-                "selection": asdict(Selection(max_samples, seed, **filters)),
-                "seed": seed,
-                "max_test_cases": max_test_cases,
+                "selection": asdict(Selection(max_samples, evaluation["seed"], **filters)),
+                "evaluation": evaluation,
             },
         )
         return self._continue_evaluation(self._current_run)
 
-    def _continue_evaluation(self, run: RunRecord) -> dict[str, Any]:
+    def _continue_evaluation(self, run: RunRecord) -> EvaluationResults:
         plan = run.data["plan"]
         if plan["split_of"]:
             source = RunRecord.load(self.output_dir / f"{plan['split_of']}.json")
             splits = self._recorded_splits(source)
         else:
             splits = self._convert(self._load(Selection(**plan["selection"])))
-        cases = {"max_test_cases": plan["max_test_cases"], "seed": plan["seed"]}
-        self._authorise(self.estimate(splits, None, model=plan["model_id"], **cases))
-        return self._evaluate_and_save(plan["model_id"], splits, **cases)
+        model, evaluation = plan["model_id"], plan["evaluation"]
+        self._authorise(self.estimate(splits, None, model=model, **_about_cases(evaluation)))
+        return self._evaluate_and_save(model, splits, evaluation)
 
     def _require_same_split(self, run: RunRecord, given: Mapping[str, Any]) -> None:
         recorded = {**run.data["selection"], **run.data["settings"]}
@@ -2939,11 +3546,9 @@ class OpenAISFT:
         return Splits(*(self.prepare_dataset(part, name) for part, name in parts))
 
     def _evaluate_and_save(
-        self, model_id: str, splits: Splits, *, max_test_cases: int | None, seed: int
-    ) -> dict[str, Any]:
-        results = self.evaluate_model_comprehensive(
-            model_id, splits.test, splits.valid, max_test_cases=max_test_cases, seed=seed
-        )
+        self, model_id: str, splits: Splits, options: Mapping[str, Any]
+    ) -> EvaluationResults:
+        results = self.evaluate_model_comprehensive(model_id, splits.test, splits.valid, **options)
         path = self.save_results(results)
         asked = sum(
             results[key]["evaluated_cases"] + results[key]["failed_cases"]
@@ -3178,7 +3783,11 @@ class OpenAISFT:
             "rehearsal": self.rehearse,
             "started_at": self._now(),
             "versions": _versions(),
-            "settings": {name: getattr(self, name) for name in RECORDED_SETTINGS},
+            "settings": {
+                **{name: getattr(self, name) for name in RECORDED_SETTINGS},
+                "max_cost_usd": self.max_cost_usd,
+                "price": asdict(self.price) if self.price else None,
+            },
             **facts,
         }
         while True:
@@ -3205,6 +3814,8 @@ class OpenAISFT:
         model: str | None = None,
         max_test_cases: int | None = 10,
         seed: int = 42,
+        eval_turns: EvalTurns = 1,
+        baseline: str | bool | None = None,
     ) -> CostEstimate:
         """Price training on ``training_tokens`` (``epochs=None``: none) and the evaluation.
 
@@ -3214,18 +3825,25 @@ class OpenAISFT:
         cases = [
             case
             for part in (splits.test, splits.valid)
-            for case in choose_cases(part, max_cases=max_test_cases, seed=seed)
+            for case in choose_cases(part, max_cases=max_test_cases, seed=seed, turns=eval_turns)
         ]
+        model = model or self.model
         return estimate_cost(
             training_tokens,
             epochs,
-            model=model or self.model,
+            model=model,
+            baseline=self._baseline_model(model, baseline),
             evaluation_input_tokens=sum(counter.count(case.input).total for case in cases),
             evaluation_output_tokens=counter.count_texts([case.reference for case in cases]),
             price=self.price,
             yen_per_dollar=self.yen_per_dollar,
             exact_tokens=counter.exact,
         )
+
+    def _baseline_model(self, model_id: str, baseline: str | bool | None) -> str | None:
+        if baseline is True:
+            return model_id.split(":")[1] if model_id.startswith("ft:") else self.model
+        return baseline or None
 
     def _authorise(self, estimate: CostEstimate) -> None:
         """Show the price, hold it against the limit and ask; raises before anything is sent.
@@ -3278,15 +3896,16 @@ class OpenAISFT:
         size = path.stat().st_size
         facts: dict[str, Any] = {"name": path.name, "bytes": size, "sha256": sha256_of(path)}
         before = run.data.get("uploads", {})
+        facts["intent_time"] = before.get(part, {}).get("intent_time", self._clock())
         file_id = self._uploaded_before(facts)
-        if file_id is None and "intent_at" in before.get(part, {}):
+        if file_id is None and "file_id" not in before.get(part, {"file_id": None}):
             file_id = self._look_for(lambda: self._find_file(facts))
         if file_id is not None:
             logger.info("アップロード済みのファイルを使います: %s（%s）", path.name, file_id)
             facts["reused"] = True
         else:
             logger.info("アップロードしています: %s（%.1f MB）", path, size / 1e6)
-            run.update(uploads={**before, part: {**facts, "intent_at": self._now()}})
+            run.update(uploads={**before, part: facts})
             file_id = self._send_once(
                 lambda: self._send_file(path, size), lambda: self._find_file(facts)
             )
@@ -3314,11 +3933,19 @@ class OpenAISFT:
         return None
 
     def _find_file(self, facts: Mapping[str, Any]) -> str | None:
-        page = self._call(lambda: self.client.files.list(purpose="fine-tune"))
+        """The id of an uploaded file that is none of another content known here."""
+        others = {
+            upload.get("file_id")
+            for run in read_runs(self.output_dir)
+            for upload in run.data.get("uploads", {}).values()
+            if upload["sha256"] != facts["sha256"]
+        }
+        page = self._call(lambda: self.client.files.list(purpose="fine-tune"), needs="data")
         for file in page.data:
             same = (file.filename, file.bytes) == (facts["name"], facts["bytes"])
-            # A stamp a run makes names unique; the day is for clocks that disagree.
-            if same and abs(file.created_at - self._clock()) < 86_400:
+            # A stamp a run makes names unique; the hour is for clocks that disagree.
+            late = file.created_at >= facts["intent_time"] - 3600
+            if same and late and file.purpose == "fine-tune" and file.id not in others:
                 return file.id
         return None
 
@@ -3326,10 +3953,8 @@ class OpenAISFT:
         client = self.client.with_options(timeout=600.0)
         with _ProgressReader(path, size, enabled=self.verbose) as file:
             if size <= self._max_single_upload_bytes:
-                sent = self._call(
-                    lambda: client.files.create(file=(path.name, file), purpose="fine-tune"),
-                    patience=0,
-                )
+                create = functools.partial(client.files.create, purpose="fine-tune")
+                sent = self._call(lambda: create(file=(path.name, file)), patience=0, needs="id")
                 return sent.id
             # The SDK's helper for this neither repeats a part that fails nor shows how far it is.
             upload = self._call(
@@ -3344,10 +3969,9 @@ class OpenAISFT:
             while chunk := file.read(min(UPLOAD_PART_BYTES, self._max_single_upload_bytes)):
                 send = functools.partial(client.uploads.parts.create, upload.id, data=chunk)
                 part_ids.append(self._call(send).id)
-            done = self._call(lambda: client.uploads.complete(upload.id, part_ids=part_ids))
-            if done.file is None:
-                raise BrokenAnswer("アップロードは完了しましたが、ファイルのIDが返りませんでした。")
-            return done.file.id
+            complete = functools.partial(client.uploads.complete, upload.id, part_ids=part_ids)
+            done = self._call(complete, patience=0, needs="file")
+            return str(done.file.id)  # type: ignore[union-attr]  # `needs` has settled it
 
     def _send_once(self, send: Callable[[], T], find: Callable[[], T | None]) -> T:
         """Carry out what must not happen twice: after a lost answer, look before sending again.
@@ -3422,13 +4046,12 @@ class OpenAISFT:
             kept = ("kind", "plan", "selection", "data", "files", "uploads")
             self._start_run(**{key: known[key] for key in kept if key in known})
         run = self._current_run
-        intent: dict[str, Any] = run.data.get("job_intent", {})
         found = None
-        if intent.get("request") == request:
-            token = intent["token"]
-            found = self._look_for(lambda: self._find_job(token))
-        else:
-            token = uuid.uuid4().hex
+        if "job_intent" in run.data:  # sent by an earlier attempt, perhaps
+            earlier = run.data["job_intent"]["token"]
+            found = self._look_for(lambda: self._find_job(earlier))
+        token = uuid.uuid4().hex
+        if found is None:
             run.update(job_intent={"token": token, "at": self._now(), "request": request})
         metadata = {
             "openai_sft_run": run.data["run_id"],
@@ -3440,7 +4063,11 @@ class OpenAISFT:
             try:
                 found = self._send_once(
                     lambda: (
-                        self._call(lambda: jobs.create(**request, metadata=metadata), patience=0).id
+                        self._call(
+                            lambda: jobs.create(**request, metadata=metadata),
+                            patience=0,
+                            needs="id",
+                        ).id
                     ),
                     lambda: self._find_job(token),
                 )
@@ -3450,7 +4077,7 @@ class OpenAISFT:
                 endpoint = str(self.client.base_url)
                 raise TrainingNotAvailable(endpoint, self._delete_uploads(run)) from error
         run.update(job_id=found)
-        logger.info("ファインチューニングジョブを作成しました: %s", found)
+        logger.info("ファインチューニングジョブを作成しました: %s", printable(found))
         return found
 
     def _find_job(self, token: str) -> str | None:
@@ -3462,14 +4089,23 @@ class OpenAISFT:
 
     def _delete_uploads(self, run: RunRecord) -> list[str]:
         """Delete what this run uploaded itself; return the ids that are gone."""
+        import openai
+
         deleted = []
         uploads = run.data.get("uploads", {})
         for upload in uploads.values():
             file_id = upload.get("file_id")
-            if file_id and not upload.get("reused"):
-                remove = functools.partial(self.client.files.delete, file_id)
-                if self._optional("ファイルの削除", remove) is not None:
-                    deleted.append(str(file_id))
+            if not file_id or upload.get("reused"):
+                continue
+            try:
+                self._call(functools.partial(self.client.files.delete, file_id))
+            except openai.NotFoundError:  # gone by a request whose answer was lost
+                pass
+            except (openai.APIError, BrokenAnswer) as error:
+                reason = explain_api_error(error)
+                logger.warning("ファイル %s は削除できず、残っています: %s", file_id, reason)
+                continue
+            deleted.append(str(file_id))
         run.update(uploads={k: u for k, u in uploads.items() if u.get("file_id") not in deleted})
         return deleted
 
@@ -3488,14 +4124,10 @@ class OpenAISFT:
         bar = _TrainingBar(enabled=self.verbose)
         with SystemMonitor(self._existing_folder()), contextlib.closing(bar):
             for delay in self._poll_delays():
-                job = self._survive(
-                    lambda: self._call(
-                        lambda: self.client.fine_tuning.jobs.retrieve(job_id), patience=0
-                    ),
-                    deadline,
-                )
-                if job is not None:
-                    for event in self._new_events(job_id, seen):
+                polled = self._survive(lambda: self._poll(job_id, seen), deadline)
+                if polled is not None:
+                    job, events = polled
+                    for event in events:
                         bar.show(event)
                     if job.status != status:
                         status = job.status
@@ -3504,13 +4136,19 @@ class OpenAISFT:
                         self._remember(job_status=status)
                     if status in TERMINAL_STATUSES:
                         break
-                if deadline is not None and self._clock() >= deadline:
-                    raise WaitTimeout(job_id, status, timeout or 0.0)
-                left = delay if deadline is None else deadline - self._clock()
-                self._sleep(max(0.0, min(delay, left)))
-        assert job is not None
+                if timeout is not None and deadline is not None:
+                    if self._clock() >= deadline:
+                        raise WaitTimeout(job_id, status, timeout)
+                    delay = min(delay, deadline - self._clock())
+                self._sleep(delay)
         self._record_outcome(job, bar.rows)
         return job
+
+    def _poll(self, job_id: str, seen: set[str]) -> tuple[FineTuningJob, list[FineTuningJobEvent]]:
+        """One look at a job: how it stands, and its events that are not in ``seen``."""
+        retrieve = functools.partial(self.client.fine_tuning.jobs.retrieve, job_id)
+        job = self._call(retrieve, patience=0, needs="status")
+        return job, self._new_events(job_id, seen)
 
     def _survive(self, request: Callable[[], T], deadline: float | None) -> T | None:
         """``request()``, waiting out any outage; ``None`` where the deadline comes first."""
@@ -3531,6 +4169,7 @@ class OpenAISFT:
                     )
                 delay = retry_delay(attempt, _retry_after(error), random.random())
                 if deadline is not None and self._clock() + delay >= deadline:
+                    self._sleep(max(0.0, deadline - self._clock()))
                     return None
                 self._sleep(delay)
             else:
@@ -3548,15 +4187,18 @@ class OpenAISFT:
         """Events not in ``seen``, oldest first; they come newest first, in pages."""
         fresh: list[FineTuningJobEvent] = []
         page = self._optional(
-            "イベント", lambda: self.client.fine_tuning.jobs.list_events(job_id, limit=100)
+            "イベント",
+            lambda: self.client.fine_tuning.jobs.list_events(job_id, limit=100),
+            patience=0,
         )
         while page is not None:
-            unseen = [event for event in page.data if event.id not in seen]
-            seen.update(event.id for event in unseen)
+            known = seen.union(event.id for event in fresh)
+            unseen = [event for event in page.data if event.id not in known]
             fresh.extend(unseen)
             if len(unseen) < len(page.data) or not unseen or not page.has_next_page():
                 break
-            page = self._optional("イベント", page.get_next_page)
+            page = self._optional("イベント", page.get_next_page, patience=0)
+        seen.update(event.id for event in fresh)  # only now, for a page may have failed
         return fresh[::-1]
 
     def _record_outcome(self, job: FineTuningJob, rows: Sequence[Mapping[str, float]]) -> None:
@@ -3574,13 +4216,14 @@ class OpenAISFT:
             reason = f"（{reason}）" if reason else ""
             logger.error("ファインチューニング失敗: %s%s", printable(job.status), reason)
             return
-        logger.info("学習済みモデル: %s", job.fine_tuned_model)
+        logger.info("学習済みモデル: %s", printable(job.fine_tuned_model))
         if job.fine_tuned_model:
             self._fresh_models[job.fine_tuned_model] = self._clock() + MODEL_LOADING_SECONDS
         self._save_metrics(job, rows)
         self._record_checkpoints(job)
         self._record_training_cost(job)
         self._record_shutdown(job)
+        self._remember(training_recorded_at=self._now())
 
     def _record_checkpoints(self, job: FineTuningJob) -> None:
         page = self._optional(
@@ -3597,7 +4240,7 @@ class OpenAISFT:
         self._remember(checkpoints=names)
 
     def _record_training_cost(self, job: FineTuningJob) -> None:
-        price = self.price or price_of(self.model)
+        price = self.price or price_of(job.model)
         if self.rehearse or price is None or job.trained_tokens is None:
             return
         actual = job.trained_tokens * price.training / 1e6
@@ -3622,7 +4265,7 @@ class OpenAISFT:
             )
             shutdown = _shutdown_date(model)
             if shutdown is not None:
-                logger.warning("%s は %s に停止します。", name, shutdown)
+                logger.warning("%s は %s に停止します。", printable(name), shutdown)
                 self._remember(shutdown_date=str(shutdown))
                 return
 
@@ -3666,63 +4309,143 @@ class OpenAISFT:
         max_test_cases: int | None = 10,
         *,
         seed: int = 42,
+        eval_turns: EvalTurns = 1,
+        baseline: str | bool | None = None,
+        concurrency: int = 8,
         temperature: float = 0.0,
         max_tokens: int = 512,
-    ) -> dict[str, Any]:
-        """Ask the model :func:`choose_cases` of each split; return answers beside references.
+    ) -> EvaluationResults:
+        """Ask the model :func:`choose_cases` of each split and score its answers.
 
-        ``max_test_cases`` is per split; 0 or ``None`` asks all. A case that fails carries its
-        ``error``; errors that would meet every case (key, model, quota) are raised.
+        ``max_test_cases`` is per split; 0 or ``None`` asks all. ``baseline`` names a model to
+        ask the same (``True``: the base model), and the results gain ``comparison``. Up to
+        ``concurrency`` questions are under way at once, fewer while the endpoint limits the
+        rate. A case that fails carries its ``error``; errors that would meet every case (key,
+        model, quota) are raised, and :class:`BudgetError` before anything is asked.
         """
+        if concurrency < 1:
+            raise ConfigurationError(f"concurrency は1以上です（指定: {concurrency}）。")
         generation = {"temperature": temperature, "seed": seed, "max_tokens": max_tokens}
-        results: dict[str, Any] = {
-            "model_id": model_id,
-            "evaluation_timestamp": self._now(),
-        }
+        baseline_id = self._baseline_model(model_id, baseline)
+        data = {"test": test_data, "valid": valid_data}
         cases = {
-            name: choose_cases(data, max_cases=max_test_cases, seed=seed)
-            for name, data in (("test", test_data), ("valid", valid_data))
+            name: choose_cases(part, max_cases=max_test_cases, seed=seed, turns=eval_turns)
+            for name, part in data.items()
         }
-        with SystemMonitor(self._existing_folder()), self._journal(model_id, generation) as journal:
-            for name, data in (("test", test_data), ("valid", valid_data)):
-                responses = self._ask_all(model_id, cases[name], name, generation, journal)
-                answered = sum("error" not in response for response in responses)
-                results[f"{name}_evaluation"] = {
+        models = [model_id, *([baseline_id] if baseline_id else [])]
+        results = EvaluationResults(model_id=model_id, evaluation_timestamp=self._now())
+        answers: dict[tuple[str, str], list[Answer]] = {}
+        asked: dict[str, dict[str, Any]] = {model: {} for model in models}
+        with (
+            SystemMonitor(self._existing_folder()),
+            self._journal(model_id, baseline_id, generation) as journal,
+        ):
+            self._require_evaluation_budget(models, cases, journal)
+            for model, name in itertools.product(models, data):
+                responses = self._ask_all(
+                    model, cases[name], name, generation, journal, concurrency
+                )
+                answers[model, name] = _answers(cases[name], responses)
+                answered = len(answers[model, name])
+                metrics, missing = score_answers(answers[model, name], seed=seed)
+                asked[model][f"{name}_evaluation"] = {
                     "dataset_type": name,
-                    "total_test_cases": len(data),
+                    "total_test_cases": len(data[name]),
                     "evaluated_cases": answered,
                     "failed_cases": len(responses) - answered,
+                    "cut_cases": sum(r.get("finish_reason") == "length" for r in responses),
                     "responses": responses,
+                    "metrics": metrics,
+                    "missing_metrics": missing,
                 }
-        counts = [results[f"{name}_evaluation"]["evaluated_cases"] for name in ("test", "valid")]
+        if missing:
+            logger.warning(
+                "%s は計算していません。%s で計算できるようになります。",
+                "、".join(FIGURE_LABELS[name] for name in missing),
+                EVAL_EXTRA,
+            )
+        results.update(asked[model_id])
+        counts = [results[f"{name}_evaluation"]["evaluated_cases"] for name in data]
         results["summary"] = {
             "test_cases_evaluated": counts[0],
             "valid_cases_evaluated": counts[1],
             "total_cases_evaluated": sum(counts),
         }
+        if baseline_id is not None:
+            results["baseline"] = {"model_id": baseline_id, **asked[baseline_id]}
+            results["comparison"] = {"baseline_model": baseline_id} | {
+                name: compare_answers(
+                    answers[model_id, name], answers[baseline_id, name], seed=seed
+                )
+                for name in data
+            }
         results["usage"] = journal.usage()
-        results["settings"] = {**generation, "max_test_cases": max_test_cases}
-        self._record_evaluation_cost(model_id, results)
+        results["settings"] = {
+            **generation,
+            "max_test_cases": max_test_cases,
+            "eval_turns": eval_turns,
+            "concurrency": concurrency,
+        }
+        self._record_evaluation_cost(results)
         if self.rehearse or ":rehearsal:" in model_id:
             results["rehearsal"] = True
             results["note"] = "リハーサルの小さな文字モデルの応答です。GPTの性能とは無関係です。"
         return results
 
-    def _record_evaluation_cost(self, model_id: str, results: dict[str, Any]) -> None:
-        price = self.price or price_of(model_id)
-        rates = price.rates(tuned=model_id.startswith("ft:")) if price else None
-        usage = results["usage"]
-        if self.rehearse or rates is None:
+    def _rates(self, model: str) -> tuple[float, float] | None:
+        price = self.price or price_of(model)
+        return price.rates(tuned=model.startswith("ft:")) if price else None
+
+    def _require_evaluation_budget(
+        self, models: Sequence[str], cases: Mapping[str, Sequence[Case]], journal: _Journal
+    ) -> None:
+        if self.max_cost_usd is None or self.rehearse:
             return
-        dollars = (usage["prompt_tokens"] * rates[0] + usage["completion_tokens"] * rates[1]) / 1e6
+        counter = TokenCounter(load_vocabulary())
+        dollars = self._current_run.data.get("cost", {}).get("training_usd", 0.0)
+        dollars += self._cost_of(journal.usage_by_model()) or 0.0
+        for model, (name, part) in itertools.product(models, cases.items()):
+            rates = self._rates(model)
+            if rates is None:
+                raise BudgetError(f"{model} の単価が不明で、上限を守れるか判断できません。")
+            for case in part:
+                if (model, name, case.id) not in journal.answers:
+                    dollars += counter.count(case.input).total * rates[0] / 1e6
+                    dollars += counter.count_texts([case.reference]) * rates[1] / 1e6
+        if dollars > self.max_cost_usd:
+            raise BudgetError(
+                f"評価まで含めた料金 ${dollars:,.4f} が上限 ${self.max_cost_usd:,.2f} を超える"
+                "ため、評価の前に中止しました。学習済みモデルは残っています。"
+            )
+
+    def _cost_of(self, usage: Mapping[str, Mapping[str, int]]) -> float | None:
+        dollars = 0.0
+        for model, tokens in usage.items():
+            rates = self._rates(model)
+            if rates is None:
+                return None
+            dollars += tokens["prompt_tokens"] * rates[0] / 1e6
+            dollars += tokens["completion_tokens"] * rates[1] / 1e6
+        return dollars
+
+    def _record_evaluation_cost(self, results: EvaluationResults) -> None:
+        dollars = self._cost_of(results["usage"]["by_model"])
+        if self.rehearse or dollars is None:
+            return
         self._add_cost(evaluation_usd=dollars)
         results["cost"] = dict(self._current_run.data["cost"])
         logger.info("評価の実費: $%.4f", dollars)
 
-    def _journal(self, model_id: str, generation: Mapping[str, Any]) -> _Journal:
+    def _journal(
+        self, model_id: str, baseline_id: str | None, generation: Mapping[str, Any]
+    ) -> _Journal:
         """The answers so far of a resumed evaluation, or a new journal."""
         run = self._current_run
-        asked = {"model_id": model_id, "generation": dict(generation)}
+        asked = {
+            "model_id": model_id,
+            "baseline": baseline_id,
+            "generation": dict(generation),
+        }
         known = run.data.get("evaluation", {})
         resumes = self._resumed and {key: known.get(key) for key in asked} == asked
         if not resumes and "journal" in run.data.get("files", {}):
@@ -3739,45 +4462,63 @@ class OpenAISFT:
         name: str,
         generation: Mapping[str, Any],
         journal: _Journal,
+        concurrency: int,
     ) -> list[dict[str, Any]]:
+        """The responses to ``cases``, in their order; only those not in the journal are asked."""
         from tqdm.auto import tqdm
 
         label = {"test": "テスト", "valid": "検証"}[name]
-        known = sum((name, case.id) in journal.answers for case in cases)
-        logger.info("%sデータの%d件を評価しています: %s", label, len(cases), model_id)
-        if known:
-            logger.info("うち%d件は回答済みです。", known)
-        hidden = None if self.verbose else True
-        responses = []
-        for case in tqdm(cases, desc=f"評価 {label}", unit="件", disable=hidden):
-            response = journal.answers.get((name, case.id))
-            if response is None:
-                response = self._ask(model_id, case, generation)
-                journal.add(name, response)
-            responses.append(response)
-        return responses
+        logger.info("%sデータの%d件を評価しています: %s", label, len(cases), printable(model_id))
+        responses: dict[str, dict[str, Any]] = {}
+        missing = []
+        for case in cases:
+            known = journal.answers.get((model_id, name, case.id))
+            if known is None:
+                missing.append(case)
+            else:
+                responses[case.id] = known
+        if responses:
+            logger.info("うち%d件は回答済みです。", len(responses))
+        failed = 0
+        bar = tqdm(
+            total=len(cases),
+            initial=len(responses),
+            desc=f"評価 {label}",
+            unit="件",
+            disable=None if self.verbose else True,
+        )
+        pool = _Pool(concurrency)
+        with contextlib.closing(bar), contextlib.closing(pool):
+            # A model that was just tuned may still be loading: the first case waits for it.
+            first = missing[:1] if model_id in self._fresh_models else []
+            ask = functools.partial(self._ask, model_id, generation, pool)
+            for response in itertools.chain(map(ask, first), pool.map(ask, missing[len(first) :])):
+                journal.add(model_id, name, response)
+                responses[response["case_id"]] = response
+                failed += "error" in response
+                spent = self._cost_of(journal.usage_by_model())
+                bar.set_postfix(
+                    {"失敗": failed, **({"$": f"{spent:.4f}"} if spent is not None else {})},
+                    refresh=False,
+                )
+                bar.update()
+        return [responses[case.id] for case in cases]
 
-    def _ask(self, model_id: str, case: Case, generation: Mapping[str, Any]) -> dict[str, Any]:
+    def _ask(
+        self, model_id: str, generation: Mapping[str, Any], pool: _Pool, case: Case
+    ) -> dict[str, Any]:
         import openai
 
         response: dict[str, Any] = {"case_id": case.id, "input": case.input}
         request: dict[str, Any] = {**generation, "model": model_id, "messages": case.input}
         if case.tools:
             request["tools"] = case.tools
+        create = functools.partial(self.client.chat.completions.create, **request)
         started = time.perf_counter()
         try:
-            answer = self._wait_for_model(
-                model_id, lambda: self.client.chat.completions.create(**request)
-            )
-            try:
-                choice, usage = answer.choices[0], answer.usage
-                text = choice.message.content
-            except (AttributeError, IndexError, TypeError) as error:
-                raise BrokenAnswer("応答がチャットの形ではありません。") from error
-            if not text:
-                raise BrokenAnswer(f"応答が空です（finish_reason: {choice.finish_reason}）")
-            response["output"] = text
-            response["usage"] = usage.model_dump(exclude_none=True) if usage else None
+            answer = self._wait_for_model(model_id, lambda: pool.attempt(create))
+            response["usage"] = _usage(answer)
+            response["finish_reason"], response["output"] = _read_answer(answer)
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError):
             raise
         except (openai.APIError, BrokenAnswer) as error:
@@ -3801,7 +4542,7 @@ class OpenAISFT:
                 if self._clock() >= self._fresh_models.get(model_id, 0.0):
                     raise
                 if attempt == 0:
-                    logger.info("モデルの準備を待っています: %s", model_id)
+                    logger.info("モデルの準備を待っています: %s", printable(model_id))
                 self._sleep(retry_delay(attempt, None, random.random()))
             else:
                 self._fresh_models.pop(model_id, None)
@@ -3829,13 +4570,14 @@ class OpenAISFT:
             return "サービス側で続いている処理はありません。"
         going = "サービス側で続いている処理はありません。"
         if job_id and not model and facts.get("job_status") not in TERMINAL_STATUSES:
-            going = f"ジョブ {job_id} はサービス側で続いていて、料金もかかります。"
+            going = f"ジョブ {printable(job_id)} はサービス側で続いていて、料金もかかります。"
         elif model:
-            going = f"学習済みモデル {model} はサービス側に残っています。"
+            going = f"学習済みモデル {printable(model)} はサービス側に残っています。"
         if self._run.unfinished:
             return f"{going}続きから再開するには: openai-sft --resume {facts['run_id']}{folder}"
         if job_id and not model:
-            return f"{going}見守りに戻るには: openai-sft --job-id {job_id}{folder}"
+            quoted = shlex.quote(printable(job_id))
+            return f"{going}見守りに戻るには: openai-sft --job-id {quoted}{folder}"
         return going
 
     def _remember(self, **facts: Any) -> None:
@@ -3866,7 +4608,12 @@ class OpenAISFT:
         return self.output_dir
 
     def _optional(
-        self, part: str, request: Callable[[], T], *, gone_is_missing: bool = True
+        self,
+        part: str,
+        request: Callable[[], T],
+        *,
+        gone_is_missing: bool = True,
+        patience: float = RETRY_SECONDS,
     ) -> T | None:
         """``request()``, or ``None`` where the endpoint lacks this part of the API.
 
@@ -3877,7 +4624,7 @@ class OpenAISFT:
         if part in self._lacking:
             return None
         try:
-            return self._call(request)
+            return self._call(request, patience=patience)
         except openai.APIStatusError as error:
             if error.status_code not in MISSING_STATUSES:
                 raise
@@ -3891,9 +4638,16 @@ class OpenAISFT:
             )
             return None
 
-    def _call(self, request: Callable[[], T], *, patience: float = RETRY_SECONDS) -> T:
+    def _call(
+        self,
+        request: Callable[[], T],
+        *,
+        patience: float = RETRY_SECONDS,
+        needs: str | None = None,
+    ) -> T:
         """``request()``; transient failures are repeated for up to ``patience`` seconds.
 
+        An answer without the attribute that ``needs`` names is a broken one.
         Raises the SDK's error, or :class:`BrokenAnswer` for an answer that isn't the API's JSON.
         The key is taken out of what an endpoint may echo.
         """
@@ -3906,6 +4660,8 @@ class OpenAISFT:
                 answer = request()
                 if isinstance(answer, str):  # what the SDK makes of a page that isn't JSON
                     raise BrokenAnswer("エンドポイントの応答がJSONではありません。")
+                if needs is not None and getattr(answer, needs, None) is None:
+                    raise BrokenAnswer(f"エンドポイントの応答に {needs} がありません。")
                 return answer
             except (openai.APIError, BrokenAnswer) as error:
                 failure = error
@@ -3920,14 +4676,64 @@ class OpenAISFT:
         raise AssertionError("unreachable")
 
     def _hide_key(self, error: Any) -> None:
-        key = self._api_key
-        if not key or key not in f"{error} {getattr(error, 'body', '')}":
-            return
-        error.args = tuple(str(arg).replace(key, "[APIキー]") for arg in error.args)
-        if hasattr(error, "message"):
-            error.message = str(error.message).replace(key, "[APIキー]")
-        if hasattr(error, "body"):
-            error.body = json.loads(_dump(error.body).replace(key, "[APIキー]"))
+        """Take the key out of an error's text: an endpoint may echo what it was sent."""
+        client_key = self._client.api_key if self._client is not None else None
+        for key in {self._api_key, client_key} - {None, ""}:
+
+            def clean(text: object, key: str = str(key)) -> Any:
+                return text.replace(key, "[APIキー]") if isinstance(text, str) else text
+
+            error.args = tuple(map(clean, error.args))
+            for name in ("message", "code", "type", "param"):
+                if hasattr(error, name):
+                    setattr(error, name, clean(getattr(error, name)))
+            if getattr(error, "body", None) is not None:
+                error.body = json.loads(clean(_dump(error.body)))
+
+
+def _split_options(
+    options: Mapping[str, Any], max_test_cases: int | None, seed: int
+) -> tuple[SelectionOptions, dict[str, Any]]:
+    """The filters among :class:`RunOptions`, and the options of the evaluation."""
+    names = SelectionOptions.__annotations__
+    filters = cast("SelectionOptions", {k: v for k, v in options.items() if k in names})
+    evaluation = {key: value for key, value in options.items() if key not in names}
+    return filters, {"max_test_cases": max_test_cases, "seed": seed, **evaluation}
+
+
+def _about_cases(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("max_test_cases", "seed", "eval_turns", "baseline")
+    return {key: value for key, value in evaluation.items() if key in names}
+
+
+def _answers(cases: Sequence[Case], responses: Sequence[Mapping[str, Any]]) -> list[Answer]:
+    return [
+        Answer(case.id, case.dialogue_id, response["output"], case.reference)
+        for case, response in zip(cases, responses, strict=True)
+        if "error" not in response
+    ]
+
+
+def _usage(completion: Any) -> dict[str, Any] | None:
+    usage = getattr(completion, "usage", None)
+    return usage.model_dump(exclude_none=True) if usage else None
+
+
+def _read_answer(completion: Any) -> tuple[str, str]:
+    """Finish reason and text. Raises :class:`BrokenAnswer` for none, naming what came instead."""
+    try:
+        choice = completion.choices[0]
+        text, refusal = choice.message.content, getattr(choice.message, "refusal", None)
+    except (AttributeError, IndexError, TypeError) as error:
+        raise BrokenAnswer("応答がチャットの形ではありません。") from error
+    reason = str(choice.finish_reason)
+    if refusal:
+        raise BrokenAnswer(f"モデルが応答を拒否しました: {printable(refusal)}")
+    if reason == "content_filter":
+        raise BrokenAnswer("内容フィルターで止められました（finish_reason: content_filter）")
+    if not text:
+        raise BrokenAnswer(f"応答が空です（finish_reason: {printable(reason)}）")
+    return reason, str(text)
 
 
 def is_transient(error: Exception) -> bool:

@@ -27,8 +27,8 @@ from openai_sft import (
     OpenAISFT,
     OpenAISFTError,
     Price,
+    RunOptions,
     RunRow,
-    SelectionOptions,
     check_file,
     explain_api_error,
     fix_file,
@@ -112,6 +112,11 @@ def number(kind: Callable[[str], Any], name: str, *, auto: bool = False) -> Call
             ) from None
 
     return parse
+
+
+def turns(text: str) -> Any:
+    """The argparse type of ``--eval-turns``."""
+    return text if text in ("last", "all") else number(int, "整数か last、all ")(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -244,6 +249,24 @@ def build_parser() -> argparse.ArgumentParser:
         help="テスト・検証それぞれで評価する件数、0は全部（既定: 10）",
     )
 
+    evaluation.add_argument(
+        "--baseline",
+        nargs="?",
+        const=True,
+        metavar="MODEL",
+        help="同じ件を元のモデル（かMODEL）にも聞いて比べる",
+    )
+    evaluation.add_argument(
+        "--eval-turns",
+        type=turns,
+        default=1,
+        metavar="N",
+        help="対話ごとに評価する発話: 件数、last（最後）、all（全部）（既定: 1）",
+    )
+    evaluation.add_argument(
+        "--concurrency", type=integer, default=8, metavar="N", help="同時に聞く数（既定: 8）"
+    )
+
     money = parser.add_argument_group("料金")
     money.add_argument(
         "--max-cost-usd", type=real, metavar="X", help="見積もりがこの額（ドル）を超えたら中止する"
@@ -297,6 +320,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 output_dir=options.output_dir,
                 poll_interval=options.poll_interval,
                 offline=options.data_only,
+                allow_no_key=options.check or options.list,
                 rehearse=options.rehearse,
                 verbose=not options.quiet,
                 revision=options.revision,
@@ -331,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(sft: OpenAISFT, options: argparse.Namespace) -> int:
     """Call the method that the flags ask for, show what it gives, return the exit code."""
-    names = ("max_samples", "seed", "max_test_cases", *SelectionOptions.__annotations__)
+    names = {"max_samples", "seed", "max_test_cases"} | RunOptions.__annotations__.keys()
     sample = {name: value for name, value in vars(options).items() if name in names}
     results: Any = None
     if options.check:
@@ -342,7 +366,7 @@ def run(sft: OpenAISFT, options: argparse.Namespace) -> int:
     if options.cancel:
         if not agrees(f"ジョブ {options.cancel} を取り消しますか？", options):
             raise Declined("中止しました。")
-        show([f"{options.cancel}: {sft.cancel_job(options.cancel).status}"])
+        show([f"{options.cancel}: {printable(sft.cancel_job(options.cancel).status)}"])
         return 0
     if options.data_only:
         show(sft.prepare_data(options.epochs, **sample).lines())
@@ -367,8 +391,8 @@ def run(sft: OpenAISFT, options: argparse.Namespace) -> int:
     if isinstance(results, dict):
         show_results(results)
     elif results is not None:
-        show([f"ジョブ: {results.id}（{results.status}）"])
-        show([f"モデル: {results.fine_tuned_model or 'なし'}"])
+        show([f"ジョブ: {printable(results.id)}（{printable(results.status)}）"])
+        show([f"モデル: {printable(results.fine_tuned_model or 'なし')}"])
         code = 0 if results.status == "succeeded" else 1
     show(f"{kind}: {path}" for kind, path in sft.files.items())
     return code
@@ -393,10 +417,15 @@ def show_runs(rows: Sequence[RunRow], *, as_json: bool) -> None:
     for row in rows:
         cells = (row.run_id, row.job_id, row.status, row.model, notes[row.orphan])
         table.append([printable("—" if cell is None else cell) for cell in cells])
+    show(aligned(table))
+
+
+def aligned(table: Sequence[Sequence[str]]) -> Iterator[str]:
+    """The rows of a table, padded by what a terminal shows."""
     widths = [max(map(columns, column)) for column in zip(*table, strict=True)]
-    for line in table:
-        padded = (c + " " * (w - columns(c)) for c, w in zip(line, widths, strict=True))
-        show(["  ".join(padded).rstrip()])
+    for row in table:
+        padded = (c + " " * (w - columns(c)) for c, w in zip(row, widths, strict=True))
+        yield "  ".join(padded).rstrip()
 
 
 def check(options: argparse.Namespace) -> int:
@@ -431,8 +460,8 @@ def price_from(options: argparse.Namespace) -> Price | None:
 
 
 def show_results(results: dict[str, Any]) -> None:
-    """A few lines about an evaluation; the file holds the rest."""
-    show([f"モデル: {results['model_id']}"])
+    """What an evaluation found; the file holds the answers."""
+    show([f"モデル: {printable(results['model_id'])}"])
     for name, label in (("test", "テスト"), ("valid", "検証")):
         part = results[f"{name}_evaluation"]
         show(
@@ -441,6 +470,14 @@ def show_results(results: dict[str, Any]) -> None:
                 f"（対話{part['total_test_cases']}件中）"
             ]
         )
+    for table in getattr(results, "tables", list)():
+        show(["", *aligned(table)])
+    for name, label in (("test", "テスト"), ("valid", "検証")):
+        for figure in results.get("comparison", {}).get(name, {}).get("figures", {}).values():
+            if figure["verdict"] != "indistinguishable":
+                show([f"{label}: {figure['sentence']}"])
+    if "cost" in results:
+        show([f"実費: ${results['cost']['total_usd']:,.4f}"])
     if results.get("rehearsal"):
         show([f"注意: {results['note']}"])
 
