@@ -63,6 +63,7 @@ import random
 import re
 import shlex
 import shutil
+import statistics
 import sys
 import threading
 import time
@@ -187,9 +188,35 @@ ROLES: dict[str, Role] = {
 CHAT_ROLES = frozenset({"system", "user", "assistant", "tool"})
 GROUPS = ("counselor", "client", "pair")
 Group = Literal["counselor", "client", "pair"]
+TaskName = Literal["response", "score"]
 EvalTurns = int | Literal["last", "all"]
 LongExamples = Literal["split", "drop", "refuse"]
 FLAGS = ("unwilling_to_continue", "harmful_due_to_ignorance", "other_potentially_unethical")
+# The client's feedback of KokoroChat: 20 items of 0–5, whose sum is the score.
+SCORE_ITEMS = {
+    "聴いてもらえた、わかってもらえたと感じた": "felt_heard_and_understood",
+    "尊重されたと感じた": "felt_respected",
+    "新しい気づきや体験があった": "gained_new_insights",
+    "希望や期待を感じられた": "felt_hopeful_or_expectant",
+    "取り組みたかったことを扱えた": "concerns_were_addressed",
+    "一緒に考えながら取り組めた": "thought_through_concerns_together",
+    "やりとりのリズムがあっていた": "conversation_had_good_rhythm",
+    "居心地のよいやりとりだった": "conversation_felt_comfortable",
+    "全体として適切でよかった": "felt_appropriate_and_satisfying",
+    "今回の相談は価値があった": "conversation_was_valuable",
+    "相談開始の円滑さ": "conversation_started_smoothly",
+    "相談終了のタイミング（不必要に聴きすぎていないか）、円滑さ": "conversation_ended_well",
+    "受容・共感": "showed_acceptance_and_empathy",
+    "肯定・承認": "provided_acknowledgment_and_affirmation",
+    "的確な質問による会話の促進": "asked_effective_questions",
+    "要約": "summarized_key_points_effectively",
+    "問題の明確化": "clarified_issues_cleraly",  # spelt so in the data
+    "この相談での目標の明確化": "helped_identify_goals",
+    "次の行動につながる提案": "offered_actionable_suggestions",
+    "勇気づけ・希望の喚起": "encouraged_and_instilled_hope",
+}
+MAX_ITEM_SCORE = 5
+
 MAX_UNREADABLE_SHARE = 0.01
 
 KOKOROCHAT_LICENCE = (
@@ -605,7 +632,8 @@ class DataSummary:
             f"95% {tokens.p95:,} | 最大 {tokens.max:,}",
             *self.estimate.lines(),
         ]
-        if self.estimate.training_usd is not None and tokens.total:
+        one_turn = tokens.per_turn_format == tokens.total
+        if self.estimate.training_usd is not None and tokens.total and not one_turn:
             factor = tokens.per_turn_format / tokens.total
             dollars = self.estimate.training_usd * factor
             lines.append(
@@ -718,7 +746,8 @@ def _gc_paused() -> Iterator[None]:
 
 def _with_unique_ids(dialogues: list[Dialogue]) -> list[Dialogue]:
     """Where different dialogues share an id, add a part of the digest, whatever their order."""
-    shared = {id_ for id_, n in collections.Counter(d.id for d in dialogues).items() if n > 1}
+    distinct = {(dialogue.id, dialogue.digest) for dialogue in dialogues}
+    shared = {id_ for id_, n in collections.Counter(id_ for id_, _ in distinct).items() if n > 1}
     return [
         replace(dialogue, id=f"{dialogue.id}#{dialogue.digest[:8]}")
         if dialogue.id in shared
@@ -960,17 +989,26 @@ def _read_chat(record: Mapping[str, Any], dialogue_id: str, source: str) -> dict
     messages = record["messages"]
     if not isinstance(messages, list):
         raise DataError(f"{source}: messages は配列でなければなりません。")
+    # A Dataset gives every struct all keys of its column; what it can't hold is JSON text there.
+    try:
+        messages = [json.loads(m) if isinstance(m, str) else _without_none(m) for m in messages]
+        tools = [json.loads(t) if isinstance(t, str) else t for t in record.get("tools") or ()]
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{source}: messages か tools がJSONとして読めません。") from error
     for number, message in enumerate(messages, 1):
-        role = message.get("role") if isinstance(message, Mapping) else None
-        if role not in CHAT_ROLES:
+        if not isinstance(message, Mapping):
+            raise DataError(
+                f"{source}: 対話「{dialogue_id}」の{number}番目が発話の形ではありません。"
+            )
+        role = message.get("role")
+        if not isinstance(role, str) or role not in CHAT_ROLES:
             raise UnknownRole(
                 f"{source}: 対話「{dialogue_id}」の{number}番目の role「{printable(role)}」が"
                 f"分かりません。使える role: {'、'.join(sorted(CHAT_ROLES))}"
             )
-    # A Dataset gives every struct all keys of its column and holds tools as JSON text.
-    chat: dict[str, Any] = {"messages": _without_none(messages)}
-    if record.get("tools"):
-        chat["tools"] = [json.loads(t) if isinstance(t, str) else t for t in record["tools"]]
+    chat: dict[str, Any] = {"messages": messages}
+    if tools:
+        chat["tools"] = tools
     if record.get("parallel_tool_calls") is not None:
         chat["parallel_tool_calls"] = record["parallel_tool_calls"]
     return chat
@@ -990,7 +1028,12 @@ def dialogue_row(dialogue: Dialogue) -> dict[str, Any]:
     """The row of a ``Dataset`` for ``dialogue``; :func:`parse_dialogue` reads it back."""
     if dialogue.chat is not None:
         tools = [_encode_json(tool) for tool in dialogue.chat.get("tools", ())]
-        return {"id": dialogue.id, **dialogue.chat, "tools": tools}
+        messages = dialogue.chat["messages"]
+        if not all(set(m) <= {"role", "content", "name", "weight"} for m in messages) or not all(
+            isinstance(m.get("content"), str) for m in messages
+        ):
+            messages = [_encode_json(message) for message in messages]
+        return {"id": dialogue.id, **dialogue.chat, "messages": messages, "tools": tools}
     return {
         "id": dialogue.id,
         "dialogue": [{"role": role, "utterance": text} for role, text in dialogue.turns],
@@ -1083,17 +1126,19 @@ def split_dialogues(
             f"group_by={group_by} では{len(groups)}組しかなく、3つに分けられません。"
             "対話を増やすか、group_by を外してください。"
         )
-    rest = list(groups.values())
+    # Large groups first, for they are tried first: few groups are taken, and enough are left.
+    rest = sorted(groups.values(), key=len, reverse=True)
     parts = []
-    for _ in ("test", "valid"):
-        taken = _nearest_subset([len(group) for group in rest], max(1, held_out))
+    for left in (2, 1):
+        taken = _nearest_subset([len(group) for group in rest], max(1, held_out), left)
         parts.append([d for index, group in enumerate(rest) if index in taken for d in group])
         rest = [group for index, group in enumerate(rest) if index not in taken]
     return Splits([d for group in rest for d in group], *parts)
 
 
-def _nearest_subset(sizes: Sequence[int], target: int) -> set[int]:
-    """Indexes of a non-empty proper subset whose sum is as near ``target`` as any.
+def _nearest_subset(sizes: Sequence[int], target: int, left: int) -> set[int]:
+    """Indexes of a non-empty subset with a sum as near ``target`` as can be had while ``left``
+    sizes remain.
 
     Subset sum by dynamic programming; the sums that are reachable with the first ``k`` sizes
     are the bits of ``reachable[k]``.
@@ -1101,14 +1146,16 @@ def _nearest_subset(sizes: Sequence[int], target: int) -> set[int]:
     reachable = [1]
     for size in sizes:
         reachable.append(reachable[-1] | reachable[-1] << size)
-    sums = (total for total in range(1, sum(sizes)) if reachable[-1] >> total & 1)
-    total = min(sums, key=lambda total: (abs(total - target), total))
-    taken = set()
-    for index in reversed(range(len(sizes))):
-        if not reachable[index] >> total & 1:
-            taken.add(index)
-            total -= sizes[index]
-    return taken
+    sums = [total for total in range(1, sum(sizes)) if reachable[-1] >> total & 1]
+    for total in sorted(sums, key=lambda total: (abs(total - target), total)):
+        taken = set()
+        for index in reversed(range(len(sizes))):
+            if not reachable[index] >> total & 1:
+                taken.add(index)
+                total -= sizes[index]
+        if len(taken) <= len(sizes) - left:
+            return taken
+    raise AssertionError("one size alone is always a subset")
 
 
 def measure_leakage(splits: Splits) -> dict[str, float]:
@@ -1163,6 +1210,44 @@ def to_example(dialogue: Dialogue, *, system_prompt: str | None = None) -> Examp
     return {"id": dialogue.id, "messages": messages}
 
 
+SCORE_PROMPT = (
+    "次の心理相談の対話を読み、相談者（クライアント）がこの相談を終えて付けた評価を予測して"
+    f"ください。次の20項目を、それぞれ0（まったくそう思わない）〜{MAX_ITEM_SCORE}（とてもそう思う）"
+    "の整数で答えてください。項目名をキーとするJSONオブジェクトだけを返してください。\n"
+    + "\n".join(f"- {item}" for item in SCORE_ITEMS)
+)
+
+
+def to_score_example(dialogue: Dialogue, *, system_prompt: str | None = None) -> Example | None:
+    """Turn a dialogue into one example of the score task, ``None`` without complete scores.
+
+    The system's message says what to do, the user's is the dialogue with the speakers marked,
+    the assistant's a JSON object of :data:`SCORE_ITEMS`, its Japanese keys in their order.
+    ``system_prompt`` must be ``None``, for the task has its own.
+    """
+    scores = {
+        item: dialogue.review_jp.get(item, dialogue.review_en.get(english))
+        for item, english in SCORE_ITEMS.items()
+    }
+    if not dialogue.turns or not all(map(is_item_score, scores.values())):
+        return None
+    speakers = {"assistant": "カウンセラー", "user": "クライアント"}
+    text = "\n".join(f"{speakers[role]}: {text}" for role, text in dialogue.turns)
+    return {
+        "id": dialogue.id,
+        "messages": [
+            {"role": "system", "content": SCORE_PROMPT},
+            {"role": "user", "content": text},
+            {"role": "assistant", "content": json.dumps(scores, ensure_ascii=False)},
+        ],
+    }
+
+
+def is_item_score(value: object) -> bool:
+    """Whether a value is one of the scale's integers (``True`` is none)."""
+    return type(value) is int and 0 <= value <= MAX_ITEM_SCORE
+
+
 _encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
@@ -1190,8 +1275,8 @@ def split_long_example(example: Example, counter: TokenCounter, limit: int) -> l
     """Cut a conversation of more than ``limit`` tokens into consecutive examples.
 
     Cuts stand only between an assistant's message and the user's next; leading system messages
-    are repeated. Ids gain ``/1``, ``/2``… Raises :class:`DataError` where one exchange alone is
-    too long.
+    are repeated. Ids gain ``/1``, ``/2``… A part with nothing to train (``weight`` 0) is left
+    out and logged. Raises :class:`DataError` where one exchange alone is too long.
     """
     messages = example["messages"]
     head = list(itertools.takewhile(lambda message: message["role"] == "system", messages))
@@ -1214,9 +1299,21 @@ def split_long_example(example: Example, counter: TokenCounter, limit: int) -> l
                     "部分があり、分割できません。除くには --long-examples drop を指定してください。"
                 )
         parts[-1].extend(exchange)
+    trained = [
+        part
+        for part in parts
+        if any(m["role"] == "assistant" and m.get("weight") != 0 for m in part)
+    ]
+    if len(trained) < len(parts):
+        logger.warning(
+            "対話「%s」を分けた%d件のうち、学習する発話のない%d件を除きました。",
+            example["id"],
+            len(parts),
+            len(parts) - len(trained),
+        )
     return [
         cast("Example", {**example, "id": f"{example['id']}/{n}", "messages": [*head, *part]})
-        for n, part in enumerate(parts, 1)
+        for n, part in enumerate(trained, 1)
     ]
 
 
@@ -1304,7 +1401,8 @@ def find_problems(example: object) -> Iterator[Problem]:
             continue
         role = message.get("role")
         content = message.get("content")
-        if not (len(message) == 2 and type(content) is str and content and role in _PLAIN_ROLES):
+        plain = type(role) is str and role in _PLAIN_ROLES and len(message) == 2
+        if not (plain and type(content) is str and content):
             yield from _find_message_problems(index, message)
         if type(content) is str and content.isspace():
             yield Problem("blank_content", index)
@@ -1408,7 +1506,11 @@ def check_file(
         messages = value.get("messages") if isinstance(value, dict) else None
         if trained and (shared := trained.get(_conversation_digest(messages))):
             report(number, Problem("shared_conversation", None, (shared,)))
-        if len(raw) > max_tokens and isinstance(messages, list) and not problems:
+        if (
+            len(raw) > max_tokens
+            and isinstance(messages, list)
+            and all(isinstance(message, dict) for message in messages)
+        ):
             counter = TokenCounter(load_vocabulary())
             for problem in find_length_problem(messages, len(raw), counter, max_tokens):
                 report(number, problem)
@@ -1489,7 +1591,7 @@ def fix_file(path: str | os.PathLike[str]) -> tuple[str, str, int, int]:
     Mended: BOM, blank lines, unknown keys, duplicate lines, what follows the last assistant
     message, over-long conversations (split). A line that still has an error goes to the rejects
     as ``{"line", "codes", "raw"}``. Returns both paths, and how many examples and rejects they
-    hold. Raises ``FileExistsError`` rather than overwrite either.
+    hold. Raises :class:`DataError` rather than overwrite either.
     """
     path = Path(path)
     examples: dict[str, None] = {}  # an ordered set: a repeated line is dropped
@@ -1510,14 +1612,21 @@ def fix_file(path: str | os.PathLike[str]) -> tuple[str, str, int, int]:
                     parts = list(split_long_example(named, counter, MAX_EXAMPLE_TOKENS))
                 except DataError:
                     codes = ["too_long"]
+        if not codes:
+            try:
+                examples.update(dict.fromkeys(map(example_line, parts)))
+            except ValueError:  # an infinite number, which JSON has no way to write
+                codes = ["invalid_json"]
         if codes:
             text = raw.decode(errors="backslashreplace").rstrip("\r\n")
             rejects.append(_encode_json({"line": number, "codes": codes, "raw": text}))
-        else:
-            examples.update(dict.fromkeys(map(example_line, parts)))
     outputs = []
     for name, lines in (("fixed", list(examples)), ("rejects", rejects)):
         output = path.with_name(f"{path.stem}.{name}.jsonl")
+        if output.exists():
+            raise DataError(
+                f"{output} がすでにあります。移動するか削除してからやり直してください。"
+            )
         write_new_file(output, "".join(line + "\n" for line in lines))
         outputs.append(str(output))
     return outputs[0], outputs[1], len(examples), len(rejects)
@@ -1613,20 +1722,23 @@ class TokenCounter:
 
     def count(self, messages: Sequence[Message]) -> Tokens:
         """Tokens of one conversation as a training example."""
-        ends = self._text_ends([_billed_text(message) for message in messages])
-        # Every message costs 3 and its role, which is one token.
-        names = sum("name" in message for message in messages)
-        if names:
-            ends = [
-                end + sum("name" in message for message in messages[: index + 1])
-                for index, end in enumerate(ends)
-            ]
+        texts: list[str] = []
+        last = []  # of each message, how many texts there are up to its end
+        overhead: list[int] = []  # the tokens up to its end that aren't in the texts
+        for message in messages:
+            own, names = _billed_texts(message)
+            texts += own
+            last.append(len(texts))
+            # Every message costs 3, its role, which is one token, and 1 for a name.
+            overhead.append((overhead[-1] if overhead else 0) + 4 + names)
+        counted = [0, *self._text_ends(texts)]
+        ends = [counted[n] + extra for n, extra in zip(last, overhead, strict=True)]
         return Tokens(
-            total=ends[-1] + 4 * len(messages) + 3 if messages else 3,
+            total=ends[-1] + 3 if messages else 3,
             per_turn_format=sum(
-                end + 4 * index + 7
-                for index, (end, message) in enumerate(zip(ends, messages, strict=True))
-                if message["role"] == "assistant"
+                end + 3
+                for end, message in zip(ends, messages, strict=True)
+                if message.get("role") == "assistant"
             ),
         )
 
@@ -1636,6 +1748,8 @@ class TokenCounter:
 
     def _text_ends(self, texts: Sequence[str]) -> list[int]:
         """For each text the number of tokens up to its end, those before it included."""
+        if not texts:
+            return []
         if self._encoding is None:
             bytes_so_far = itertools.accumulate(len(text.encode()) for text in texts)
             return [round(TOKENS_PER_BYTE * count) for count in bytes_so_far]
@@ -1666,17 +1780,14 @@ class TokenCounter:
         return lambda: [tokens for future in futures for tokens in future.result()]
 
 
-def _billed_text(message: Message) -> str:
+def _billed_texts(message: Message) -> tuple[list[str], int]:
+    """The texts of a message that are billed, and how many names are among them."""
     content = message.get("content")
     if len(message) == 2 and type(content) is str:
-        return content
-    parts = []
-    for key, value in message.items():
-        if isinstance(value, str):
-            parts += [value] if key != "role" else []
-        elif isinstance(value, list):
-            parts.append(_dump(value))
-    return "".join(parts)
+        return [content], 0
+    texts = [v for k, v in message.items() if isinstance(v, str) and k != "role"]
+    texts += [_dump(value) for value in message.values() if isinstance(value, list | dict)]
+    return texts, int("name" in message)
 
 
 def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -1734,7 +1845,8 @@ def estimate_cost(
     for the service chooses. Prices: ``price``, else :data:`PRICES`, dated
     :data:`PRICES_AS_OF`; where there is none, dollars are ``None``.
     """
-    source = "指定された単価" if price else f"{PRICES_SOURCE}（{PRICES_AS_OF}時点）"
+    given = price is not None
+    source = "指定された単価" if given else f"{PRICES_SOURCE}（{PRICES_AS_OF}時点）"
     price = price or price_of(model)
     training: float | None = None
     if epochs is None:
@@ -1742,7 +1854,7 @@ def estimate_cost(
     elif price is not None and epochs != "auto":
         training = training_tokens * epochs * price.training / 1e6
     tuned = epochs is not None or model.startswith("ft:")
-    asked = [price.rates(tuned=tuned) if price else None]
+    asked = [price.rates(tuned=tuned or given) if price else None]
     if baseline is not None:
         other = price_of(baseline)
         asked.append(other.rates(tuned=baseline.startswith("ft:")) if other else None)
@@ -1897,6 +2009,8 @@ def score_answers(
     for figure in figures:
         score, samples = _evaluate_figure(figure, weights)
         low, high = _interval(score, samples, symmetric=figure.symmetric)
+        if figure.symmetric:
+            low, high = max(0.0, low), min(100.0, high)
         metrics[figure.name] = {
             "score": score,
             "low": low,
@@ -2119,32 +2233,34 @@ def compare_answers(
     """Compare two models on the cases that both answered, figure by figure.
 
     A figure holds both values, ``difference`` (tuned − baseline) with its paired 95 % bootstrap
-    interval over dialogues, wins, losses and ties over cases with the two-sided sign test's
-    ``p_value``, ``verdict`` (``better``, ``worse``, ``higher``, ``lower`` or
-    ``indistinguishable``) and ``sentence``. A verdict needs both: the interval excludes 0, and
-    p < .05 in the same direction.
+    interval over dialogues, wins (where the tuned model is better), losses and ties over cases
+    with the two-sided sign test's ``p_value``, ``verdict`` (``better``, ``worse``, ``higher``,
+    ``lower`` or ``indistinguishable``) and ``sentence``. A verdict needs both: the interval
+    excludes 0, and p < .05 in the same direction.
     """
-    return compare_figures(*_paired(tuned, baseline), make=make_figures, seed=seed)
+    pairs = _paired(tuned, baseline)
+    cases = len({answer.case_id for answer in (*tuned, *baseline)})
+    return compare_figures(*pairs, make=make_figures, seed=seed, cases=cases)
 
 
 def _paired(
     tuned: Sequence[Answer], baseline: Sequence[Answer]
-) -> tuple[list[Answer], list[Answer], int]:
+) -> tuple[list[Answer], list[Answer]]:
     others = {answer.case_id: answer for answer in baseline}
-    pairs = [(answer, others[answer.case_id]) for answer in tuned if answer.case_id in others]
-    left_out = len({a.case_id for a in tuned} | others.keys()) - len(pairs)
-    return [a for a, _ in pairs], [b for _, b in pairs], left_out
+    both = [answer for answer in tuned if answer.case_id in others]
+    return both, [others[answer.case_id] for answer in both]
 
 
 def compare_figures(
     tuned: Sequence[Answer],
     baseline: Sequence[Answer],
-    left_out: int,
     *,
     make: Callable[[Sequence[Answer]], tuple[list[Figure], list[str]]],
     seed: int,
+    cases: int,
+    rival: str = "基準のモデル",
 ) -> dict[str, Any]:
-    """:func:`compare_answers` of answers that stand in pairs already."""
+    """:func:`compare_answers` of answers that stand in pairs already, out of ``cases`` asked."""
     weights = _resample(tuned, seed)
     figures = {}
     for one, other in zip(make(tuned)[0], make(baseline)[0], strict=True):
@@ -2152,7 +2268,8 @@ def compare_figures(
         other_value, other_samples = _evaluate_figure(other, weights)
         difference = value - other_value
         low, high = _interval(difference, samples - other_samples, symmetric=one.symmetric)
-        deltas = [a - b for a, b in zip(one.per_case, other.per_case, strict=True)]
+        good = one.better or 1
+        deltas = [good * (a - b) for a, b in zip(one.per_case, other.per_case, strict=True)]
         wins, losses = sum(delta > 0 for delta in deltas), sum(delta < 0 for delta in deltas)
         p_value = sign_test(wins, losses)
         verdict = _verdict(one.better, low, high, wins - losses, p_value)
@@ -2167,28 +2284,28 @@ def compare_figures(
             "ties": len(deltas) - wins - losses,
             "p_value": p_value,
             "verdict": verdict,
-            "sentence": f"{one.label}は{VERDICTS[verdict]}（差 {difference:+.2f}、95%区間 "
+            "sentence": f"{one.label}は{rival}{VERDICTS[verdict]}（差 {difference:+.2f}、95%区間 "
             f"{low:+.2f}〜{high:+.2f}、符号検定 p={p_value:.3g}）。",
         }
-    return {"pairs": len(tuned), "left_out_pairs": left_out, "figures": figures}
+    return {"pairs": len(tuned), "left_out_pairs": cases - len(tuned), "figures": figures}
 
 
 VERDICTS = {
-    "better": "基準のモデルより良くなりました",
-    "worse": "基準のモデルより悪くなりました",
-    "higher": "基準のモデルより高くなりました",
-    "lower": "基準のモデルより低くなりました",
-    "indistinguishable": "基準のモデルと区別できない差です",
+    "better": "より良くなりました",
+    "worse": "より悪くなりました",
+    "higher": "より高くなりました",
+    "lower": "より低くなりました",
+    "indistinguishable": "と区別できない差です",
 }
 
 
 def _verdict(better: int, low: float, high: float, lead: int, p_value: float) -> str:
-    direction = 1 if low > 0 else -1 if high < 0 else 0
-    if direction == 0 or p_value >= SIGNIFICANCE or direction * lead <= 0:
+    direction = (better or 1) * (1 if low > 0 else -1 if high < 0 else 0)
+    if direction * lead <= 0 or p_value >= SIGNIFICANCE:
         return "indistinguishable"
     if better == 0:
         return "higher" if direction > 0 else "lower"
-    return "better" if direction == better else "worse"
+    return "better" if direction > 0 else "worse"
 
 
 def sign_test(wins: int, losses: int) -> float:
@@ -2198,32 +2315,240 @@ def sign_test(wins: int, losses: int) -> float:
     return min(1.0, float(2 * tail / 2**trials))
 
 
+def parse_scores(text: str) -> dict[str, int] | str:
+    """The 20 item scores of an answer, or why it is no valid answer. Nothing is clipped."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return "JSONではありません"
+    if not isinstance(value, dict):
+        return "JSONオブジェクトではありません"
+    for item in SCORE_ITEMS:
+        if item not in value:
+            return f"「{item}」がありません"
+        if not is_item_score(value[item]):
+            return f"「{item}」が0〜{MAX_ITEM_SCORE}の整数ではありません（{value[item]}）"
+    return {item: value[item] for item in SCORE_ITEMS}
+
+
+def score_predictions(
+    answers: Sequence[Answer], *, seed: int = 42
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """How well predicted scores agree with the real ones: an item, ``overall`` and ``total``.
+
+    Each holds ``mse``, ``rmse``, ``mae``, ``accuracy``, ``accuracy_within_1`` (shares, 0–1),
+    ``spearman`` and ``pearson`` as ``{"score", "low", "high"}`` with 95 % percentile bootstrap
+    intervals over dialogues; ``None`` where a correlation is undefined. ``overall`` pools the
+    items, ``total`` is their sum (0–100).
+    """
+    import numpy as np
+
+    if not answers:
+        return {}, []
+    weights = _resample(answers, seed)
+    metrics: dict[str, dict[str, Any]] = {}
+    for name, predicted, real in _score_groups(answers):
+        values = agreement(weights, predicted, real)
+        metrics[name] = {}
+        for measure, samples in values.items():
+            undefined = bool(np.isnan(samples[0]))
+            low, high = (None, None) if undefined else np.nanpercentile(samples[1:], (2.5, 97.5))
+            metrics[name][measure] = {
+                "score": None if undefined else float(samples[0]),
+                "low": None if low is None else float(low),
+                "high": None if high is None else float(high),
+            }
+    return metrics, []
+
+
+def _score_groups(answers: Sequence[Answer]) -> Iterator[tuple[str, Any, Any]]:
+    """Name, predictions and real scores of shape (dialogues, items of the group)."""
+    import numpy as np
+
+    predicted, real = (
+        np.array([[float(json.loads(text)[item]) for item in SCORE_ITEMS] for text in texts])
+        for texts in zip(*((answer.output, answer.reference) for answer in answers), strict=True)
+    )
+    yield "overall", predicted, real
+    yield "total", predicted.sum(axis=1, keepdims=True), real.sum(axis=1, keepdims=True)
+    for index, item in enumerate(SCORE_ITEMS):
+        yield item, predicted[:, index : index + 1], real[:, index : index + 1]
+
+
+def agreement(weights: Any, predicted: Any, real: Any) -> dict[str, Any]:
+    """Measures of agreement, an array of one value a row of ``weights``.
+
+    ``weights`` (samples, dialogues) says how often each dialogue is in each sample;
+    ``predicted`` and ``real`` are (dialogues, values). Predictions that are no integers are
+    rounded for the accuracies. Ranks of ties are their mean; a correlation with a constant is
+    ``nan``.
+    """
+    import numpy as np
+
+    # A sample is known by how often each distinct pair of values is in it.
+    pairs, codes = np.unique(
+        np.stack([predicted.ravel(), real.ravel()], axis=1), axis=0, return_inverse=True
+    )
+    counts = np.zeros((len(predicted), len(pairs)))
+    owners = np.repeat(np.arange(len(predicted)), predicted.shape[1])
+    np.add.at(counts, (owners, codes.ravel()), 1)
+    weighted = weights @ counts
+    shares = weighted / weighted.sum(axis=1, keepdims=True)
+    x, y = pairs.T
+    errors, misses = x - y, np.abs(np.rint(x) - y)
+    mse = shares @ errors**2
+    return {
+        "mse": mse,
+        "rmse": np.sqrt(mse),
+        "mae": shares @ np.abs(errors),
+        "accuracy": shares @ (misses == 0).astype(float),
+        "accuracy_within_1": shares @ (misses <= 1).astype(float),
+        "spearman": _correlation(shares, _mean_ranks(shares, x), _mean_ranks(shares, y)),
+        "pearson": _correlation(shares, x[None, :], y[None, :]),
+    }
+
+
+def _mean_ranks(shares: Any, values: Any) -> Any:
+    """For each sample the rank of each pair's value as a share of all, ties at their mean."""
+    import numpy as np
+
+    distinct, codes = np.unique(values, return_inverse=True)
+    belongs = np.zeros((len(values), len(distinct)))
+    belongs[np.arange(len(values)), codes] = 1
+    mass = shares @ belongs
+    return (np.cumsum(mass, axis=1) - mass / 2)[:, codes]
+
+
+def _correlation(shares: Any, x: Any, y: Any) -> Any:
+    import numpy as np
+
+    x = x - (shares * x).sum(axis=1, keepdims=True)
+    y = y - (shares * y).sum(axis=1, keepdims=True)
+    spread = np.sqrt((shares * x**2).sum(axis=1) * (shares * y**2).sum(axis=1))
+    together = (shares * x * y).sum(axis=1)
+    # Rounding leaves a constant a spread of about 1e-16 instead of 0.
+    return np.where(spread > 1e-12, together / np.maximum(spread, 1e-12), np.nan)
+
+
+def make_score_figures(answers: Sequence[Answer]) -> tuple[list[Figure], list[str]]:
+    """The figures in which two predictors are compared: errors and accuracies."""
+    import numpy as np
+
+    figures = []
+    if not answers:
+        return [], []
+    for group, predicted, real in itertools.islice(_score_groups(answers), 2):
+        errors, misses = predicted - real, np.abs(np.rint(predicted) - real)
+        per_case = {
+            "mse": (errors**2).mean(axis=1),
+            "rmse": np.sqrt((errors**2).mean(axis=1)),
+            "mae": np.abs(errors).mean(axis=1),
+            "accuracy": (misses == 0).mean(axis=1),
+            "accuracy_within_1": (misses <= 1).mean(axis=1),
+        }
+        for measure, values in per_case.items():
+            figures.append(
+                Figure(
+                    name=f"{group}.{measure}",
+                    label=f"{FIGURE_LABELS[group]}の{FIGURE_LABELS[measure]}",
+                    better=1 if measure.startswith("accuracy") else -1,
+                    signature=measure,
+                    score=functools.partial(_measure, measure, predicted, real),
+                    per_case=values.tolist(),
+                )
+            )
+    return figures, []
+
+
+def _measure(name: str, predicted: Any, real: Any, weights: Any) -> Any:
+    return agreement(weights, predicted, real)[name]
+
+
+def mean_scores(train_data: Iterable[Example]) -> dict[str, float]:
+    """The mean of each item over the training examples: what a model has to beat."""
+    rows = [parse_scores(example["messages"][-1]["content"]) for example in train_data]
+    scores = [row for row in rows if not isinstance(row, str)]
+    return {item: statistics.fmean(row[item] for row in scores) for item in SCORE_ITEMS}
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """All that differs between the tasks; a third one is a third entry of :data:`TASKS`.
+
+    ``make_example`` turns a dialogue into an example, ``None`` for ``left_out``. ``request`` is
+    added to each question. ``find_fault`` says why an answer isn't one. ``score`` gives a
+    split's metrics and the names of those missing, ``make_figures`` what is compared.
+    """
+
+    make_example: Callable[..., Example | None]
+    left_out: str
+    request: Mapping[str, Any]
+    find_fault: Callable[[str], str | None]
+    score: Callable[..., tuple[dict[str, dict[str, Any]], list[str]]]
+    make_figures: Callable[[Sequence[Answer]], tuple[list[Figure], list[str]]]
+
+
+def _find_score_fault(text: str) -> str | None:
+    scores = parse_scores(text)
+    return scores if isinstance(scores, str) else None
+
+
+TASKS: dict[TaskName, Task] = {
+    "response": Task(
+        make_example=to_example,
+        left_out="カウンセラーの発話がない",
+        request={},
+        find_fault=lambda text: None,
+        score=score_answers,
+        make_figures=make_figures,
+    ),
+    "score": Task(
+        make_example=to_score_example,
+        left_out="20項目の評価が揃っていない",
+        request={
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {
+                    "name": "client_feedback",
+                    "strict": True,
+                    "schema": {
+                        "type": "object",
+                        # Bounds as an enum: tuned models don't take minimum and maximum.
+                        "properties": {
+                            item: {"type": "integer", "enum": list(range(MAX_ITEM_SCORE + 1))}
+                            for item in SCORE_ITEMS
+                        },
+                        "required": list(SCORE_ITEMS),
+                        "additionalProperties": False,
+                    },
+                },
+            }
+        },
+        find_fault=_find_score_fault,
+        score=score_predictions,
+        make_figures=make_score_figures,
+    ),
+}
+
+
 class EvaluationResults(dict[str, Any]):
     """The results of an evaluation: a plain dict that a notebook shows as a table."""
 
     def tables(self) -> list[list[list[str]]]:
-        """Rows of text, the first of each table its head: the figures, then the comparison."""
-        tables = []
-        head = ["指標", "テスト", "95%区間", "検証", "95%区間"]
-        parts = [self[f"{name}_evaluation"].get("metrics", {}) for name in ("test", "valid")]
-        rows = [head]
-        for name in dict.fromkeys(itertools.chain(*parts)):
-            row = [FIGURE_LABELS.get(name, name)]
-            for part in parts:
-                figure = part.get(name)
-                row += _figure_cells(figure, "score")
-            rows.append(row)
-        if len(rows) > 1:
-            tables.append(rows)
-        for name, label in (("test", "テスト"), ("valid", "検証")):
-            comparison = self.get("comparison", {}).get(name)
-            if comparison is None:
+        """Rows of text, the first of each table its head: the figures, then the comparisons."""
+        tables = [self._score_table()] if self.get("task") == "score" else [self._figure_table()]
+        comparisons = self.get("comparison", {})
+        against = {"基準": comparisons, "平均予測": comparisons.get("mean_reference", {})}
+        for rival, (name, label) in itertools.product(
+            against, (("test", "テスト"), ("valid", "検証"))
+        ):
+            if name not in against[rival]:
                 continue
-            rows = [[f"比較（{label}）", "学習後", "基準", "差", "95%区間", "p", "判定"]]
-            for figure_name, figure in comparison["figures"].items():
+            rows = [[f"比較（{label}）", "学習後", rival, "差", "95%区間", "p", "判定"]]
+            for figure_name, figure in against[rival][name]["figures"].items():
                 rows.append(
                     [
-                        FIGURE_LABELS.get(figure_name, figure_name),
+                        _figure_label(figure_name),
                         f"{figure['tuned']:.2f}",
                         f"{figure['baseline']:.2f}",
                         *_figure_cells(figure, "difference"),
@@ -2232,7 +2557,38 @@ class EvaluationResults(dict[str, Any]):
                     ]
                 )
             tables.append(rows)
-        return tables
+        return [table for table in tables if len(table) > 1]
+
+    def _metrics(self, name: str) -> dict[str, Any]:
+        metrics: dict[str, Any] = self[f"{name}_evaluation"].get("metrics", {})
+        return metrics
+
+    def _figure_table(self) -> list[list[str]]:
+        rows = [["指標", "テスト", "95%区間", "検証", "95%区間"]]
+        parts = [self._metrics("test"), self._metrics("valid")]
+        for name in dict.fromkeys(itertools.chain(*parts)):
+            cells = [_figure_cells(part.get(name), "score") for part in parts]
+            rows.append([_figure_label(name), *itertools.chain(*cells)])
+        return rows
+
+    def _score_table(self) -> list[list[str]]:
+        measures = ("mse", "mae", "accuracy", "accuracy_within_1", "spearman")
+        head = [FIGURE_LABELS[measure] for measure in measures]
+        rows = [["項目（テスト）", head[0], "95%区間", "平均予測のMSE", *head[1:]]]
+        means = self.get("mean_reference", {}).get("test", {})
+        for name, metrics in self._metrics("test").items():
+            if name == "coverage":
+                continue
+            mean = means.get(name, {}).get("mse", {"score": None})["score"]
+            rows.append(
+                [
+                    _figure_label(name),
+                    *_figure_cells(metrics["mse"], "score"),
+                    "-" if mean is None else f"{mean:.2f}",
+                    *(_figure_cells(metrics[measure], "score")[0] for measure in measures[1:]),
+                ]
+            )
+        return rows
 
     def _repr_html_(self) -> str:
         parts = [f"<p>モデル: {html.escape(str(self['model_id']))}</p>"]
@@ -2257,6 +2613,15 @@ FIGURE_LABELS = {
     "dist_2": "Dist-2",
     "length_ratio": "長さの比",
     "backchannel_share": "相づちだけの割合",
+    "overall": "全項目",
+    "total": "合計点",
+    "mse": "MSE",
+    "rmse": "RMSE",
+    "mae": "MAE",
+    "accuracy": "一致率",
+    "accuracy_within_1": "1点差以内",
+    "spearman": "順位相関",
+    "pearson": "相関",
 }
 VERDICT_LABELS = {
     "better": "良い",
@@ -2267,9 +2632,15 @@ VERDICT_LABELS = {
 }
 
 
-def _figure_cells(figure: Mapping[str, float] | None, key: str) -> list[str]:
-    if figure is None:
-        return ["—", "—"]
+def _figure_label(name: str) -> str:
+    group, _, measure = name.partition(".")
+    labels = [FIGURE_LABELS.get(part, part) for part in (group, measure) if part]
+    return " ".join(labels)
+
+
+def _figure_cells(figure: Mapping[str, float | None] | None, key: str) -> list[str]:
+    if figure is None or figure[key] is None:
+        return ["-", "-"]
     return [f"{figure[key]:.2f}", f"{figure['low']:.2f}〜{figure['high']:.2f}"]
 
 
@@ -2754,6 +3125,7 @@ class _Pool:
                     answers.put(ask(case))
                 except BaseException as error:  # noqa: BLE001  # raised again where it is awaited
                     answers.put(error)
+                    self.close()  # it would meet every other case too
 
         for number in range(min(self._size, len(cases))):
             name = f"openai-sft-ask-{number}"
@@ -2833,6 +3205,7 @@ NO_KEY = (
     "--rehearse）を使えます。"
 )
 RECORDED_SETTINGS = (
+    "task",
     "model",
     "dataset",
     "revision",
@@ -2852,8 +3225,10 @@ class OpenAISFT:
     ``gpt-4o-mini-2024-07-18``, data ``UEC-InabaLab/KokoroChat``). Nothing is sent anywhere and
     no file is written before a method needs it.
 
-    ``revision`` pins a Hub data set. ``long_examples`` says what becomes of a conversation over
-    the service's limit of tokens: ``split`` at a turn, ``drop`` or ``refuse`` (DataError).
+    ``task`` is ``"response"`` (answer as the counsellor; the default) or ``"score"`` (predict
+    the client's 20 feedback scores). ``revision`` pins a Hub data set. ``long_examples`` says
+    what becomes of a conversation over the service's limit of tokens: ``split`` at a turn,
+    ``drop`` or ``refuse`` (DataError).
     ``price`` replaces the price table. ``client`` is a ready ``openai.OpenAI``.
     ``offline=True`` gives the data stages alone. ``rehearse=True`` starts a local endpoint and
     uses it, whatever key or URL is set. ``allow_no_key`` puts the question for a key off until
@@ -2879,6 +3254,7 @@ class OpenAISFT:
         allow_no_key: bool = False,
         rehearse: bool = False,
         verbose: bool = True,
+        task: TaskName | None = None,
         revision: str | None = None,
         system_prompt: str | None = None,
         long_examples: LongExamples = "split",
@@ -2902,6 +3278,9 @@ class OpenAISFT:
         self.poll_interval = poll_interval
         self.rehearse = rehearse
         self.verbose = verbose
+        self.task: TaskName = task or "response"
+        self._task_given = task
+        self._train_data: Sequence[Example] | None = None
         self.revision = revision
         self.system_prompt = system_prompt
         self.long_examples = long_examples
@@ -2964,6 +3343,14 @@ class OpenAISFT:
         ):
             if not ok:
                 raise ConfigurationError(f"{name} の値が範囲外です（指定: {value}）。")
+        if self.task not in TASKS:
+            raise ConfigurationError(
+                f"task は {'、'.join(TASKS)} のどれかです（指定: {printable(self.task)}）。"
+            )
+        if self.task == "score" and self.system_prompt:
+            raise ConfigurationError(
+                "task=score は決まった指示を使うため、system_prompt は指定できません。"
+            )
         if self.long_examples not in ("split", "drop", "refuse"):
             raise ConfigurationError(
                 f"long_examples は split、drop、refuse のどれかです（指定: {self.long_examples}）。"
@@ -3227,7 +3614,7 @@ class OpenAISFT:
                 RunRow(
                     run_id=run.data["run_id"],
                     job_id=job_id,
-                    status=job.status if job else run.data.get("job_status", "—"),
+                    status=job.status if job else run.data.get("job_status", "-"),
                     model=run.data.get("fine_tuned_model")
                     or (job.fine_tuned_model if job else None),
                     started_at=run.data.get("started_at"),
@@ -3430,10 +3817,12 @@ class OpenAISFT:
                 "--model-id（model_id=）で指定してください。"
             )
         self._require_ready()
+        if run is not None:
+            model_id = model_id or run.data["fine_tuned_model"]
         if run is not None and "selection" in run.data:
             given = {"max_samples": max_samples, "seed": seed, **filters}
             self._require_same_split(run, given)
-            model_id = model_id or run.data["fine_tuned_model"]
+            self.task = run.data["settings"].get("task", self.task)
             evaluation["seed"] = run.data["selection"]["seed"]
         else:
             logger.warning(
@@ -3469,13 +3858,16 @@ class OpenAISFT:
         asked = {
             **given,
             "dataset": self._dataset_given,
+            "task": self._task_given,
             "revision": self.revision,
             "system_prompt": self.system_prompt,
         }
         changed = [
             f"{name}: 記録 {recorded.get(name)} → 指定 {value}"
             for name, value in asked.items()
-            if value not in (None, False) and value != recorded.get(name)
+            if value is not None
+            and value is not False
+            and _dump(value) != _dump(recorded.get(name))
         ]
         if changed:
             raise ConfigurationError(
@@ -3499,12 +3891,17 @@ class OpenAISFT:
                     "sha256が違います）。元に戻すか、--model-id と別の --output-dir で、記録の"
                     "ないモデルとして評価してください。"
                 )
-            manifest = json.loads(run.file("manifest").read_text(encoding="utf-8"))
-            ids = [line["id"] for line in manifest["splits"][name]["lines"]]
             examples = read_examples(path)
-            parts.append(
-                [cast("Example", {**e, "id": id_}) for e, id_ in zip(examples, ids, strict=True)]
-            )
+            try:
+                manifest = json.loads(run.file("manifest").read_text(encoding="utf-8"))
+                ids = [line["id"] for line in manifest["splits"][name]["lines"]]
+                named = list(zip(examples, ids, strict=True))
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise DataError(
+                    f"{run.file('manifest')}: 分割の記録がないか、変わっています。"
+                    "元に戻してください。"
+                ) from error
+            parts.append([cast("Example", {**e, "id": id_}) for e, id_ in named])
         return Splits(*parts)
 
     def _make_data(
@@ -3548,7 +3945,9 @@ class OpenAISFT:
     def _evaluate_and_save(
         self, model_id: str, splits: Splits, options: Mapping[str, Any]
     ) -> EvaluationResults:
-        results = self.evaluate_model_comprehensive(model_id, splits.test, splits.valid, **options)
+        results = self.evaluate_model_comprehensive(
+            model_id, splits.test, splits.valid, train_data=splits.train, **options
+        )
         path = self.save_results(results)
         asked = sum(
             results[key]["evaluated_cases"] + results[key]["failed_cases"]
@@ -3588,6 +3987,12 @@ class OpenAISFT:
         # One table cut in three, so that a field that is null throughout one part keeps the
         # type it has in another.
         rows = [dialogue_row(dialogue) for part in splits for dialogue in part]
+        columns = dict.fromkeys(key for row in rows for key in row)
+        if any(isinstance(m, str) for row in rows for m in row.get("messages") or ()):
+            for row in rows:  # a column holds one type
+                texts = [m if isinstance(m, str) else _encode_json(m) for m in row["messages"]]
+                row["messages"] = texts
+        rows = [{column: row.get(column) for column in columns} for row in rows]
         table = Dataset.from_list(rows)
         ends = list(itertools.accumulate(map(len, splits), initial=0))
         train, test, valid = (
@@ -3645,10 +4050,11 @@ class OpenAISFT:
     ) -> list[Example]:
         """Convert dialogues, or the rows of a ``Dataset``, to examples with ids.
 
-        A dialogue in which the assistant says nothing is left out, counted and named. Those of
+        A dialogue with nothing to learn from is left out, counted and named. Those of
         more than :data:`MAX_EXAMPLE_TOKENS` become several, are left out or refused
         (:class:`DataError`), as ``long_examples`` says.
         """
+        task = TASKS[self.task]
         examples: list[Example] = []
         left_out = []
         for number, row in enumerate(dataset, 1):
@@ -3656,25 +4062,28 @@ class OpenAISFT:
             if not isinstance(dialogue, Dialogue):
                 name = f"{split}-{number}"
                 dialogue = parse_dialogue(row, fallback_id=name, source=f"{split}[{number}]")
-            example = to_example(dialogue, system_prompt=self.system_prompt)
+            example = task.make_example(dialogue, system_prompt=self.system_prompt)
             if example is None:
                 left_out.append(dialogue.id)
             else:
                 examples.extend(self._fit_length(example))
         if left_out:
             logger.warning(
-                "%s: カウンセラーの発話がない対話を%d件除きました（ID: %s%s）",
+                "%s: %s対話を%d件除きました（ID: %s%s）",
                 split,
+                task.left_out,
                 len(left_out),
                 "、".join(left_out[:10]),
                 " ほか" if len(left_out) > 10 else "",
             )
+        if split == "train":
+            self._train_data = examples
         return examples
 
     def _fit_length(self, example: Example) -> list[Example]:
         messages = example["messages"]
         # No token is shorter than a byte, and no character takes more than four.
-        size = sum(len(_billed_text(message)) for message in messages)
+        size = sum(len(text) for message in messages for text in _billed_texts(message)[0])
         if 4 * size + 4 * len(messages) + 3 <= MAX_EXAMPLE_TOKENS:
             return [example]
         counter = TokenCounter(load_vocabulary())
@@ -3727,20 +4136,29 @@ class OpenAISFT:
             "splits": {},
         }
         findings: list[Finding] = []
+        seen: dict[tuple[str, str], int] = {}
         for name, examples in zip(SPLIT_NAMES, splits, strict=True):
             path = self.output_dir / f"{name}_data_{stamp}.jsonl"
             lines = []
             for number, example in enumerate(examples, 1):
-                line = example_line(example)
-                lines.append(line + "\n")
                 value = {key: item for key, item in example.items() if key != "id"}
-                for problem in (*find_problems(value), *_find_text_problems(line)):
-                    findings.append(_finding(str(path), number, problem))
-            text = "".join(lines)
-            paths[name], texts[name] = str(path), text
+                problems = list(find_problems(value))
+                try:
+                    line = example_line(example)
+                    problems += _find_text_problems(line)
+                except ValueError as error:
+                    line = ""
+                    problems.append(Problem("invalid_json", None, (printable(error),)))
+                lines.append(line + "\n")
+                first = seen.setdefault((name, line), number)
+                if first != number:
+                    problems.append(Problem("duplicate_line", None, (first,)))
+                if name == "valid" and (shared := seen.get(("train", line))):
+                    problems.append(Problem("shared_conversation", None, (shared,)))
+                findings += [_finding(str(path), number, problem) for problem in problems]
+            paths[name], texts[name] = str(path), "".join(lines)
             manifest["splits"][name] = {
                 "file": path.name,
-                "sha256": hashlib.sha256(text.encode()).hexdigest(),
                 "examples": len(examples),
                 "lines": [
                     {"id": id_, "source": sources.get(id_) or sources.get(id_.rpartition("/")[0])}
@@ -3748,6 +4166,8 @@ class OpenAISFT:
                 ],
             }
         require_no_errors(findings)
+        for kind, text in texts.items():
+            manifest["splits"][kind]["sha256"] = hashlib.sha256(text.encode()).hexdigest()
         for kind, text in texts.items():
             write_new_file(Path(paths[kind]), text)
             count = manifest["splits"][kind]["examples"]
@@ -3886,7 +4306,7 @@ class OpenAISFT:
 
     def upload_validation_file(self, path: str | os.PathLike[str]) -> str:
         """Check and upload a validation file (one example is enough); return its id."""
-        require_no_errors(check_file(path, kind="validation"))
+        require_no_errors(check_file(path, kind="validation", compare_with=self.files.get("train")))
         return self._upload(path, "validation")
 
     def _upload(self, path: str | os.PathLike[str], part: str) -> str:
@@ -3968,7 +4388,8 @@ class OpenAISFT:
             part_ids = []
             while chunk := file.read(min(UPLOAD_PART_BYTES, self._max_single_upload_bytes)):
                 send = functools.partial(client.uploads.parts.create, upload.id, data=chunk)
-                part_ids.append(self._call(send).id)
+                # A part whose answer is lost may count twice: then the whole begins again.
+                part_ids.append(self._call(send, patience=0, needs="id").id)
             complete = functools.partial(client.uploads.complete, upload.id, part_ids=part_ids)
             done = self._call(complete, patience=0, needs="file")
             return str(done.file.id)  # type: ignore[union-attr]  # `needs` has settled it
@@ -4281,7 +4702,8 @@ class OpenAISFT:
         writer.writeheader()
         writer.writerows(rows)
         self._publish("training_metrics", ".csv", table.getvalue())
-        self._remember(final_metrics=rows[-1])
+        # Validation has no value at most steps, so the last of each column counts.
+        self._remember(final_metrics=dict(collections.ChainMap(*map(dict, reversed(rows)))))
 
     def _result_rows(self, job: FineTuningJob) -> list[dict[str, float]]:
         for file_id in job.result_files or ():
@@ -4313,15 +4735,18 @@ class OpenAISFT:
         baseline: str | bool | None = None,
         concurrency: int = 8,
         temperature: float = 0.0,
-        max_tokens: int = 512,
+        max_tokens: int = 1024,
+        train_data: Sequence[Example] | None = None,
     ) -> EvaluationResults:
         """Ask the model :func:`choose_cases` of each split and score its answers.
 
         ``max_test_cases`` is per split; 0 or ``None`` asks all. ``baseline`` names a model to
         ask the same (``True``: the base model), and the results gain ``comparison``. Up to
         ``concurrency`` questions are under way at once, fewer while the endpoint limits the
-        rate. A case that fails carries its ``error``; errors that would meet every case (key,
-        model, quota) are raised, and :class:`BudgetError` before anything is asked.
+        rate. In the score task the mean of ``train_data``'s scores (by default what this
+        instance prepared) is a reference as well. A case that fails carries its ``error``;
+        errors that would meet every case (key, model, quota) are raised, and
+        :class:`BudgetError` before anything is asked.
         """
         if concurrency < 1:
             raise ConfigurationError(f"concurrency は1以上です（指定: {concurrency}）。")
@@ -4333,9 +4758,13 @@ class OpenAISFT:
             for name, part in data.items()
         }
         models = [model_id, *([baseline_id] if baseline_id else [])]
-        results = EvaluationResults(model_id=model_id, evaluation_timestamp=self._now())
+        results = EvaluationResults(
+            model_id=model_id, task=self.task, evaluation_timestamp=self._now()
+        )
+        task = TASKS[self.task]
         answers: dict[tuple[str, str], list[Answer]] = {}
         asked: dict[str, dict[str, Any]] = {model: {} for model in models}
+        held_back: dict[str, None] = {}
         with (
             SystemMonitor(self._existing_folder()),
             self._journal(model_id, baseline_id, generation) as journal,
@@ -4346,22 +4775,29 @@ class OpenAISFT:
                     model, cases[name], name, generation, journal, concurrency
                 )
                 answers[model, name] = _answers(cases[name], responses)
-                answered = len(answers[model, name])
-                metrics, missing = score_answers(answers[model, name], seed=seed)
+                answered = sum("error" not in response for response in responses)
+                metrics, missing = task.score(answers[model, name], seed=seed)
+                held_back.update(dict.fromkeys(missing))
+                if self.task == "score":
+                    metrics["coverage"] = {
+                        "valid": len(answers[model, name]),
+                        "asked": len(responses),
+                    }
                 asked[model][f"{name}_evaluation"] = {
                     "dataset_type": name,
                     "total_test_cases": len(data[name]),
                     "evaluated_cases": answered,
                     "failed_cases": len(responses) - answered,
+                    "invalid_cases": sum("invalid" in response for response in responses),
                     "cut_cases": sum(r.get("finish_reason") == "length" for r in responses),
                     "responses": responses,
                     "metrics": metrics,
                     "missing_metrics": missing,
                 }
-        if missing:
+        if held_back:
             logger.warning(
                 "%s は計算していません。%s で計算できるようになります。",
-                "、".join(FIGURE_LABELS[name] for name in missing),
+                "、".join(FIGURE_LABELS[name] for name in held_back),
                 EVAL_EXTRA,
             )
         results.update(asked[model_id])
@@ -4374,11 +4810,21 @@ class OpenAISFT:
         if baseline_id is not None:
             results["baseline"] = {"model_id": baseline_id, **asked[baseline_id]}
             results["comparison"] = {"baseline_model": baseline_id} | {
-                name: compare_answers(
-                    answers[model_id, name], answers[baseline_id, name], seed=seed
+                name: compare_figures(
+                    *_paired(answers[model_id, name], answers[baseline_id, name]),
+                    make=task.make_figures,
+                    seed=seed,
+                    cases=len(cases[name]),
                 )
                 for name in data
             }
+        if self.task == "score":
+            tested = {name: answers[model_id, name] for name in data}
+            self._add_mean_reference(results, tested, train_data or self._train_data, seed)
+            overall = results["test_evaluation"]["metrics"].get("overall")
+            results["summary"]["mse"] = overall["mse"]["score"] if overall else None
+        else:
+            results["summary"].update(_cross_entropies(self._current_run.data))
         results["usage"] = journal.usage()
         results["settings"] = {
             **generation,
@@ -4392,8 +4838,42 @@ class OpenAISFT:
             results["note"] = "リハーサルの小さな文字モデルの応答です。GPTの性能とは無関係です。"
         return results
 
+    @staticmethod
+    def _add_mean_reference(
+        results: EvaluationResults,
+        answers: Mapping[str, Sequence[Answer]],
+        train_data: Sequence[Example] | None,
+        seed: int,
+    ) -> None:
+        """Add what predicting the training mean gives on the cases that were answered."""
+        if not train_data:
+            logger.warning("学習データがないため、平均予測との比較は省きます（train_data=）。")
+            return
+        means = mean_scores(train_data)
+        text = _dump(means)
+        reference = {
+            name: [answer._replace(output=text) for answer in part]
+            for name, part in answers.items()
+        }
+        results["mean_reference"] = {"scores": means} | {
+            name: score_predictions(part, seed=seed)[0] for name, part in reference.items()
+        }
+        results.setdefault("comparison", {})["mean_reference"] = {
+            name: compare_figures(
+                part,
+                reference[name],
+                make=make_score_figures,
+                seed=seed,
+                cases=len(part),
+                rival="平均予測",
+            )
+            for name, part in answers.items()
+        }
+
     def _rates(self, model: str) -> tuple[float, float] | None:
-        price = self.price or price_of(model)
+        price = price_of(model)
+        if self.price is not None and (price is None or model.startswith("ft:")):
+            return self.price.tuned_input, self.price.tuned_output
         return price.rates(tuned=model.startswith("ft:")) if price else None
 
     def _require_evaluation_budget(
@@ -4487,6 +4967,7 @@ class OpenAISFT:
             unit="件",
             disable=None if self.verbose else True,
         )
+        _ = self.client  # made here once, not by every thread
         pool = _Pool(concurrency)
         with contextlib.closing(bar), contextlib.closing(pool):
             # A model that was just tuned may still be loading: the first case waits for it.
@@ -4510,7 +4991,13 @@ class OpenAISFT:
         import openai
 
         response: dict[str, Any] = {"case_id": case.id, "input": case.input}
-        request: dict[str, Any] = {**generation, "model": model_id, "messages": case.input}
+        task = TASKS[self.task]
+        request: dict[str, Any] = {
+            **generation,
+            **task.request,
+            "model": model_id,
+            "messages": case.input,
+        }
         if case.tools:
             request["tools"] = case.tools
         create = functools.partial(self.client.chat.completions.create, **request)
@@ -4519,6 +5006,8 @@ class OpenAISFT:
             answer = self._wait_for_model(model_id, lambda: pool.attempt(create))
             response["usage"] = _usage(answer)
             response["finish_reason"], response["output"] = _read_answer(answer)
+            if fault := task.find_fault(response["output"]):
+                response["invalid"] = fault
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError):
             raise
         except (openai.APIError, BrokenAnswer) as error:
@@ -4577,7 +5066,8 @@ class OpenAISFT:
             return f"{going}続きから再開するには: openai-sft --resume {facts['run_id']}{folder}"
         if job_id and not model:
             quoted = shlex.quote(printable(job_id))
-            return f"{going}見守りに戻るには: openai-sft --job-id {quoted}{folder}"
+            place = "" if self.base_url == OPENAI_BASE_URL else f" --base-url {self.base_url}"
+            return f"{going}見守りに戻るには: openai-sft --job-id {quoted}{place}{folder}"
         return going
 
     def _remember(self, **facts: Any) -> None:
@@ -4710,8 +5200,19 @@ def _answers(cases: Sequence[Case], responses: Sequence[Mapping[str, Any]]) -> l
     return [
         Answer(case.id, case.dialogue_id, response["output"], case.reference)
         for case, response in zip(cases, responses, strict=True)
-        if "error" not in response
+        if "error" not in response and "invalid" not in response
     ]
+
+
+def _cross_entropies(facts: Mapping[str, Any]) -> dict[str, float]:
+    """The job's last losses, where they are known; the service trains by cross-entropy."""
+    metrics = facts.get("final_metrics") or {}
+    valid = metrics.get("full_valid_loss", metrics.get("valid_loss"))
+    losses = {
+        "training_cross_entropy": metrics.get("train_loss"),
+        "validation_cross_entropy": valid,
+    }
+    return {name: loss for name, loss in losses.items() if loss is not None}
 
 
 def _usage(completion: Any) -> dict[str, Any] | None:

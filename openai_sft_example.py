@@ -214,6 +214,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     job = parser.add_argument_group("学習")
+    job.add_argument(
+        "--task",
+        choices=("response", "score"),
+        metavar="TASK",
+        help="response（応答、既定）か score（クライアントの評価20項目の予測）",
+    )
     job.add_argument("--model", metavar="NAME", help="元のモデル（既定: gpt-4o-mini-2024-07-18）")
     job.add_argument(
         "--epochs",
@@ -323,6 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 allow_no_key=options.check or options.list,
                 rehearse=options.rehearse,
                 verbose=not options.quiet,
+                task=options.task,
                 revision=options.revision,
                 system_prompt=options.system_prompt,
                 long_examples=options.long_examples,
@@ -416,7 +423,7 @@ def show_runs(rows: Sequence[RunRow], *, as_json: bool) -> None:
     table = [["実行", "ジョブ", "状態", "モデル", "備考"]]
     for row in rows:
         cells = (row.run_id, row.job_id, row.status, row.model, notes[row.orphan])
-        table.append([printable("—" if cell is None else cell) for cell in cells])
+        table.append([printable("-" if cell is None else cell) for cell in cells])
     show(aligned(table))
 
 
@@ -433,8 +440,11 @@ def check(options: argparse.Namespace) -> int:
     try:
         findings = check_file(options.check_file)
         fixed = fix_file(options.check_file) if options.fix else None
-    except (OpenAISFTError, FileExistsError) as error:
+    except OpenAISFTError as error:
         tell(f"エラー: {error}")
+        return 2
+    except OSError as error:
+        tell(f"エラー: ファイルを書けません（{printable(error)}）。")
         return 2
     if options.json:
         show([json.dumps([asdict(f) for f in findings], ensure_ascii=False, indent=2)])
@@ -473,9 +483,11 @@ def show_results(results: dict[str, Any]) -> None:
     for table in getattr(results, "tables", list)():
         show(["", *aligned(table)])
     for name, label in (("test", "テスト"), ("valid", "検証")):
-        for figure in results.get("comparison", {}).get(name, {}).get("figures", {}).values():
-            if figure["verdict"] != "indistinguishable":
-                show([f"{label}: {figure['sentence']}"])
+        comparison = results.get("comparison", {})
+        for rival in (comparison, comparison.get("mean_reference", {})):
+            for figure in rival.get(name, {}).get("figures", {}).values():
+                if figure["verdict"] != "indistinguishable":
+                    show([f"{label}: {figure['sentence']}"])
     if "cost" in results:
         show([f"実費: ${results['cost']['total_usd']:,.4f}"])
     if results.get("rehearsal"):
