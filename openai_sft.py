@@ -1722,25 +1722,30 @@ class TokenCounter:
 
     def count(self, messages: Sequence[Message]) -> Tokens:
         """Tokens of one conversation as a training example."""
+        return self.count_many([messages])[0]
+
+    def count_many(self, conversations: Iterable[Sequence[Message]]) -> list[Tokens]:
+        """Tokens of several conversations, with one call of the tokeniser for all."""
         texts: list[str] = []
-        last = []  # of each message, how many texts there are up to its end
-        overhead: list[int] = []  # the tokens up to its end that aren't in the texts
-        for message in messages:
-            own, names = _billed_texts(message)
-            texts += own
-            last.append(len(texts))
-            # Every message costs 3, its role, which is one token, and 1 for a name.
-            overhead.append((overhead[-1] if overhead else 0) + 4 + names)
-        counted = [0, *self._text_ends(texts)]
-        ends = [counted[n] + extra for n, extra in zip(last, overhead, strict=True)]
-        return Tokens(
-            total=ends[-1] + 3 if messages else 3,
-            per_turn_format=sum(
-                end + 3
-                for end, message in zip(ends, messages, strict=True)
-                if message.get("role") == "assistant"
-            ),
-        )
+        layouts: list[list[tuple[int, int, bool]]] = []
+        for messages in conversations:
+            overhead = 3
+            layout = []  # of each message: texts up to its end, tokens besides, whose it is
+            for message in messages:
+                own, names = _billed_texts(message)
+                texts += own
+                overhead += 4 + names  # 3 a message, its role is one token, and 1 for a name
+                layout.append((len(texts), overhead, message.get("role") == "assistant"))
+            layouts.append(layout)
+        ends = [0, *self._text_ends(texts)]
+        counts = []
+        before = 0
+        for layout in layouts:
+            sizes = [ends[last] - before + extra for last, extra, _ in layout]
+            turns = [size for size, (_, _, trained) in zip(sizes, layout, strict=True) if trained]
+            counts.append(Tokens(sizes[-1] if sizes else 3, sum(turns)))
+            before = ends[layout[-1][0]] if layout else before
+        return counts
 
     def count_texts(self, texts: Sequence[str]) -> int:
         """Tokens of some bare texts together."""
@@ -1770,12 +1775,10 @@ class TokenCounter:
     ) -> Callable[[], list[Tokens]]:
         """Begin to count on ``executor``; the callable that is returned waits for the counts.
 
-        Threads do: the tokeniser works outside the interpreter's lock.
+        Threads do, for the tokeniser works outside the interpreter's lock; a chunk a call, for
+        each call's end has to wait for that lock.
         """
-        chunks = (
-            executor.submit(lambda part: [self.count(c) for c in part], chunk)
-            for chunk in _chunks(conversations, 64)
-        )
+        chunks = (executor.submit(self.count_many, chunk) for chunk in _chunks(conversations, 64))
         futures = list(chunks)
         return lambda: [tokens for future in futures for tokens in future.result()]
 
@@ -1933,7 +1936,8 @@ def _turns_to_ask(messages: Sequence[Message]) -> list[int]:
         if index
         and message["role"] == "assistant"
         and messages[index - 1]["role"] == "user"
-        and message.get("content")
+        and isinstance(message.get("content"), str)
+        and message["content"].strip()
     ]
     if len(turns) > 1 and turns[-1] == len(messages) - 1:
         turns.pop()
@@ -2223,8 +2227,10 @@ def _make_backchannel_share(answers: Sequence[Answer], owners: Sequence[int], co
 
 
 def is_backchannel(text: str) -> bool:
-    """Whether an answer is nothing but a back-channel such as はい or ええ."""
-    return re.sub(r"[\s。、．，.,!！?？…〜ー]+", "", text) in BACKCHANNELS
+    """Whether an answer is nothing but back-channels such as はい or ええ、ええ。"""
+    bare = re.sub(r"[\s。、．，.,!！?？…〜ー]+", "", text)
+    longest_first = sorted(BACKCHANNELS, key=len, reverse=True)
+    return re.fullmatch(f"(?:{'|'.join(longest_first)})+", bare) is not None
 
 
 def compare_answers(
@@ -3069,7 +3075,8 @@ class _Journal:
     def _take(self, model_id: str, split: str, response: dict[str, Any]) -> None:
         totals = self._usage.setdefault(model_id, {"prompt_tokens": 0, "completion_tokens": 0})
         for key in totals:
-            totals[key] += (response.get("usage") or {}).get(key) or 0
+            tokens = (response.get("usage") or {}).get(key)
+            totals[key] += tokens if isinstance(tokens, int) else 0
         if "error" not in response:
             self.answers[model_id, split, response["case_id"]] = response
 
@@ -5217,7 +5224,8 @@ def _cross_entropies(facts: Mapping[str, Any]) -> dict[str, float]:
 
 def _usage(completion: Any) -> dict[str, Any] | None:
     usage = getattr(completion, "usage", None)
-    return usage.model_dump(exclude_none=True) if usage else None
+    dump = getattr(usage, "model_dump", None)
+    return None if dump is None else dict(dump(exclude_none=True, warnings=False))
 
 
 def _read_answer(completion: Any) -> tuple[str, str]:
@@ -5232,9 +5240,10 @@ def _read_answer(completion: Any) -> tuple[str, str]:
         raise BrokenAnswer(f"モデルが応答を拒否しました: {printable(refusal)}")
     if reason == "content_filter":
         raise BrokenAnswer("内容フィルターで止められました（finish_reason: content_filter）")
-    if not text:
+    if not str(text or "").strip():
         raise BrokenAnswer(f"応答が空です（finish_reason: {printable(reason)}）")
-    return reason, str(text)
+    # Half of a surrogate pair (an emoji cut in two) can't be written.
+    return reason, str(text).encode(errors="replace").decode()
 
 
 def is_transient(error: Exception) -> bool:
