@@ -2647,7 +2647,12 @@ def _figure_label(name: str) -> str:
 def _figure_cells(figure: Mapping[str, float | None] | None, key: str) -> list[str]:
     if figure is None or figure[key] is None:
         return ["-", "-"]
-    return [f"{figure[key]:.2f}", f"{figure['low']:.2f}〜{figure['high']:.2f}"]
+    score, low, high = (_two_digits(figure[name]) for name in (key, "low", "high"))
+    return [score, f"{low}〜{high}"]
+
+
+def _two_digits(value: float | None) -> str:
+    return "-" if value is None else f"{round(value, 2) + 0.0:.2f}"  # never -0.00
 
 
 # ── Talking to the service ───────────────────────────────────────────────────────────────────

@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import re
+import shutil
 import signal
 import sys
 import unicodedata
@@ -428,11 +429,23 @@ def show_runs(rows: Sequence[RunRow], *, as_json: bool) -> None:
 
 
 def aligned(table: Sequence[Sequence[str]]) -> Iterator[str]:
-    """The rows of a table, padded by what a terminal shows."""
+    """The rows of a table, padded by what a terminal shows; a long first column is cut to fit."""
     widths = [max(map(columns, column)) for column in zip(*table, strict=True)]
-    for row in table:
+    room = shutil.get_terminal_size().columns - sum(width + 2 for width in widths[1:])
+    widths[0] = min(widths[0], max(room, 20))
+    for head, *cells in table:
+        row = [shortened(head, widths[0]), *cells]
         padded = (c + " " * (w - columns(c)) for c, w in zip(row, widths, strict=True))
         yield "  ".join(padded).rstrip()
+
+
+def shortened(text: str, width: int) -> str:
+    """``text``, or its beginning and two dots, in at most ``width`` columns."""
+    if columns(text) <= width:
+        return text
+    while columns(text) > width - 2:
+        text = text[:-1]
+    return text + ".."
 
 
 def check(options: argparse.Namespace) -> int:
