@@ -55,7 +55,6 @@ import io
 import itertools
 import json
 import logging
-import math
 import os
 import platform
 import queue
@@ -1225,10 +1224,10 @@ def to_score_example(dialogue: Dialogue, *, system_prompt: str | None = None) ->
     the assistant's a JSON object of :data:`SCORE_ITEMS`, its Japanese keys in their order.
     ``system_prompt`` must be ``None``, for the task has its own.
     """
-    scores = {
-        item: dialogue.review_jp.get(item, dialogue.review_en.get(english))
-        for item, english in SCORE_ITEMS.items()
-    }
+    scores = {}
+    for item, english in SCORE_ITEMS.items():
+        score = dialogue.review_jp.get(item)
+        scores[item] = dialogue.review_en.get(english) if score is None else score
     if not dialogue.turns or not all(map(is_item_score, scores.values())):
         return None
     speakers = {"assistant": "カウンセラー", "user": "クライアント"}
@@ -2317,7 +2316,10 @@ def _verdict(better: int, low: float, high: float, lead: int, p_value: float) ->
 def sign_test(wins: int, losses: int) -> float:
     """Two-sided exact p of a sign test (binomial with one half; ties are left out before)."""
     trials = wins + losses
-    tail = sum(math.comb(trials, k) for k in range(min(wins, losses) + 1))
+    term = tail = 1  # the binomial coefficients, each from the one before
+    for k in range(min(wins, losses)):
+        term = term * (trials - k) // (k + 1)
+        tail += term
     return min(1.0, float(2 * tail / 2**trials))
 
 
@@ -2333,7 +2335,8 @@ def parse_scores(text: str) -> dict[str, int] | str:
         if item not in value:
             return f"「{item}」がありません"
         if not is_item_score(value[item]):
-            return f"「{item}」が0〜{MAX_ITEM_SCORE}の整数ではありません（{value[item]}）"
+            shown = json.dumps(value[item])[:50]
+            return f"「{item}」が0〜{MAX_ITEM_SCORE}の整数ではありません（{shown}）"
     return {item: value[item] for item in SCORE_ITEMS}
 
 
@@ -2352,9 +2355,10 @@ def score_predictions(
     if not answers:
         return {}, []
     weights = _resample(answers, seed)
+    owners, _ = _dialogue_indexes(answers)
     metrics: dict[str, dict[str, Any]] = {}
     for name, predicted, real in _score_groups(answers):
-        values = agreement(weights, predicted, real)
+        values = agreement(weights, predicted, real, owners)
         metrics[name] = {}
         for measure, samples in values.items():
             undefined = bool(np.isnan(samples[0]))
@@ -2381,11 +2385,14 @@ def _score_groups(answers: Sequence[Answer]) -> Iterator[tuple[str, Any, Any]]:
         yield item, predicted[:, index : index + 1], real[:, index : index + 1]
 
 
-def agreement(weights: Any, predicted: Any, real: Any) -> dict[str, Any]:
+def agreement(
+    weights: Any, predicted: Any, real: Any, owners: Sequence[int] | None = None
+) -> dict[str, Any]:
     """Measures of agreement, an array of one value a row of ``weights``.
 
     ``weights`` (samples, dialogues) says how often each dialogue is in each sample;
-    ``predicted`` and ``real`` are (dialogues, values). Predictions that are no integers are
+    ``predicted`` and ``real`` are (answers, values), and ``owners`` tells the dialogue of each
+    answer, by default one each. Predictions that are no integers are
     rounded for the accuracies. Ranks of ties are their mean; a correlation with a constant is
     ``nan``.
     """
@@ -2395,9 +2402,9 @@ def agreement(weights: Any, predicted: Any, real: Any) -> dict[str, Any]:
     pairs, codes = np.unique(
         np.stack([predicted.ravel(), real.ravel()], axis=1), axis=0, return_inverse=True
     )
-    counts = np.zeros((len(predicted), len(pairs)))
-    owners = np.repeat(np.arange(len(predicted)), predicted.shape[1])
-    np.add.at(counts, (owners, codes.ravel()), 1)
+    counts = np.zeros((weights.shape[1], len(pairs)))
+    rows = np.arange(len(predicted)) if owners is None else np.asarray(owners)
+    np.add.at(counts, (np.repeat(rows, predicted.shape[1]), codes.ravel()), 1)
     weighted = weights @ counts
     shares = weighted / weighted.sum(axis=1, keepdims=True)
     x, y = pairs.T
@@ -2443,6 +2450,7 @@ def make_score_figures(answers: Sequence[Answer]) -> tuple[list[Figure], list[st
     figures = []
     if not answers:
         return [], []
+    owners, _ = _dialogue_indexes(answers)
     for group, predicted, real in itertools.islice(_score_groups(answers), 2):
         errors, misses = predicted - real, np.abs(np.rint(predicted) - real)
         per_case = {
@@ -2459,22 +2467,26 @@ def make_score_figures(answers: Sequence[Answer]) -> tuple[list[Figure], list[st
                     label=f"{FIGURE_LABELS[group]}の{FIGURE_LABELS[measure]}",
                     better=1 if measure.startswith("accuracy") else -1,
                     signature=measure,
-                    score=functools.partial(_measure, measure, predicted, real),
+                    score=functools.partial(_measure, measure, predicted, real, owners),
                     per_case=values.tolist(),
                 )
             )
     return figures, []
 
 
-def _measure(name: str, predicted: Any, real: Any, weights: Any) -> Any:
-    return agreement(weights, predicted, real)[name]
+def _measure(name: str, predicted: Any, real: Any, owners: Sequence[int], weights: Any) -> Any:
+    return agreement(weights, predicted, real, owners)[name]
 
 
 def mean_scores(train_data: Iterable[Example]) -> dict[str, float]:
     """The mean of each item over the training examples: what a model has to beat."""
-    rows = [parse_scores(example["messages"][-1]["content"]) for example in train_data]
-    scores = [row for row in rows if not isinstance(row, str)]
+    scores = list(filter(None, map(_scores_of, train_data)))
     return {item: statistics.fmean(row[item] for row in scores) for item in SCORE_ITEMS}
+
+
+def _scores_of(example: Example) -> dict[str, int] | None:
+    scores = parse_scores(str(example["messages"][-1].get("content")))
+    return None if isinstance(scores, str) else scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -2885,6 +2897,8 @@ class RunRecord:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
+                raise BlockingIOError  # its holder has just removed it, and another made it anew
         except OSError as error:
             os.close(descriptor)
             raise ConfigurationError(
@@ -2976,8 +2990,10 @@ class SystemMonitor:
         import psutil
 
         memory = psutil.virtual_memory()
+        psutil.cpu_percent(None)
+        self._stopped.wait(0.1)  # the usage of a tenth of a second, unless it ends before
         return Sample(
-            cpu_percent=psutil.cpu_percent(interval=0.1),
+            cpu_percent=psutil.cpu_percent(None),
             memory_percent=memory.percent,
             memory_used=memory.total - memory.available,
             memory_total=memory.total,
@@ -3521,6 +3537,12 @@ class OpenAISFT:
         if record is None:
             logger.info("再開する実行はありません。")
             return None
+        recorded = record.data["settings"].get("task") or "response"
+        if self._task_given not in (None, recorded):
+            raise ConfigurationError(
+                f"{record.path} は task={recorded} の実行です（指定: task={self._task_given}）。"
+                "指定を外してください。"
+            )
         if self._run is not None:
             self._run.release()
         record.lock()
@@ -3551,6 +3573,7 @@ class OpenAISFT:
     def _use_settings(self, settings: Mapping[str, Any]) -> None:
         for name in RECORDED_SETTINGS:
             setattr(self, name, settings.get(name))
+        self.task = settings.get("task") or "response"
         # A limit or a price that is given now was meant for what is left.
         if self.max_cost_usd is None:
             self.max_cost_usd = settings.get("max_cost_usd")
@@ -3834,7 +3857,7 @@ class OpenAISFT:
         if run is not None and "selection" in run.data:
             given = {"max_samples": max_samples, "seed": seed, **filters}
             self._require_same_split(run, given)
-            self.task = run.data["settings"].get("task", self.task)
+            self.task = run.data["settings"].get("task") or "response"
             evaluation["seed"] = run.data["selection"]["seed"]
         else:
             logger.warning(
@@ -3866,7 +3889,7 @@ class OpenAISFT:
         return self._evaluate_and_save(model, splits, evaluation)
 
     def _require_same_split(self, run: RunRecord, given: Mapping[str, Any]) -> None:
-        recorded = {**run.data["selection"], **run.data["settings"]}
+        recorded = {"task": "response", **run.data["selection"], **run.data["settings"]}
         asked = {
             **given,
             "dataset": self._dataset_given,
@@ -4058,7 +4081,7 @@ class OpenAISFT:
         return _Loaded(splits, selection, removed, leakage, sources)
 
     def prepare_dataset(
-        self, dataset: Iterable[Dialogue | Mapping[str, Any]], split: str = "train"
+        self, dataset: Iterable[Dialogue | Mapping[str, Any]], split: str = "data"
     ) -> list[Example]:
         """Convert dialogues, or the rows of a ``Dataset``, to examples with ids.
 
@@ -4293,7 +4316,7 @@ class OpenAISFT:
             return
         run.update(estimate={**asdict(estimate), "total_usd": estimate.total_usd})
         if self.max_cost_usd is not None:
-            limit = f"上限 ${self.max_cost_usd:,.2f}"
+            limit = f"上限 ${self.max_cost_usd:,.4f}"
             if estimate.total_usd is None:
                 raise BudgetError(
                     f"料金が不明で、{limit} を守れるか判断できないため中止しました。"
@@ -4329,6 +4352,12 @@ class OpenAISFT:
         facts: dict[str, Any] = {"name": path.name, "bytes": size, "sha256": sha256_of(path)}
         before = run.data.get("uploads", {})
         facts["intent_time"] = before.get(part, {}).get("intent_time", self._clock())
+        facts["other_content"] = sorted(
+            upload["file_id"]
+            for known in read_runs(self.output_dir)
+            for upload in known.data.get("uploads", {}).values()
+            if "file_id" in upload and upload["sha256"] != facts["sha256"]
+        )
         file_id = self._uploaded_before(facts)
         if file_id is None and "file_id" not in before.get(part, {"file_id": None}):
             file_id = self._look_for(lambda: self._find_file(facts))
@@ -4365,19 +4394,13 @@ class OpenAISFT:
         return None
 
     def _find_file(self, facts: Mapping[str, Any]) -> str | None:
-        """The id of an uploaded file that is none of another content known here."""
-        others = {
-            upload.get("file_id")
-            for run in read_runs(self.output_dir)
-            for upload in run.data.get("uploads", {}).values()
-            if upload["sha256"] != facts["sha256"]
-        }
         page = self._call(lambda: self.client.files.list(purpose="fine-tune"), needs="data")
         for file in page.data:
             same = (file.filename, file.bytes) == (facts["name"], facts["bytes"])
             # A stamp a run makes names unique; the hour is for clocks that disagree.
             late = file.created_at >= facts["intent_time"] - 3600
-            if same and late and file.purpose == "fine-tune" and file.id not in others:
+            other = file.purpose != "fine-tune" or file.id in facts["other_content"]
+            if same and late and not other:
                 return file.id
         return None
 
@@ -4769,11 +4792,15 @@ class OpenAISFT:
             name: choose_cases(part, max_cases=max_test_cases, seed=seed, turns=eval_turns)
             for name, part in data.items()
         }
+        task = TASKS[self.task]
+        for case in itertools.chain(*cases.values()):
+            if fault := task.find_fault(case.reference):
+                raise DataError(f"{case.id}: task={self.task} のデータではありません（{fault}）。")
+        train_data = self._scored_train_data(model_id, train_data)
         models = [model_id, *([baseline_id] if baseline_id else [])]
         results = EvaluationResults(
             model_id=model_id, task=self.task, evaluation_timestamp=self._now()
         )
-        task = TASKS[self.task]
         answers: dict[tuple[str, str], list[Answer]] = {}
         asked: dict[str, dict[str, Any]] = {model: {} for model in models}
         held_back: dict[str, None] = {}
@@ -4832,11 +4859,15 @@ class OpenAISFT:
             }
         if self.task == "score":
             tested = {name: answers[model_id, name] for name in data}
-            self._add_mean_reference(results, tested, train_data or self._train_data, seed)
+            self._add_mean_reference(results, tested, train_data, seed)
             overall = results["test_evaluation"]["metrics"].get("overall")
             results["summary"]["mse"] = overall["mse"]["score"] if overall else None
         else:
-            results["summary"].update(_cross_entropies(self._current_run.data))
+            run = self._current_run
+            if run.data.get("fine_tuned_model") != model_id:
+                run = find_run(self.output_dir, model_id) or run
+            if run.data.get("fine_tuned_model") == model_id:
+                results["summary"].update(_cross_entropies(run.data))
         results["usage"] = journal.usage()
         results["settings"] = {
             **generation,
@@ -4849,6 +4880,23 @@ class OpenAISFT:
             results["rehearsal"] = True
             results["note"] = "リハーサルの小さな文字モデルの応答です。GPTの性能とは無関係です。"
         return results
+
+    def _scored_train_data(
+        self, model_id: str, train_data: Sequence[Example] | None
+    ) -> Sequence[Example] | None:
+        """What the score task takes the mean of: given, prepared here or recorded."""
+        if self.task != "score":
+            return None
+        train_data = train_data or self._train_data
+        if not train_data:
+            run = find_run(self.output_dir, model_id)
+            if run is not None and "manifest" in run.data.get("files", {}):
+                train_data = self._recorded_splits(run).train
+        if train_data and not any(map(_scores_of, train_data)):
+            raise DataError(
+                "train_data に評価点の例がありません（task=score のデータが必要です）。"
+            )
+        return train_data
 
     @staticmethod
     def _add_mean_reference(
@@ -4906,11 +4954,13 @@ class OpenAISFT:
                     dollars += counter.count_texts([case.reference]) * rates[1] / 1e6
         if dollars > self.max_cost_usd:
             raise BudgetError(
-                f"評価まで含めた料金 ${dollars:,.4f} が上限 ${self.max_cost_usd:,.2f} を超える"
+                f"評価まで含めた料金 ${dollars:,.4f} が上限 ${self.max_cost_usd:,.4f} を超える"
                 "ため、評価の前に中止しました。学習済みモデルは残っています。"
             )
 
     def _cost_of(self, usage: Mapping[str, Mapping[str, int]]) -> float | None:
+        if self.rehearse:
+            return None
         dollars = 0.0
         for model, tokens in usage.items():
             rates = self._rates(model)
@@ -4922,7 +4972,7 @@ class OpenAISFT:
 
     def _record_evaluation_cost(self, results: EvaluationResults) -> None:
         dollars = self._cost_of(results["usage"]["by_model"])
-        if self.rehearse or dollars is None:
+        if dollars is None:
             return
         self._add_cost(evaluation_usd=dollars)
         results["cost"] = dict(self._current_run.data["cost"])

@@ -487,9 +487,10 @@ def show_results(results: dict[str, Any]) -> None:
     show([f"モデル: {printable(results['model_id'])}"])
     for name, label in (("test", "テスト"), ("valid", "検証")):
         part = results[f"{name}_evaluation"]
+        void = f"、うち{part['invalid_cases']}件は無効" if part["invalid_cases"] else ""
         show(
             [
-                f"{label}: {part['evaluated_cases']}件に応答、{part['failed_cases']}件失敗"
+                f"{label}: {part['evaluated_cases']}件に応答{void}、{part['failed_cases']}件失敗"
                 f"（対話{part['total_test_cases']}件中）"
             ]
         )

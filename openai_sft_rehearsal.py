@@ -16,7 +16,10 @@ What is real here and what is not:
 - A *token* of this endpoint is a character. ``trained_tokens`` counts the characters of all message
   contents times the epochs; ``usage`` counts characters too.
 - A tuned model answers out of what it learned; a base model has learned nothing and says so.
-  Tools and ``response_format`` are accepted and have no influence.
+  Tools are accepted and have no influence.
+- ``response_format`` is obeyed. A model tuned on JSON objects of whole numbers (scores) fills in
+  what it predicts from the last user text (`ScoreModel`, the same at every checkpoint); wherever
+  nothing was learned stands the value that says nothing: see `_filled`.
 - A checkpoint answers once its job has succeeded. Its counts are an exact fraction of the final
   ones (each epoch learns the same texts once more), so a snapshot is one number.
 - Moderation is a list of words in this file. It is not OpenAI's judgement.
@@ -529,6 +532,59 @@ def _pairs(text: str) -> list[str]:
     return [text[i : i + 2] for i in range(len(text) - 1)]
 
 
+_CLASSES: Final = tuple(map(re.compile, ("[一-鿿々]", "[？?]", "[！!]", "[ァ-ヶー]", r"\n")))
+
+
+def _features(text: str) -> list[float]:
+    length = max(1, len(text))
+    return [math.log(length), *(len(kind.findall(text)) / length for kind in _CLASSES)]
+
+
+def _slope(xs: Sequence[float], ys: Sequence[float]) -> float:
+    square = sum(x * x for x in xs)
+    return sum(x * y for x, y in zip(xs, ys, strict=True)) / square if square > 1e-9 else 0.0
+
+
+class ScoreModel:
+    """Least squares of each score on the log of the user text's length and shares of characters.
+
+    The features are made orthogonal (Gram and Schmidt), so that one that says nothing new gets a
+    slope of 0. There is one feature for every ten answers: a few answers can't bear more.
+    """
+
+    def __init__(self, rows: Sequence[tuple[str, dict[str, int]]]) -> None:
+        used = min(len(rows) // 10, len(_features("")))
+        seen = [_features(text)[:used] for text, _ in rows]
+        self._centre = [sum(column) / len(rows) for column in zip(*seen, strict=True)]
+        self._overlaps: list[list[float]] = []
+        for column in range(used):
+            inner = [self._orthogonal(features) for features in seen]
+            ys = [features[column] - self._centre[column] for features in seen]
+            self._overlaps.append([_slope(xs, ys) for xs in zip(*inner, strict=True)])
+        inner = [self._orthogonal(features) for features in seen]
+        self._fits: dict[str, tuple[float, list[float], int, int]] = {}
+        for key in rows[0][1]:
+            values = [scores[key] for _, scores in rows]
+            mean = sum(values) / len(values)
+            slopes = [_slope(xs, [y - mean for y in values]) for xs in zip(*inner, strict=True)]
+            self._fits[key] = mean, slopes, min(values), max(values)
+
+    def _orthogonal(self, features: Sequence[float]) -> list[float]:
+        """As many features as have their overlaps fitted, without what the earlier ones say."""
+        found: list[float] = []
+        for value, centre, overlaps in zip(features, self._centre, self._overlaps, strict=False):
+            found.append(value - centre - sum(map(float.__mul__, overlaps, found)))
+        return found
+
+    def predict(self, user_text: str) -> dict[str, float]:
+        """A value for each key, never beyond those that were learned from."""
+        inner = self._orthogonal(_features(user_text))
+        return {
+            key: min(max(mean + sum(map(float.__mul__, slopes, inner)), low), high)
+            for key, (mean, slopes, low, high) in self._fits.items()
+        }
+
+
 class Example(NamedTuple):
     """One training line: what is learned of it, and its size in this endpoint's tokens."""
 
@@ -552,6 +608,22 @@ def read_examples(data: bytes) -> list[Example]:
                 turns.append((user_text, text))
         examples.append(Example(turns, characters))
     return examples
+
+
+def fit_scores(examples: list[Example]) -> ScoreModel | None:
+    """What the answers score, if each is a JSON object of whole numbers under the same keys."""
+    rows: list[tuple[str, dict[str, int]]] = []
+    for user_text, text in (turn for example in examples for turn in example.turns):
+        try:
+            scores = _strict_json(text)
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(scores, dict) or scores.keys() != (rows[0][1] if rows else scores).keys():
+            return None
+        if not scores or any(type(v) is not int or abs(v) > 10**9 for v in scores.values()):
+            return None
+        rows.append((user_text, scores))
+    return ScoreModel(rows) if rows else None
 
 
 # --- The service: requests, answers, checks -------------------------------------------------------
@@ -747,6 +819,7 @@ class _Job:
 class _Tuned(NamedTuple):
     shown: Json
     model: CharacterModel
+    scores: ScoreModel | None
     share: float
 
 
@@ -1274,7 +1347,7 @@ class _Service:
                 self._add_checkpoint(job, data)
             yield
         trained = epochs * sum(example.characters for example in examples)
-        self._succeed(job, model, rows, trained)
+        self._succeed(job, model, fit_scores(examples), rows, trained)
 
     def _say_step(self, job: _Job, data: Json) -> None:
         message = f"Step {data['step']}/{data['total_steps']}: training loss={data['train_loss']}"
@@ -1303,7 +1376,14 @@ class _Service:
             )
             self._moved()
 
-    def _succeed(self, job: _Job, model: CharacterModel, rows: list[Json], trained: int) -> None:
+    def _succeed(
+        self,
+        job: _Job,
+        model: CharacterModel,
+        scores: ScoreModel | None,
+        rows: list[Json],
+        trained: int,
+    ) -> None:
         with self.state:
             if job.status in TERMINAL:
                 return
@@ -1320,7 +1400,7 @@ class _Service:
                     "owned_by": "org-rehearsal",
                     "shutdown_date": TUNABLE_SHUTDOWN,
                 }
-                self._tuned[known] = _Tuned(shown, model, share)
+                self._tuned[known] = _Tuned(shown, model, scores, share)
             result = self._add_file(
                 "step_metrics.csv", "fine-tune-results", _result_csv(rows).encode()
             )
@@ -1343,7 +1423,7 @@ class _Service:
         with self.state:
             tuned = None if BASE_MODELS.get(name) else self._tuned_model(name)
         messages = body["messages"]
-        prompt = json.dumps([name, messages], sort_keys=True)
+        prompt = json.dumps(messages, sort_keys=True)  # not the name: runs can be compared
         user_text = next((_text(m) for m in reversed(messages) if m["role"] == "user"), "")
         temperature = 1.0 if body.get("temperature") is None else float(body["temperature"])
         limit = body.get("max_completion_tokens") or body.get("max_tokens") or math.inf
@@ -1357,7 +1437,10 @@ class _Service:
                 seed = secrets.token_hex(8)
             rng = random.Random(hashlib.sha256(f"{seed} {index} {prompt}".encode()).digest())
             text, reason = UNTRAINED_ANSWER, "stop"
-            if tuned is not None:
+            if _wants_json(body):
+                scores = tuned.scores.predict(user_text) if tuned and tuned.scores else {}
+                text = _json_text(body["response_format"], scores)
+            elif tuned is not None:
                 text = tuned.model.answer(
                     user_text, rng, temperature=temperature, share=tuned.share
                 )
@@ -1521,6 +1604,161 @@ def _check_chat(body: Json) -> None:
     _check(ok, "Invalid 'stop': expected a string or up to 4 strings.", "stop")
     tools = body.get("tools")
     _check(tools is None or isinstance(tools, list), "Invalid 'tools'.", "tools")
+    _check_format(body.get("response_format"))
+
+
+_MOST_NESTED: Final = 10
+_SCHEMA_TYPES: Final = frozenset(
+    {"object", "array", "string", "number", "integer", "boolean", "null"}
+)
+#: The keywords that this endpoint can answer by. The service knows more of them.
+_SCHEMA_KEYS: Final[dict[str, Callable[[Any], bool]]] = {
+    "type": lambda v: (
+        bool(v) and all(isinstance(t, str) and t in _SCHEMA_TYPES for t in _schema_types(v))
+    ),
+    "properties": lambda v: isinstance(v, dict),
+    "required": lambda v: isinstance(v, list) and all(isinstance(key, str) for key in v),
+    "additionalProperties": lambda v: isinstance(v, bool | dict),
+    "items": lambda v: isinstance(v, dict),
+    "anyOf": lambda v: isinstance(v, list) and bool(v),
+    "enum": lambda v: isinstance(v, list) and bool(v) and all(map(_SCHEMA_KEYS["const"], v)),
+    "const": lambda v: isinstance(v, str | int | float | None),
+    "title": lambda v: isinstance(v, str),
+    "description": lambda v: isinstance(v, str),
+    **dict.fromkeys(
+        ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
+        lambda v: _is_number(v, -1e15, 1e15, whole=False),
+    ),
+    **dict.fromkeys(("minItems", "maxItems"), lambda v: _is_number(v, 0, 1000, whole=True)),
+}
+
+
+def _schema_types(given: Any) -> list[Any]:
+    return given if isinstance(given, list) else [given]
+
+
+def _check_format(given: Any) -> None:
+    """400 for a ``response_format`` that the service refuses, or that this endpoint can't obey."""
+    where = "response_format"
+    if given is None:
+        return
+    kind = given.get("type") if isinstance(given, dict) else None
+    _check(kind in ("text", "json_object", "json_schema"), f"Invalid '{where}'.", where)
+    if kind != "json_schema":
+        return
+    where = "response_format.json_schema"
+    wanted = given.get("json_schema")
+    _check(isinstance(wanted, dict), f"Missing required parameter: '{where}'.", where)
+    name, strict, schema = wanted.get("name"), wanted.get("strict"), wanted.get("schema")
+    ok = isinstance(name, str) and re.fullmatch("[a-zA-Z0-9_-]{1,64}", name)
+    _check(
+        bool(ok), f"Invalid '{where}.name': expected 1 to 64 of a-z A-Z 0-9 _ -.", f"{where}.name"
+    )
+    _check(isinstance(strict, bool | None), f"Invalid '{where}.strict'.", f"{where}.strict")
+    if schema is None and not strict:
+        return
+    why = _schema_problem(schema, (), bool(strict))
+    if not why and (schema.get("type") != "object" or "anyOf" in schema):
+        why = "schema must be a JSON Schema of 'type: \"object\"'."
+    _check(not why, f"Invalid schema for response_format '{name}': {why}", "response_format")
+
+
+def _schema_problem(schema: Any, path: tuple[str, ...], strict: bool) -> str | None:
+    """The first thing wrong with a schema, in the service's words where they are known."""
+    here = f"In context={path}, "
+    if not isinstance(schema, dict) or not schema.keys() & {"type", "anyOf", "enum", "const"}:
+        return f"{here}schema must have a 'type' key."
+    for key, value in schema.items():
+        if key not in _SCHEMA_KEYS:
+            return f"{here}'{key}' is not permitted (or not rehearsed here)."
+        if not _SCHEMA_KEYS[key](value):
+            return f"{here}'{key}' is not valid."
+    if len(path) > 2 * _MOST_NESTED:
+        return f"the schema has more than {_MOST_NESTED} levels of nesting."
+    properties, required = schema.get("properties", {}), schema.get("required", [])
+    if missing := [key for key in required if key not in properties]:
+        return f"{here}'required' has the extra key {missing[0]!r}."
+    if strict and "object" in _schema_types(schema.get("type")):
+        if schema.get("additionalProperties") is not False:
+            return f"{here}'additionalProperties' is required to be supplied and to be false."
+        if "required" not in schema or properties.keys() - set(required):
+            return (
+                f"{here}'required' is required to be supplied and to be an array including "
+                "every key in properties."
+            )
+    if "array" in _schema_types(schema.get("type")) and "items" not in schema:
+        return f"{here}array schema missing items."
+    low, high = _bounds(schema)
+    if low > high:
+        return f"{here}no number is within the limits."
+    inner: list[tuple[tuple[str, ...], Any]] = [
+        (("properties", key), value) for key, value in properties.items()
+    ]
+    inner += [(("items",), schema["items"])] if "items" in schema else []
+    inner += [(("anyOf", str(i)), option) for i, option in enumerate(schema.get("anyOf", ()))]
+    problems = (_schema_problem(value, path + more, strict) for more, value in inner)
+    return next(filter(None, problems), None)
+
+
+def _bounds(schema: Json) -> tuple[float, float]:
+    """The least and the greatest number a schema allows, whole ones where it wants those."""
+    low = schema.get("minimum", -math.inf)
+    high = schema.get("maximum", math.inf)
+    if "exclusiveMinimum" in schema:
+        low = max(low, math.nextafter(schema["exclusiveMinimum"], math.inf))
+    if "exclusiveMaximum" in schema:
+        high = min(high, math.nextafter(schema["exclusiveMaximum"], -math.inf))
+    if "number" not in _schema_types(schema.get("type")):
+        low = math.ceil(low) if math.isfinite(low) else low
+        high = math.floor(high) if math.isfinite(high) else high
+    return low, high
+
+
+def _wants_json(body: Json) -> bool:
+    return (body.get("response_format") or {}).get("type") in ("json_object", "json_schema")
+
+
+def _json_text(wanted: Json, scores: dict[str, float]) -> str:
+    """An answer by a ``response_format``; without a schema, the scores as they were learned."""
+    schema = wanted.get("json_schema", {}).get("schema")
+    if schema is None:
+        value: Any = {key: round(score) for key, score in scores.items()}
+    else:
+        value = {
+            key: _filled(schema["properties"][key], scores.get(key))
+            for key in schema.get("required", ())
+        }
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _filled(schema: Json, score: float | None = None) -> Any:
+    """A value that a schema allows: the nearest to `score`, rounded; without one, no information.
+
+    That is the lowest number allowed (0 where there is no lower limit), "", false, null, as few
+    items as allowed, the least number or the first value of an enum, the first schema of anyOf, and
+    an object of such values.
+    """
+    if "const" in schema:
+        return schema["const"]
+    if "enum" in schema:
+        numbers = [value for value in schema["enum"] if type(value) in (int, float)]
+        if not numbers:
+            return schema["enum"][0]
+        return min(numbers) if score is None else min(numbers, key=lambda n: abs(n - score))
+    if "anyOf" in schema:
+        return _filled(schema["anyOf"][0], score)
+    types = _schema_types(schema["type"])
+    if {"integer", "number"} & set(types) and (score is not None or "null" not in types):
+        low, high = _bounds(schema)
+        if score is None:
+            return low if math.isfinite(low) else min(0, high)
+        return min(max(round(score), low), high)
+    kind = "null" if "null" in types else types[0]
+    if kind == "object":
+        return {key: _filled(schema["properties"][key]) for key in schema.get("required", ())}
+    if kind == "array":
+        return [_filled(schema["items"])] * schema.get("minItems", 0)
+    return {"string": "", "boolean": False}.get(kind)
 
 
 def _event_stream(completion: Json, with_usage: bool) -> _Answer:

@@ -13,10 +13,11 @@ from typing import Any
 
 import openai
 import pytest
-from helpers import records, write_jsonl
+from faults import Clock
+from helpers import KOKOROCHAT, records, write_jsonl
 from hypothesis import settings
 
-from openai_sft import OpenAISFT
+from openai_sft import Dialogue, OpenAISFT, read_dialogues
 from openai_sft_rehearsal import Rehearsal, example_dialogues
 
 settings.register_profile("suite", max_examples=40, deadline=None, derandomize=True, database=None)
@@ -74,6 +75,14 @@ def example_file(clean_environment: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def kokorochat() -> list[Dialogue]:
+    """KokoroChat whole, read once; the tests of it are skipped where it isn't."""
+    if not KOKOROCHAT.is_dir():
+        pytest.skip("KokoroChat isn't here")
+    return read_dialogues(str(KOKOROCHAT))
+
+
+@pytest.fixture(scope="session")
 def sdk() -> Iterator[openai.OpenAI]:
     """The SDK's client, made once: reading the certificates for each test would take seconds."""
     with openai.OpenAI(api_key="k", base_url="http://127.0.0.1:1/v1") as client:
@@ -84,8 +93,10 @@ def sdk() -> Iterator[openai.OpenAI]:
 def make_sft(
     endpoint: Rehearsal, clean_environment: Path, dataset: Path, sdk: openai.OpenAI
 ) -> Iterator[Callable[..., OpenAISFT]]:
-    """Makes instances that talk to ``endpoint`` and wait for its progress instead of time."""
+    """Makes instances that talk to ``endpoint``: their time passes only while they sleep, and a
+    sleep waits for the endpoint's progress."""
     made: list[OpenAISFT] = []
+    clock = Clock(endpoint, moment=0.05)
 
     def make(**options: Any) -> OpenAISFT:
         own = {"api_key", "base_url", "offline"} & options.keys()  # it makes its client itself
@@ -95,7 +106,8 @@ def make_sft(
             "base_url": endpoint.url,
             "dataset": str(dataset),
             "output_dir": clean_environment / "out",
-            "sleep": lambda _: endpoint.wait_for_progress(5),
+            "clock": clock,
+            "sleep": clock.sleep,
             "verbose": False,
         }
         made.append(OpenAISFT(**(usual | options)))

@@ -106,7 +106,9 @@ def test_the_help_names_every_flag_that_was_agreed() -> None:
         "--epochs --batch-size --max-samples --seed --max-test-cases --data-only --evaluate-only "
         "--model-id --dataset --model --base-url --output-dir --suffix --yen-per-dollar "
         "--learning-rate-multiplier --system-prompt --poll-interval --rehearse --yes "
-        "--max-cost-usd --quiet --verbose"
+        "--max-cost-usd --quiet --verbose --revision --long-examples --min-score --max-score "
+        "--topics --exclude-flagged --group-by --check-file --fix --json --check --resume --job-id "
+        "--cancel --list --timeout --price-training --price-input --price-output"
     )
 
     assert set(agreed.split()) <= set(re.findall(r"--[a-z-]+", HELP.read_text("utf-8")))
@@ -343,9 +345,8 @@ def test_data_that_cannot_be_read_is_named_with_its_line(
         (Fault("job_failed", "POST", JOBS), "server_error"),
         (Fault("training_not_available", "POST", JOBS), "training_not_available"),
         (Fault("401", "POST", "/files"), "OPENAI_API_KEY"),
-        (Fault("truncated", "POST", JOBS), "応答"),
-        (Fault("reset_after", "POST", JOBS), "接続"),
-        (Fault("404", "POST", "/chat/completions"), "見つかりません"),
+        (Fault("403", "POST", JOBS), "許可"),
+        (Fault("insufficient_quota", "POST", "/chat/completions"), "支払い"),
         (Fault("400", "POST", "/chat/completions", times=None), "すべて"),
     ],
     ids=lambda value: value.kind if isinstance(value, Fault) else "",
@@ -429,9 +430,9 @@ def test_a_termination_says_what_goes_on_and_how_to_come_back(
 
 
 def test_the_way_back_that_is_named_after_ctrl_c_works(
-    online: tuple[str, ...], endpoint: Rehearsal, monkeypatch: pytest.MonkeyPatch
+    online: tuple[str, ...], endpoint: Rehearsal
 ) -> None:
-    """The command in the message is run as a shell would, with the settings in the environment."""
+    """The command in the message is run as a shell would."""
     endpoint.hold("running")
     process = shell(*online, "--poll-interval", "60")
     assert process.stderr
@@ -441,12 +442,11 @@ def test_the_way_back_that_is_named_after_ctrl_c_works(
     process.send_signal(signal.SIGINT)
     ended = wait(process)
     endpoint.release()
-    command = re.search(r"python -c (\"[^\"]*\")", ended.err)
+    command = re.search(r"openai-sft (--resume .*)", ended.err)
     assert command, ended.err
-    monkeypatch.setenv("OPENAI_BASE_URL", endpoint.url)
     done = subprocess.run(
-        ["/bin/sh", "-c", f"{sys.executable} -c {command[1]}"],
-        env={**os.environ, "PYTHONPATH": str(PROJECT), "PYTHONIOENCODING": "utf-8"},
+        ["/bin/sh", "-c", f"{sys.executable} {SCRIPT} {command[1]}"],
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
         capture_output=True,
         encoding="utf-8",
         timeout=30,
@@ -455,7 +455,8 @@ def test_the_way_back_that_is_named_after_ctrl_c_works(
     assert ended.code == 130
     assert "Traceback" not in ended.err
     assert done.returncode == 0
-    assert "学習済みモデル: ft:" in done.stderr
+    assert "モデル: ft:" in done.stdout
+    assert len(posts(endpoint, JOBS)) == 1
 
 
 # ── Loudness ─────────────────────────────────────────────────────────────────────────────────

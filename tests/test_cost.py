@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -12,21 +14,27 @@ from typing import Any
 
 import pytest
 import tiktoken
-from helpers import KOKOROCHAT, PROJECT, awkward_text, record, records, write_jsonl
+from helpers import PROJECT, awkward_text, record, records, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
+import openai_sft_example
 from openai_sft import (
+    Dialogue,
     OpenAISFT,
+    Price,
     Splits,
     TokenCounter,
+    Tokens,
     choose_cases,
     estimate_cost,
     load_vocabulary,
     parse_dialogue,
+    percentile,
     price_of,
-    read_dialogues,
+    read_examples,
     to_example,
+    token_stats,
 )
 from openai_sft_rehearsal import example_dialogues
 
@@ -56,6 +64,10 @@ def examples_of(rows: list[Any]) -> list[Any]:
     return [example for dialogue in dialogues if (example := to_example(dialogue))]
 
 
+def total(counter: TokenCounter, conversations: list[Any]) -> int:
+    return sum(counter.count(said).total for said in conversations)
+
+
 # ── Counting ─────────────────────────────────────────────────────────────────────────────────
 
 
@@ -67,14 +79,14 @@ def test_tokens_are_counted_by_the_cookbooks_formula(said: list[dict[str, str]])
         for one in said
     )
 
-    assert TokenCounter(exact).count(said) == expected
+    assert TokenCounter(exact).count(said).total == expected
 
 
 def test_a_conversation_counted_by_hand_has_that_many_tokens(encoding: Any) -> None:
     said = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello world"}]
 
     # 3 for the example, 3 for each message, 1 for each role, 1 + 2 for the words
-    assert TokenCounter(encoding).count(said) == 3 + 3 * 2 + 2 + 3
+    assert TokenCounter(encoding).count(said).total == 3 + 3 * 2 + 2 + 3
 
 
 def test_the_vocabulary_is_that_of_4o_mini_and_its_count_is_called_exact(encoding: Any) -> None:
@@ -89,19 +101,51 @@ def test_more_text_is_never_estimated_at_less(
 ) -> None:
     counter = TokenCounter(None)
 
-    assert counter.count(said) >= 3 + 3 * len(said)
-    assert counter.count(said + more) >= counter.count(said)
+    assert counter.count(said).total >= 3 + 3 * len(said)
+    assert counter.count(said + more).total >= counter.count(said).total
 
 
-@pytest.mark.skipif(not KOKOROCHAT.is_dir(), reason="KokoroChat isn't here")
+@given(messages, st.booleans())
+def test_one_example_a_turn_repeats_all_that_came_before(
+    said: list[dict[str, str]], exact: bool
+) -> None:
+    counter = TokenCounter(tiktoken.get_encoding("o200k_base") if exact else None)
+    expected = sum(
+        counter.count(said[: index + 1]).total
+        for index, message in enumerate(said)
+        if message["role"] == "assistant"
+    )
+
+    assert counter.count(said).per_turn_format == pytest.approx(expected, abs=0 if exact else 9)
+
+
+@given(st.lists(st.integers(0, 70_000), min_size=2, max_size=60))
+def test_the_spread_of_tokens_is_by_linear_interpolation(sizes: list[int]) -> None:
+    cuts = statistics.quantiles(sizes, n=20, method="inclusive")
+    stats = token_stats([Tokens(size, 2 * size) for size in sizes])
+
+    assert (stats.p5, stats.p95) == pytest.approx((cuts[0], cuts[-1]), abs=0.51)
+    assert stats.p50 == pytest.approx(statistics.median(sizes), abs=0.51)
+    assert (stats.max, stats.total) == (max(sizes), sum(sizes))
+    assert stats.per_turn_format == 2 * sum(sizes)
+
+
+def test_a_hundred_and_one_conversations_have_the_percentiles_of_their_ranks() -> None:
+    stats = token_stats([Tokens(size, 0) for size in reversed(range(101))])
+
+    assert (stats.p5, stats.p50, stats.p95, stats.max) == (5, 50, 95, 100)
+    assert percentile([], 50) == percentile([0], 95) == 0
+    assert token_stats([]).total == token_stats([]).max == 0
+
+
 def test_the_estimate_is_within_5_percent_of_the_exact_count_on_kokorochat(
     encoding: Any,
+    kokorochat: list[Dialogue],
 ) -> None:
-    files = sorted(KOKOROCHAT.glob("*.json"))[::20]
-    made = [to_example(dialogue) for path in files for dialogue in read_dialogues(str(path))]
+    made = [to_example(dialogue) for dialogue in kokorochat[::20]]
     said = [example["messages"] for example in made if example]
-    exact = sum(map(TokenCounter(encoding).count, said))
-    estimate = sum(map(TokenCounter(None).count, said))
+    exact = total(TokenCounter(encoding), said)
+    estimate = total(TokenCounter(None), said)
 
     assert len(said) > 200
     assert abs(estimate / exact - 1) < 0.05
@@ -111,8 +155,8 @@ def test_the_estimate_is_within_10_percent_on_the_projects_own_short_dialogues(
     encoding: Any,
 ) -> None:
     said = [example["messages"] for example in examples_of(example_dialogues())]
-    exact = sum(map(TokenCounter(encoding).count, said))
-    estimate = sum(map(TokenCounter(None).count, said))
+    exact = total(TokenCounter(encoding), said)
+    estimate = total(TokenCounter(None), said)
 
     assert abs(estimate / exact - 1) < 0.10
 
@@ -283,11 +327,13 @@ def test_only_the_training_split_is_paid_for_as_training(encoding: Any) -> None:
     made = examples_of(records(30))
     sft = OpenAISFT(offline=True, model=MINI)
     counter = TokenCounter(encoding)
-    cost = sft.estimate(Splits(made[:20], made[20:25], made[25:]), 3, max_test_cases=2)
+    tokens = total(counter, [one["messages"] for one in made[:20]])
+    cost = sft.estimate(Splits(made[:20], made[20:25], made[25:]), 3, tokens, max_test_cases=2)
     cases = choose_cases(made[20:25], max_cases=2) + choose_cases(made[25:], max_cases=2)
 
-    assert cost.training_tokens == sum(counter.count(one["messages"]) for one in made[:20])
-    assert cost.evaluation_input_tokens == sum(counter.count(case.input) for case in cases)
+    assert cost.training_tokens == tokens
+    assert cost.training_usd == pytest.approx(tokens * 3 * 3e-6)
+    assert cost.evaluation_input_tokens == total(counter, [case.input for case in cases])
     assert cost.evaluation_output_tokens >= sum(
         len(encoding.encode_ordinary(case.reference)) for case in cases
     )
@@ -300,4 +346,83 @@ def test_a_system_prompt_is_paid_for_in_every_example(encoding: Any) -> None:
     counter = TokenCounter(encoding)
 
     assert plain and prompted
-    assert counter.count(prompted["messages"]) == counter.count(plain["messages"]) + 3 + 1 + 1
+    assert total(counter, [prompted["messages"]]) == total(counter, [plain["messages"]]) + 3 + 1 + 1
+
+
+# ── Prices that are given ────────────────────────────────────────────────────────────────────
+
+GIVEN = ["--price-training", "2", "--price-input", "0.5", "--price-output", "4"]
+
+
+def test_a_given_price_replaces_the_tables_and_that_is_said() -> None:
+    cost = estimate_cost(
+        1_000_000,
+        2,
+        model=MINI,
+        evaluation_input_tokens=1_000_000,
+        evaluation_output_tokens=1_000_000,
+        price=Price(2, 0.5, 4),
+    )
+
+    assert (cost.training_usd, cost.evaluation_usd) == pytest.approx((4, 4.5))
+    assert any("指定された単価" in line for line in cost.lines())
+    assert not any("openai.com" in line for line in cost.lines())
+
+
+@pytest.mark.parametrize("model", ["ft:llama:a", "my-deployment", MINI])
+def test_a_given_price_is_that_of_the_evaluated_model_whatever_its_name(model: str) -> None:
+    cost = estimate_cost(
+        0,
+        None,
+        model=model,
+        evaluation_input_tokens=1_000_000,
+        evaluation_output_tokens=1_000_000,
+        price=Price(2, 0.5, 4),
+    )
+
+    assert cost.total_usd == pytest.approx(4.5)
+
+
+def test_the_price_source_is_dated() -> None:
+    cost = estimate_cost(1, 1, model=MINI)
+
+    assert "https://platform.openai.com/docs/pricing" in cost.price_source
+    assert re.search(r"20\d\d-\d\d", cost.price_source)
+
+
+def prepared(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = openai_sft_example.main(["--data-only", "--quiet", *arguments])
+    return code, *capsys.readouterr()
+
+
+def test_prices_can_be_given_on_the_command_line_for_any_model(
+    dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--dataset", str(dataset), "--model", "llama-3.1-8b"]
+    unknown, without, _ = prepared(capsys, *asked)
+    known, given_out, _ = prepared(capsys, *asked, *GIVEN)
+    partly, _, error = prepared(capsys, *asked, *GIVEN[:2])
+
+    assert (unknown, known, partly) == (0, 0, 2)
+    assert "合計: 不明" in without and "--price-training" in without
+    assert "合計: $" in given_out and "指定された単価" in given_out
+    assert "--price-output" in error
+
+
+def test_the_data_stage_shows_the_spread_and_the_price_of_the_other_format(
+    dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sft = OpenAISFT(offline=True, dataset=str(dataset), output_dir="a", verbose=False)
+    summary = sft.prepare_data(epochs=3)
+    stats = summary.tokens["train"]
+    counter = TokenCounter(load_vocabulary())
+    written = [one["messages"] for one in read_examples(summary.files["train"])]
+    sizes = sorted(counter.count(said).total for said in written)
+    _, out, _ = prepared(capsys, "--dataset", str(dataset), "--epochs", "3")
+
+    assert stats.total == summary.estimate.training_tokens == sum(sizes)
+    assert (stats.p50, stats.max) == (percentile(sizes, 50), sizes[-1])
+    assert stats.per_turn_format == sum(counter.count(said).per_turn_format for said in written)
+    assert f"5% {stats.p5:,} | 中央 {stats.p50:,} | 95% {stats.p95:,} | 最大 {stats.max:,}" in out
+    dollars = stats.per_turn_format * 3 * 3e-6
+    assert f"{stats.per_turn_format:,}トークン" in out and f"学習 ${dollars:,.2f}" in out

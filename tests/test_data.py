@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +16,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from helpers import KOKOROCHAT, awkward_text, record, records, turns, write_jsonl
+from helpers import KOKOROCHAT, PROJECT, awkward_text, record, records, turns, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,6 +26,7 @@ from openai_sft import (
     DataError,
     Dialogue,
     OpenAISFT,
+    UnknownRole,
     dialogue_row,
     example_line,
     parse_dialogue,
@@ -33,8 +37,6 @@ from openai_sft import (
     write_new_file,
 )
 from openai_sft_rehearsal import example_dialogues, judge_training_file
-
-needs_kokorochat = pytest.mark.skipif(not KOKOROCHAT.is_dir(), reason="KokoroChat isn't here")
 
 
 def parse(row: object) -> Dialogue:
@@ -154,18 +156,99 @@ def test_a_path_that_is_not_there_is_never_looked_up_on_the_hub(
     assert name in str(caught.value)
 
 
+def many(count: int, *bad: str) -> str:
+    good = [json.dumps(record(number), ensure_ascii=False) for number in range(count)]
+    return "\n".join([*good[:50], *bad, *good[50:]])
+
+
+def test_up_to_one_percent_that_cannot_be_read_is_named_counted_and_left_out(
+    tmp_path: Path, log: Callable[[], list[str]]
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(many(198, "{oops", '{"dialogue": 7}'), "utf-8")
+    found = read_dialogues(str(path))
+    told = [line for line in log() if "a.jsonl:5" in line]
+
+    assert len(found) == 198
+    assert [line.split("a.jsonl:")[1][:2] for line in told] == ["51", "52"]
+    assert any("2件を除きました" in line for line in log())
+
+
+def test_more_than_one_percent_that_cannot_be_read_stops_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(many(196, "{oops", "7"), "utf-8")
+    with pytest.raises(DataError, match=r"198件のうち2件.*a\.jsonl:51"):
+        read_dialogues(str(path))
+
+
+def test_an_unknown_role_stops_however_many_dialogues_are_good(tmp_path: Path) -> None:
+    bad = json.dumps(record(777, ("supervisor", "はい")))
+    path = tmp_path / "a.jsonl"
+    path.write_text(many(300, bad), "utf-8")
+    with pytest.raises(UnknownRole, match=r"a\.jsonl:51.*「d777」.*「supervisor」"):
+        read_dialogues(str(path))
+
+
+def test_files_of_a_folder_that_cannot_be_read_are_named_and_left_out(
+    tmp_path: Path, log: Callable[[], list[str]]
+) -> None:
+    write_jsonl(tmp_path / "good.jsonl", records(300))
+    (tmp_path / "broken.json").write_text("{\n\n,", "utf-8")
+    (tmp_path / "latin.json").write_bytes(b'{\n"dialogue": "caf\xe9"}')
+    (tmp_path / "folder.json").mkdir()
+
+    assert len(read_dialogues(str(tmp_path))) == 300
+    for place in ("broken.json:3", "latin.json:2", "folder.json"):
+        assert any(f"{tmp_path / place}" in line for line in log())
+
+
+@pytest.mark.parametrize(
+    ("name", "reviewed"), [("kokorochat_dialogues.jsonl", False), ("a.jsonl", True)]
+)
+def test_the_licence_of_kokorochat_is_told_once_where_it_is_used(
+    clean_environment: Path, log: Callable[[], list[str]], name: str, reviewed: bool
+) -> None:
+    review = {"review_by_client_en": {"score": 7}} if reviewed else {}
+    path = write_jsonl(clean_environment / name, [{**row, **review} for row in records(20)])
+    sft = OpenAISFT(offline=True, dataset=str(path), verbose=False)
+    sft.load_and_split_dataset()
+    sft.prepare_data()
+    told = [line for line in log() if "CC BY-NC-ND 4.0" in line]
+
+    assert len(told) == 1
+    assert "Qi et al. (ACL 2025)" in told[0]
+
+
+def test_other_data_have_a_licence_of_their_own(
+    dataset: Path, log: Callable[[], list[str]]
+) -> None:
+    OpenAISFT(offline=True, dataset=str(dataset), verbose=False).prepare_data()
+
+    assert not any("CC BY" in line for line in log())
+
+
 def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="1件もありません"):
         read_dialogues(str(tmp_path))
 
 
-def test_two_dialogues_with_one_id_are_an_error(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "a.jsonl", [record(1), record(2), record(1)])
+def test_different_dialogues_with_one_id_are_told_apart_by_what_they_hold(tmp_path: Path) -> None:
+    rows = [{**record(1), "id": "a"}, {**record(2), "id": "b"}, {**record(3), "id": "a"}]
 
-    with pytest.raises(DataError, match="d1") as caught:
-        read_dialogues(str(tmp_path / "a.jsonl"))
+    def named(*order: int) -> dict[str, str]:
+        path = write_jsonl(tmp_path / "a.jsonl", [rows[number] for number in order])
+        return {dialogue.digest: dialogue.id for dialogue in read_dialogues(str(path))}
 
-    assert "a.jsonl:3" in str(caught.value)
+    assert named(0, 1, 2) == named(2, 0, 1)
+    assert sorted(named(0, 1, 2).values()) == sorted(
+        ["b", *(f"a#{parse(rows[number]).digest[:8]}" for number in (0, 2))]
+    )
+
+
+def test_the_same_dialogue_twice_keeps_its_id(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [record(1), record(2), record(1)])
+
+    assert ids(read_dialogues(str(path))) == ["d1", "d2", "d1"]
 
 
 @pytest.mark.parametrize(
@@ -216,12 +299,129 @@ def test_a_topic_or_review_that_is_plain_text_does_not_crash_the_split(
         assert sum(map(len, parts)) == 12
 
 
-def test_a_chat_with_messages_and_content_is_a_dialogue_too() -> None:
-    row = {
-        "messages": [{"role": "user", "content": "やあ"}, {"role": "assistant", "content": "は"}]
-    }
+# ── Data in the service's own form ───────────────────────────────────────────────────────────
 
-    assert parse(row).turns == (("user", "やあ"), ("assistant", "は"))
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": null}'}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"default": None, "a": [1]}}}
+
+
+def chat(number: int, **more: Any) -> dict[str, Any]:
+    said = [
+        {"role": "user", "content": f" 相談{number}\r\n\u2028"},
+        {"role": "user", "content": "続き"},
+        {"role": "assistant", "content": "はい。", "weight": 0},
+        {"role": "user", "content": "どう\tすれば", "name": "taro"},
+        {"role": "assistant", "content": f"それは{number}", "weight": 1},
+    ]
+    return {"messages": said, **more}
+
+
+def called(number: int) -> dict[str, Any]:
+    asked = {"role": "assistant", "tool_calls": [CALL]}
+    found = {"role": "tool", "tool_call_id": "c1", "content": f"{number}件"}
+    start, end = {"role": "user", "content": "?"}, {"role": "assistant", "content": "あります"}
+    said = [{"role": "system", "content": "傾聴"}, start, asked, found, end]
+    return {"messages": said, "tools": [TOOL], "parallel_tool_calls": False}
+
+
+CHATS = [*(chat(n) for n in range(10)), *(called(n) for n in range(10))]
+
+
+def test_messages_pass_unchanged_through_the_files(clean_environment: Path) -> None:
+    path = write_jsonl(Path("chat.jsonl"), [{"id": f"c{n}", **c} for n, c in enumerate(CHATS)])
+    sft = OpenAISFT(offline=True, dataset=str(path), output_dir="out", verbose=False)
+    files = sft.prepare_data().files
+    written = [
+        json.loads(line)
+        for name in ("train", "test", "valid")
+        for line in Path(files[name]).read_text("utf-8").split("\n")[:-1]
+    ]
+
+    assert sorted(written, key=repr) == sorted(CHATS, key=repr)
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["plain first", "tools first"])
+def test_messages_pass_unchanged_through_a_dataset(clean_environment: Path, order: int) -> None:
+    path = write_jsonl(Path("chat.jsonl"), CHATS[::order])
+    sft = OpenAISFT(offline=True, dataset=str(path), verbose=False)
+    parts = sft.load_and_split_dataset()
+    made = [
+        {key: value for key, value in example.items() if key != "id"}
+        for part in parts
+        for example in sft.prepare_dataset(part, "train")
+    ]
+
+    assert sorted(made, key=repr) == sorted(CHATS, key=repr)
+
+
+def test_parts_of_content_and_dialogues_beside_chats_go_through_a_dataset_too(
+    clean_environment: Path,
+) -> None:
+    parted = chat(50)
+    parted["messages"][0]["content"] = [{"type": "text", "text": "見て"}]
+    path = write_jsonl(Path("chat.jsonl"), [*CHATS, parted, *records(5)])
+    sft = OpenAISFT(offline=True, dataset=str(path), verbose=False)
+    parts = sft.load_and_split_dataset()
+    made = [e["messages"] for part in parts for e in sft.prepare_dataset(part, "train")]
+    expected = [c["messages"] for c in [*CHATS, parted]]
+    expected += [e["messages"] for e in map(to_example, dialogues(5)) if e]
+
+    assert sorted(made, key=repr) == sorted(expected, key=repr)
+
+
+def test_a_system_prompt_is_put_before_chats_that_have_none(clean_environment: Path) -> None:
+    plain = to_example(parse(chat(1)), system_prompt="傾聴して")
+    own = to_example(parse(called(1)), system_prompt="傾聴して")
+
+    assert plain and own
+    assert plain["messages"] == [
+        {"role": "system", "content": "傾聴して"},
+        *chat(1)["messages"],
+    ]
+    assert own["messages"] == called(1)["messages"]
+
+
+def test_chats_are_the_same_from_an_array_lines_and_a_table(tmp_path: Path) -> None:
+    rows = [{"id": f"c{n}", **chat(n)} for n in range(5)]
+    (tmp_path / "a.json").write_text(json.dumps(rows), "utf-8")
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+
+    def content(name: str) -> list[tuple[str, str, Any]]:
+        return [(d.id, d.digest, d.chat) for d in read_dialogues(str(tmp_path / name))]
+
+    assert content("a.json") == content("a.jsonl") == content("a.parquet")
+
+
+@pytest.mark.parametrize("role", ["developer", "counselor", "", None, 3, [], {}])
+def test_an_unknown_role_of_a_message_always_stops(role: Any) -> None:
+    with pytest.raises(UnknownRole, match="「d1」の2番目") as caught:
+        parse({"id": "d1", "messages": [*chat(1)["messages"][:1], {"role": role, "content": "a"}]})
+
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"messages": "text"},
+        {"messages": {"role": "user"}},
+        {"tools": ["no JSON"]},
+        {"tools": 3},
+        {"tools": {"a": 1}},
+    ],
+    ids=str,
+)
+def test_a_chat_that_is_none_is_named_and_left_out(
+    tmp_path: Path, more: dict[str, Any], log: Callable[[], list[str]]
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [*map(chat, range(100)), {**chat(101), **more}])
+
+    assert len(read_dialogues(str(path))) == 100
+    assert any("a.jsonl:101" in line for line in log())
+
+
+# ── Roles and rows ───────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -524,41 +724,95 @@ def test_the_three_datasets_are_datasets_with_ids_and_turns(dataset: Path) -> No
 
 def test_awkward_text_goes_through_a_dataset_unchanged(clean_environment: Path) -> None:
     said = (("client", "a\r\nb\tc\u2028d\x85e\0f１２😀"), ("counselor", "は\0い\u2029ね"))
-    rows = [{**record(n, *said), "topic": {"main_jp": None}} for n in range(12)]
+    rows = [
+        {**record(n, *said, ("client", str(n)), ("counselor", "はい")), "topic": {"main_jp": None}}
+        for n in range(12)
+    ]
     path = write_jsonl(Path("a.jsonl"), rows)
     sft = OpenAISFT(offline=True, dataset=str(path))
     train, _, _ = sft.load_and_split_dataset()
     made = sft.prepare_dataset(train, "train")
 
-    assert [[m["content"] for m in one["messages"]] for one in made] == [
+    assert [[m["content"] for m in one["messages"][:2]] for one in made] == [
         [text for _, text in said]
     ] * 10
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_handful_of_dialogues_is_all_for_training(dataset: Path, count: int) -> None:
+    sft = OpenAISFT(offline=True, dataset=str(dataset), verbose=False)
+
+    assert [len(part) for part in sft.load_and_split_dataset(max_samples=count)] == [count, 0, 0]
+
+
+UNGUARDED = """
+import sys
+print("executed", __name__)
+from openai_sft import OpenAISFT
+
+sft = OpenAISFT(offline=True, dataset=sys.argv[1], output_dir="out", verbose=False)
+print(sft.prepare_data().tokens["train"].total)
+"""
+
+
+def test_a_script_without_a_guard_is_executed_once(clean_environment: Path) -> None:
+    """Workers that import the user's script again would run all of it again."""
+    path = write_jsonl(clean_environment / "a.jsonl", records(400))
+    script = clean_environment / "script.py"
+    script.write_text(UNGUARDED, "utf-8")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(script), str(path)],
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+    )
+    lines = done.stdout.splitlines()
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert lines[:1] == ["executed __main__"]
+    assert len(lines) == 2 and int(lines[1]) > 0
 
 
 # ── KokoroChat itself ────────────────────────────────────────────────────────────────────────
 
 
-@needs_kokorochat
-def test_the_released_kokorochat_is_read_whole_split_and_converted() -> None:
-    raw = [json.loads(path.read_bytes()) for path in KOKOROCHAT.glob("*.json")]
-    everything = read_dialogues(str(KOKOROCHAT))
-    splits = split_dialogues(everything, seed=42)
-    made = [to_example(dialogue) for dialogue in everything]
-    merged = sum(len(list(groupby(turn["role"] for turn in row["dialogue"]))) for row in raw)
-    clients_last_word = sum(row["dialogue"][-1]["role"] == "client" for row in raw)
+def test_the_released_kokorochat_is_read_whole_split_and_converted(
+    kokorochat: list[Dialogue],
+) -> None:
+    files = sorted(KOKOROCHAT.glob("*.json"))
+    raw = {str(path): json.loads(path.read_bytes()) for path in files[::20]}
+    some = [dialogue for dialogue in kokorochat if dialogue.source in raw]
+    splits = split_dialogues(kokorochat, seed=42)
+    made = [to_example(dialogue) for dialogue in some]
+    merged = sum(
+        len(list(groupby(turn["role"] for turn in row["dialogue"]))) for row in raw.values()
+    )
+    clients_last_word = sum(row["dialogue"][-1]["role"] == "client" for row in raw.values())
 
-    assert len(splits.test) == len(splits.valid) == round(len(raw) / 10)
-    assert sum(map(len, splits)) == len(raw)
-    assert sum(len(d.turns) for d in everything) == sum(len(row["dialogue"]) for row in raw)
+    assert len(kokorochat) == len(files)
+    assert len(splits.test) == len(splits.valid) == round(len(files) / 10)
+    assert sum(map(len, splits)) == len(files)
+    assert [len(d.turns) for d in some] == [len(raw[d.source]["dialogue"]) for d in some]
     assert None not in made
     assert sum(len(one["messages"]) for one in made if one) == merged - clients_last_word
 
 
-@needs_kokorochat
-def test_a_sample_of_kokorochat_becomes_three_datasets(clean_environment: Path) -> None:
-    sft = OpenAISFT(offline=True, dataset=str(KOKOROCHAT), output_dir="out")
-    train, test, valid = sft.load_and_split_dataset(max_samples=100)
+def test_a_folder_of_kokorochats_own_files_becomes_three_datasets(
+    clean_environment: Path, kokorochat: list[Dialogue]
+) -> None:
+    """Review fields are null in most of the files and text in a few, as in the released folder."""
+    left = [d for d in kokorochat if d.review_en.get("unwilling_to_continue") is not None]
+    folder = clean_environment / "some"
+    folder.mkdir()
+    for dialogue in [*left[:5], *kokorochat[:100]][:100]:
+        path = Path(dialogue.source)
+        (folder / path.name).symlink_to(path)
+    count = len(list(folder.iterdir()))
+    sft = OpenAISFT(offline=True, dataset=str(folder), output_dir="out", verbose=False)
+    train, test, valid = sft.load_and_split_dataset()
     made = sft.prepare_dataset(train, "train")
 
-    assert [len(part) for part in (train, test, valid)] == [80, 10, 10]
+    assert sum(map(len, (train, test, valid))) == count
+    assert len(test) == len(valid) == round(count / 10)
     assert {example["id"] for example in made} == {str(row["id"]) for row in train}

@@ -379,7 +379,7 @@ def test_a_revision_that_is_not_there_is_named(pinned: Reading) -> None:
     ("name", "reasons"),
     [
         ("koto/bare-script", ["Dataset scripts are no longer supported", CONVERSION, "JSON"]),
-        ("koto/notes", ["Couldn't cast array of type string to null", CONVERSION, "1.json"]),
+        ("koto/notes", ["Couldn't cast array of type string to null", CONVERSION, "対話のJSON"]),
         ("koto/empty", ["doesn't contain any data files", CONVERSION, "JSON"]),
         ("koto/unknown", ["doesn't exist on the Hub", CONVERSION, "Repository Not Found"]),
     ],

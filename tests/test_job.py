@@ -10,6 +10,7 @@ from typing import Any
 
 import openai
 import pytest
+from faults import Clock
 from helpers import Script, job, posts, read_json, training_file
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ from openai_sft import (
     DataError,
     OpenAISFT,
     OpenAISFTError,
+    WaitTimeout,
     explain_api_error,
     parse_result_file,
     retry_delay,
@@ -125,10 +127,10 @@ def test_a_lost_answer_never_makes_a_second_upload(
     sft: OpenAISFT, endpoint: Rehearsal, file: Path, fault: str
 ) -> None:
     endpoint.inject(Fault(fault, "POST", "/files"))
-    with pytest.raises((openai.OpenAIError, BrokenAnswer)):
-        sft.upload_training_file(file)
+    file_id = sft.upload_training_file(file)
 
     assert len(posts(endpoint, "/files")) == 1
+    assert [one.id for one in sft.client.files.list().data] == [file_id]
 
 
 # ── Create ───────────────────────────────────────────────────────────────────────────────────
@@ -149,7 +151,10 @@ def test_a_job_is_asked_for_with_exactly_what_was_chosen(
     )
     (asked,) = posts(endpoint, JOBS)
 
+    metadata = asked.request.pop("metadata")
+
     assert job_id == asked.response["id"]
+    assert metadata["openai_sft_run"] == Path(sft.files["record"]).stem
     assert asked.request == {
         "model": "gpt-4o-mini-2024-07-18",
         "training_file": file_id,
@@ -176,7 +181,7 @@ def test_what_was_not_chosen_is_not_sent_and_the_defaults_are_ten_epochs_of_32(
     sft.create_fine_tune_job(sft.upload_training_file(file))
     (asked,) = posts(endpoint, JOBS)
 
-    assert set(asked.request) == {"model", "training_file", "method"}
+    assert set(asked.request) == {"model", "training_file", "method", "metadata"}
     assert asked.request["method"]["supervised"] == {
         "hyperparameters": {"n_epochs": 10, "batch_size": 32}
     }
@@ -238,15 +243,27 @@ def test_the_limits_themselves_are_allowed(
     assert posts(endpoint, JOBS)[0].status == 200
 
 
-@pytest.mark.parametrize("fault", ["503", "500_after", "reset_after", "truncated"])
+@pytest.mark.parametrize("fault", ["500_after", "reset_after", "truncated"])
 def test_a_lost_answer_never_makes_a_second_job(
     sft: OpenAISFT, endpoint: Rehearsal, file: Path, fault: str
 ) -> None:
     endpoint.inject(Fault(fault, "POST", JOBS))
-    with pytest.raises((openai.OpenAIError, BrokenAnswer)):
-        start(sft, file)
+    job_id = start(sft, file)
 
     assert len(posts(endpoint, JOBS)) == 1
+    assert [one.id for one in sft.client.fine_tuning.jobs.list().data] == [job_id]
+
+
+@pytest.mark.parametrize("fault", ["503", "reset_before"])
+def test_a_job_that_was_not_created_is_asked_for_again(
+    sft: OpenAISFT, endpoint: Rehearsal, file: Path, fault: str
+) -> None:
+    endpoint.inject(Fault(fault, "POST", JOBS))
+    job_id = start(sft, file)
+    requests = [asked.request for asked in posts(endpoint, JOBS) if asked.request]
+
+    assert [one.id for one in sft.client.fine_tuning.jobs.list().data] == [job_id]
+    assert all(one == requests[-1] for one in requests)
 
 
 def test_a_job_that_was_created_is_on_record_before_it_is_watched(
@@ -256,7 +273,9 @@ def test_a_job_that_was_created_is_on_record_before_it_is_watched(
     record = run_record(sft)
 
     assert record["job_id"] == job_id
-    assert record["training_file_id"] == record["job_request"]["training_file"]
+    assert (
+        record["uploads"]["training"]["file_id"] == record["job_intent"]["request"]["training_file"]
+    )
     assert "fine_tuned_model" not in record
 
 
@@ -311,8 +330,10 @@ def test_a_failed_job_is_returned_and_logged_with_the_services_code_and_message(
 def test_the_services_verdict_on_a_file_is_shown_with_its_line(
     sft: OpenAISFT, file: Path, log: Log
 ) -> None:
-    file.write_text(file.read_text("utf-8").replace("相談3", "<|im_start|>"), "utf-8")
-    ended = sft.monitor_fine_tune_job(start(sft, file))
+    """A file that was sent without this library's checks."""
+    text = file.read_text("utf-8").replace("相談3", "<|im_start|>")
+    sent = sft.client.files.create(file=("a.jsonl", text.encode()), purpose="fine-tune")
+    ended = sft.monitor_fine_tune_job(sft.create_fine_tune_job(sent.id, 1, 4))
 
     assert ended.status == "failed"
     assert any(
@@ -517,22 +538,54 @@ def test_what_waiting_cannot_cure_is_raised_at_once(
     assert slept == []
 
 
-def test_a_service_that_stays_away_is_given_up_after_ten_minutes(
+@pytest.mark.parametrize("fault", [None, "503"], ids=["job goes on", "service stays away"])
+def test_the_wait_ends_at_its_timeout_and_the_job_is_left_alone(
+    make_sft: MakeSFT, endpoint: Rehearsal, file: Path, fault: str | None
+) -> None:
+    clock = Clock(endpoint)
+    sft = make_sft(clock=clock, sleep=clock.sleep, poll_interval=300)
+    endpoint.hold("running")
+    job_id = start(sft, file)
+    if fault:
+        endpoint.inject(Fault(fault, "GET", f"{JOBS}/*", times=None))
+    started = clock.now
+    with pytest.raises(WaitTimeout, match="1800秒") as caught:
+        sft.monitor_fine_tune_job(job_id, timeout=1800)
+
+    assert caught.value.job_id == job_id
+    assert 1800 - 60 <= clock.now - started <= 1800
+    assert not [e for e in endpoint.exchanges if e.path.endswith("/cancel")]
+
+
+def test_a_watch_outlasts_an_outage_of_hours(
+    make_sft: MakeSFT, endpoint: Rehearsal, file: Path, log: Log
+) -> None:
+    clock = Clock(endpoint)
+    sft = make_sft(clock=clock, sleep=clock.sleep)
+    job_id = start(sft, file)
+    endpoint.inject(Fault("429", "GET", f"{JOBS}/*", times=15, seconds=600))
+    started = clock.now
+    ended = sft.monitor_fine_tune_job(job_id)
+
+    assert ended.status == "succeeded"
+    assert clock.now - started > 2 * 3600
+    assert sum("つながるまで待ちます" in line for line in log()) == 1
+    assert sum("つながりました（中断は" in line for line in log()) == 1
+
+
+def test_any_other_call_is_given_up_after_ten_minutes(
     make_sft: MakeSFT, endpoint: Rehearsal, file: Path
 ) -> None:
-    now = [1_800_000_000.0]
-
-    def sleep(seconds: float) -> None:
-        now[0] += seconds
-
-    sft = make_sft(sleep=sleep, clock=lambda: now[0])
+    clock = Clock(endpoint)
+    sft = make_sft(clock=clock, sleep=clock.sleep)
+    endpoint.hold("running")
     job_id = start(sft, file)
-    endpoint.inject(Fault("503", "GET", f"{JOBS}/*", times=None))
-    started = now[0]
+    endpoint.inject(Fault("503", "POST", f"{JOBS}/*/cancel", times=None))
+    started = clock.now
     with pytest.raises(openai.InternalServerError):
-        sft.monitor_fine_tune_job(job_id)
+        sft.cancel_job(job_id)
 
-    assert 500 <= now[0] - started <= 600
+    assert 500 <= clock.now - started <= 600
 
 
 def test_the_services_own_retry_after_is_honoured(
@@ -611,9 +664,11 @@ def test_a_result_file_that_is_none_is_told_and_the_model_is_kept(
     endpoint.inject(Fault("malformed", "GET", "/files/*/content", times=None))
     ended = sft.monitor_fine_tune_job(start(sft, file))
 
+    table = Path(sft.files["training_metrics"]).read_text("utf-8")
+
     assert ended.status == "succeeded"
     assert any("結果ファイル" in line for line in log())
-    assert "training_metrics" not in sft.files
+    assert [line.split(",")[0] for line in table.splitlines()] == ["step", "1", "2", "3"]
     assert run_record(sft)["fine_tuned_model"] == ended.fine_tuned_model
 
 

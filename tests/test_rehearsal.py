@@ -873,6 +873,248 @@ def post_chat(endpoint: Rehearsal) -> int:
     return raw(endpoint, "POST", "/chat/completions", json.dumps(body).encode())[0]
 
 
+# --- Scores and structured answers ----------------------------------------------------------------
+
+
+def score_example(number: int) -> tuple[str, dict[str, int]]:
+    """A made-up dialogue whose length and question marks carry the first two scores."""
+    lines, asked = 1 + number * 7 % 23, number * 5 % 11
+    text = "カウンセラー: そうですか。\n" * lines + "クライアント: はい？\n" * asked
+    scores = {
+        "長さ": min(5, lines // 4),
+        "質問": min(5, asked // 2),
+        "雑音": number * 3 % 6,
+        "一": 4,
+    }
+    return text, scores
+
+
+def score_file(count: int) -> bytes:
+    made = map(score_example, range(count))
+    return jsonl(
+        *(
+            messages(
+                {"role": "user", "content": text},
+                {"role": "assistant", "content": json.dumps(scores, ensure_ascii=False)},
+            )
+            for text, scores in made
+        )
+    )
+
+
+def json_schema(properties: dict[str, Any], **more: Any) -> dict[str, Any]:
+    schema = {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+        **more,
+    }
+    return {
+        "type": "json_schema",
+        "json_schema": {"name": "scores", "strict": True, "schema": schema},
+    }
+
+
+def ask_json(client: openai.OpenAI, model: str, wanted: Any, text: str = "眠れません") -> Any:
+    answer = ask(client, model, text, response_format=wanted, temperature=0)
+    return json.loads(answer.choices[0].message.content)
+
+
+POINTS = {"type": "integer", "minimum": 0, "maximum": 5}
+
+
+@pytest.fixture(scope="module")
+def scoring() -> Iterator[tuple[Rehearsal, openai.OpenAI, Any]]:
+    """A finished job on made-up dialogues with their scores."""
+    with Rehearsal(keep_exchanges=True) as running, client_of(running) as connected:
+        job = start_job(
+            connected, score_file(120), method=hyperparameters(n_epochs=2, batch_size=30)
+        )
+        yield running, connected, finish(running, connected, job)
+        assert judge.check_exchanges(running.exchanges) == []
+
+
+def test_a_model_tuned_on_scores_predicts_them_better_than_chance(
+    scoring: tuple[Rehearsal, openai.OpenAI, Any],
+) -> None:
+    _, client, job = scoring
+    wanted = json_schema(dict.fromkeys(["雑音", "質問", "長さ"], POINTS))
+    cases = [score_example(number) for number in range(120, 160)]
+
+    def errors(model: str) -> dict[str, float]:
+        answers = [(ask_json(client, model, wanted, text), scores) for text, scores in cases]
+        assert all(list(answer) == ["雑音", "質問", "長さ"] for answer, _ in answers)
+        assert all(type(v) is int and 0 <= v <= 5 for a, _ in answers for v in a.values())
+        return {
+            key: sum((answer[key] - scores[key]) ** 2 for answer, scores in answers) / len(answers)
+            for key in answers[0][0]
+        }
+
+    tuned, base = errors(job.fine_tuned_model), errors(BASE)
+    mean = {key: sum((scores[key] - 2.5) ** 2 for _, scores in cases) / len(cases) for key in tuned}
+
+    assert tuned["長さ"] < mean["長さ"] / 2
+    assert tuned["質問"] < mean["質問"] / 2
+    assert all(tuned[key] < base[key] for key in tuned)
+    assert base["長さ"] == sum(scores["長さ"] ** 2 for _, scores in cases) / len(cases)
+
+
+def test_the_losses_of_a_score_job_are_the_character_models_and_fall(
+    scoring: tuple[Rehearsal, openai.OpenAI, Any],
+) -> None:
+    _, client, job = scoring
+    losses = [step["train_loss"] for step in metrics_of(client, job)]
+
+    assert losses[0] == pytest.approx(math.log(0x110000), abs=1e-5)
+    assert sum(losses[4:]) < sum(losses[:4])
+
+
+def test_predicted_scores_stay_within_the_schema_and_what_was_seen(
+    scoring: tuple[Rehearsal, openai.OpenAI, Any],
+) -> None:
+    _, client, job = scoring
+    wanted = json_schema(
+        {
+            "長さ": {"type": "integer", "minimum": 7},
+            "一": {"type": ["number", "null"]},
+            "質問": {"enum": ["?", 1, 3]},
+            "雑音": {"type": "integer", "exclusiveMaximum": 1},
+            "新しい": {"type": "integer", "minimum": -2},
+        }
+    )
+    answer = ask_json(client, job.fine_tuned_model, wanted, "？" * 1000)
+    (checkpoint, *_) = client.fine_tuning.jobs.checkpoints.list(job.id)
+
+    assert list(answer) == ["長さ", "一", "質問", "雑音", "新しい"]
+    assert (answer["長さ"], answer["一"], answer["雑音"], answer["新しい"]) == (7, 4, 0, -2)
+    assert answer["質問"] in (1, 3)
+    learned = ask_json(client, job.fine_tuned_model, {"type": "json_object"})
+    assert list(learned) == ["長さ", "質問", "雑音", "一"]
+    assert learned["一"] == 4
+    name = checkpoint.fine_tuned_model_checkpoint
+    assert ask_json(client, name, {"type": "json_object"}) == learned
+
+
+def test_a_model_that_never_saw_scores_fills_a_schema_in_without_information(
+    trained: tuple[Rehearsal, openai.OpenAI, Any],
+) -> None:
+    _, client, job = trained
+    inner = json_schema({"b": {"type": "boolean"}, "a": {"type": "number", "minimum": 0.5}})
+    properties = {
+        "整数": {"type": "integer", "minimum": 2, "maximum": 4},
+        "無制限": {"type": "integer"},
+        "上限": {"type": "number", "maximum": -1.5},
+        "間": {"type": "integer", "exclusiveMinimum": 0, "exclusiveMaximum": 2},
+        "文字": {"type": "string", "description": "d"},
+        "真偽": {"type": "boolean"},
+        "列": {"type": "array", "items": {"type": "string"}},
+        "二つ": {"type": "array", "items": {"type": "integer"}, "minItems": 2},
+        "無": {"type": ["string", "null"]},
+        "選択": {"type": "integer", "enum": [5, 3, 4]},
+        "語": {"type": "string", "enum": ["中", "低"]},
+        "定数": {"const": "x"},
+        "どれか": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
+        "内": inner["json_schema"]["schema"],
+    }
+    expected = {
+        "整数": 2, "無制限": 0, "上限": -1.5, "間": 1, "文字": "", "真偽": False, "列": [],
+        "二つ": [0, 0], "無": None, "選択": 3, "語": "中", "定数": "x", "どれか": 0,
+        "内": {"b": False, "a": 0.5},
+    }  # fmt: skip
+    for model in (BASE, job.fine_tuned_model):
+        answer = ask_json(client, model, json_schema(properties))
+
+        assert answer == expected
+        assert list(answer) == list(expected)
+        assert ask_json(client, model, {"type": "json_object"}) == {}
+        assert ask_json(client, model, {"type": "json_schema", "json_schema": {"name": "n"}}) == {}
+
+
+def test_a_schema_that_is_not_strict_may_leave_keys_out(client: openai.OpenAI) -> None:
+    schema = {"type": "object", "properties": {"a": POINTS, "b": POINTS}, "required": ["b"]}
+    wanted = {"type": "json_schema", "json_schema": {"name": "loose", "schema": schema}}
+
+    assert ask_json(client, BASE, wanted) == {"b": 0}
+    assert ask_json(client, BASE, json_schema({})) == {}
+    assert (
+        "未学習" in ask(client, BASE, response_format={"type": "text"}).choices[0].message.content
+    )
+
+
+@pytest.mark.parametrize(
+    ("param", "wanted"),
+    [
+        ("response_format", {"type": "xml"}),
+        ("response_format.json_schema", {"type": "json_schema"}),
+        ("response_format.json_schema.name", {"type": "json_schema", "json_schema": {}}),
+        (
+            "response_format.json_schema.name",
+            {"type": "json_schema", "json_schema": {"name": "点数", "schema": {}}},
+        ),
+        (
+            "response_format.json_schema.strict",
+            {"type": "json_schema", "json_schema": {"name": "n", "strict": 1}},
+        ),
+        (
+            "response_format",
+            {"type": "json_schema", "json_schema": {"name": "n", "strict": True}},
+        ),
+        *(
+            ("response_format", wanted)
+            for wanted in (
+                json_schema({"a": POINTS}, additionalProperties=True),
+                json_schema({"a": POINTS}, additionalProperties={"type": "string"}),
+                json_schema({"a": POINTS}, required=[]),
+                json_schema({"a": POINTS}, required=["a", "b"]),
+                json_schema({"a": POINTS}, type="array"),
+                json_schema({"a": POINTS}, anyOf=[POINTS]),
+                json_schema({"a": {"type": "object", "properties": {}, "required": []}}),
+                json_schema({"a": {"type": "array"}}),
+                json_schema({"a": {"anyOf": [{"type": "array", "items": 1}]}}),
+                json_schema({"a": {"type": "int"}}),
+                json_schema({"a": {}}),
+                json_schema({"a": 1}),
+                json_schema({"a": {"enum": []}}),
+                json_schema({"a": {"type": "integer", "minimum": "0"}}),
+                json_schema({"a": {"type": "integer", "minimum": 3, "maximum": 2}}),
+                json_schema({"a": {"type": "string", "pattern": "x"}}),
+            )
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_response_format_the_service_refuses_is_refused(
+    endpoint: Rehearsal, param: str, wanted: Any
+) -> None:
+    body = {"model": BASE, "messages": [USER], "response_format": wanted}
+    status, answer = raw(endpoint, "POST", "/chat/completions", json.dumps(body).encode())
+
+    assert (status, answer["error"]["param"]) == (400, param)
+
+
+def test_a_schema_nested_without_end_is_refused(endpoint: Rehearsal) -> None:
+    schema: Any = POINTS
+    for _ in range(100):
+        schema = {"type": "array", "items": schema}
+    body = {"model": BASE, "messages": [USER], "response_format": json_schema({"a": schema})}
+
+    assert raw(endpoint, "POST", "/chat/completions", json.dumps(body).encode())[0] == 400
+
+
+@pytest.mark.parametrize(
+    "last", ['{"a": 1.5}', '{"a": true}', '{"b": 1}', "{}", "[1]", "はい", "{"]
+)
+def test_answers_that_are_not_all_scores_are_learned_as_text_only(
+    endpoint: Rehearsal, client: openai.OpenAI, last: str
+) -> None:
+    answers = ['{"a": 3}'] * 10 + [last]
+    data = jsonl(*(messages(USER, {"role": "assistant", "content": text}) for text in answers))
+    job = finish(endpoint, client, start_job(client, data))
+
+    assert ask_json(client, job.fine_tuned_model, json_schema({"a": POINTS})) == {"a": 0}
+
+
 # --- Moderation and embeddings --------------------------------------------------------------------
 
 

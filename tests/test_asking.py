@@ -1,0 +1,839 @@
+"""An evaluation from the choice of its cases to its table, over real sockets."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import re
+import sys
+import threading
+import unicodedata
+from collections import Counter
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Self
+
+import openai
+import pytest
+from faults import CHAT, Clock, until
+from helpers import example, examples, posts, read_json, records, write_jsonl
+from hypothesis import given
+from hypothesis import strategies as st
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.chrf import CHRF
+
+from openai_sft import BudgetError, ConfigurationError, OpenAISFT, Splits, choose_cases
+from openai_sft_rehearsal import Fault, Rehearsal
+
+MakeSFT = Callable[..., OpenAISFT]
+Reply = Callable[[dict[str, Any]], Any]
+
+BASE = "gpt-4o-mini-2024-07-18"
+TUNED = f"ft:{BASE}:org::abc"
+EVERY_TURN = {"max_test_cases": 0, "eval_turns": "all"}
+
+
+class Counsellor:
+    """A loopback endpoint whose ``reply`` makes the text, or the whole body, of each answer.
+
+    ``asked`` holds the requests; ``most`` is the greatest number that was under way at once.
+    With ``together`` an answer waits until that many questions are there.
+    """
+
+    def __init__(self, reply: Reply, *, together: int = 1) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.most = self._under_way = 0
+        self._reply, self._lock = reply, threading.Lock()
+        self._meeting = threading.Barrier(together, timeout=10)
+        counsellor = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            wbufsize = -1
+            disable_nagle_algorithm = True
+
+            def do_POST(self) -> None:
+                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                content = json.dumps(counsellor.answer(request)).encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+            block_on_close = False
+            request_queue_size = 128
+
+        self.server = Server(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+
+    def answer(self, request: dict[str, Any]) -> Any:
+        with self._lock:
+            self.asked.append(request)
+            self._under_way += 1
+            self.most = max(self.most, self._under_way)
+        self._meeting.wait()
+        said = self._reply(request)
+        with self._lock:
+            self._under_way -= 1
+        return completion(said) if isinstance(said, str) else said
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def completion(text: Any, finish_reason: str = "stop", **facts: Any) -> dict[str, Any]:
+    """A chat completion as the API shows it; 100 tokens were read and 10 written."""
+    message = {"role": "assistant", "content": text, "refusal": facts.pop("refusal", None)}
+    return {
+        "id": "chatcmpl-script",
+        "object": "chat.completion",
+        "created": 1,
+        "model": BASE,
+        "choices": [{"index": 0, "message": message, "finish_reason": finish_reason}],
+        "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
+        **facts,
+    }
+
+
+@pytest.fixture
+def make_at(make_sft: MakeSFT, sdk: openai.OpenAI) -> MakeSFT:
+    """Makes instances that talk to the endpoint at a URL and never wait."""
+
+    def make(url: str, **options: Any) -> OpenAISFT:
+        usual = {"client": sdk.with_options(base_url=url), "base_url": url}
+        return make_sft(**(usual | {"sleep": lambda _: None} | options))
+
+    return make
+
+
+def talk(name: str, turns: int) -> dict[str, Any]:
+    """A dialogue of so many exchanges."""
+    return example(name, *(f"{name}の{kind}{n}" for n in range(turns) for kind in ("話", "返事")))
+
+
+def dialogues(count: int, turns: int = 4) -> list[dict[str, Any]]:
+    return [talk(f"d{n}", turns) for n in range(count)]
+
+
+def case_ids(data: list[dict[str, Any]], **options: Any) -> list[str]:
+    return [case.id for case in choose_cases(data, **options)]
+
+
+def responses(results: dict[str, Any], part: str = "test") -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = results[f"{part}_evaluation"]["responses"]
+    return found
+
+
+def asking_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("openai-sft-ask")]
+
+
+def questions(asked: list[dict[str, Any]]) -> Counter[str]:
+    return Counter(json.dumps(request["messages"]) for request in asked)
+
+
+# ── Which turns ──────────────────────────────────────────────────────────────────────────────
+
+lengths = st.lists(st.integers(1, 7), max_size=6)
+
+
+@given(lengths, st.integers(0, 3))
+def test_all_turns_are_all_but_the_farewell(turns: list[int], seed: int) -> None:
+    data = [talk(f"d{n}", count) for n, count in enumerate(turns)]
+    expected = {
+        f"d{n}:{2 * turn + 1}" for n, count in enumerate(turns) for turn in range(max(1, count - 1))
+    }
+    found = case_ids(data, max_cases=None, seed=seed, turns="all")
+
+    assert len(found) == len(set(found))
+    assert set(found) == expected
+
+
+@given(lengths, st.integers(0, 3))
+def test_the_last_turn_is_the_one_before_the_farewell(turns: list[int], seed: int) -> None:
+    data = [talk(f"d{n}", count) for n, count in enumerate(turns)]
+
+    assert set(case_ids(data, max_cases=None, seed=seed, turns="last")) == {
+        f"d{n}:{max(1, 2 * count - 3)}" for n, count in enumerate(turns)
+    }
+
+
+@given(lengths, st.integers(1, 9), st.integers(0, 3))
+def test_so_many_turns_of_each_dialogue_are_asked_or_all_it_has(
+    turns: list[int], wanted: int, seed: int
+) -> None:
+    data = [talk(f"d{n}", count) for n, count in enumerate(turns)]
+    found = case_ids(data, max_cases=None, seed=seed, turns=wanted)
+    each = Counter(case_id.partition(":")[0] for case_id in found)
+
+    assert set(found) <= set(case_ids(data, max_cases=None, turns="all"))
+    assert len(found) == len(set(found))
+    assert each == {f"d{n}": min(wanted, max(1, c - 1)) for n, c in enumerate(turns)}
+
+
+@given(lengths, st.integers(1, 12), st.sampled_from([1, 3, "last", "all"]))
+def test_no_dialogue_gives_its_second_case_before_each_has_given_its_first(
+    turns: list[int], wanted: int, which: Any
+) -> None:
+    data = [talk(f"d{n}", count) for n, count in enumerate(turns)]
+    found = case_ids(data, max_cases=wanted, turns=which)
+    names = {case_id.partition(":")[0] for case_id in found}
+
+    assert len(found) == min(wanted, len(case_ids(data, max_cases=None, turns=which)))
+    assert len(names) == min(len(data), len(found))
+
+
+@given(lengths, st.integers(0, 5), st.sampled_from([1, 2, "last", "all"]))
+def test_dialogues_that_are_added_change_nothing_about_the_others(
+    turns: list[int], added: int, which: Any
+) -> None:
+    data = [talk(f"d{n}", count) for n, count in enumerate(turns)]
+    more = [*data, *(talk(f"new{n}", 5) for n in range(added))]
+    before = case_ids(data, max_cases=None, turns=which)
+    after = case_ids(more, max_cases=None, turns=which)
+
+    assert sorted(before) == sorted(case for case in after if not case.startswith("new"))
+
+
+@given(lengths, st.integers(0, 5), st.integers(1, 8))
+def test_a_bounded_draw_keeps_its_order_when_dialogues_are_added(
+    turns: list[int], added: int, wanted: int
+) -> None:
+    data = [talk(f"d{n}", count) for n, count in enumerate(turns)]
+    more = [*data, *(talk(f"new{n}", 5) for n in range(added))]
+    kept = [case for case in case_ids(more, max_cases=wanted) if not case.startswith("new")]
+
+    assert kept == case_ids(data, max_cases=wanted)[: len(kept)]
+
+
+@pytest.mark.parametrize("turns", [0, -1, True, 1.5, "first", "", None])
+def test_a_number_of_turns_that_makes_no_sense_is_refused(
+    make_sft: MakeSFT, endpoint: Rehearsal, turns: Any
+) -> None:
+    with pytest.raises(ConfigurationError, match="eval_turns"):
+        make_sft().evaluate_model_comprehensive(BASE, examples(2), [], eval_turns=turns)
+
+    assert endpoint.exchanges == []
+
+
+@pytest.mark.parametrize("wrong", [{"concurrency": 0}, {"max_test_cases": -1}])
+def test_a_number_of_cases_or_questions_below_the_least_is_refused(
+    make_sft: MakeSFT, endpoint: Rehearsal, wrong: dict[str, int]
+) -> None:
+    with pytest.raises(ConfigurationError, match=next(iter(wrong))):
+        make_sft().evaluate_model_comprehensive(BASE, examples(2), [], **wrong)
+
+    assert endpoint.exchanges == []
+
+
+def test_two_runs_meet_on_the_same_cases(make_sft: MakeSFT) -> None:
+    first, second = (
+        make_sft().evaluate_model_comprehensive(model, dialogues(20), [], eval_turns=2)
+        for model in (BASE, "gpt-4.1-2025-04-14")
+    )
+
+    assert [r["case_id"] for r in responses(first)] == [r["case_id"] for r in responses(second)]
+    assert len(responses(first)) == 10
+
+
+def test_a_turn_whose_real_answer_is_no_text_is_not_asked(make_at: MakeSFT) -> None:
+    data = [talk("d1", 3)]
+    data[0]["messages"][1]["content"] = [{"type": "text", "text": "眠れないのですね"}]
+    with Counsellor(lambda _: "はい") as counsellor:
+        results = make_at(counsellor.url).evaluate_model_comprehensive(BASE, data, [], **EVERY_TURN)
+
+    assert [response["case_id"] for response in responses(results)] == ["d1:3"]
+    assert "chrf" in results["test_evaluation"]["metrics"]
+
+
+# ── What is asked, and of whom ───────────────────────────────────────────────────────────────
+
+
+def test_without_a_baseline_nothing_is_asked_but_the_cases(
+    make_sft: MakeSFT, endpoint: Rehearsal
+) -> None:
+    results = make_sft().evaluate_model_comprehensive(
+        BASE, dialogues(8), dialogues(5), **EVERY_TURN
+    )
+    cases = [*choose_cases(dialogues(8), max_cases=None, turns="all")]
+    cases += choose_cases(dialogues(5), max_cases=None, turns="all")
+
+    assert [(e.method, e.path) for e in endpoint.exchanges] == [("POST", CHAT)] * len(cases)
+    assert questions([e.request for e in endpoint.exchanges]) == Counter(
+        json.dumps(case.input) for case in cases
+    )
+    assert "comparison" not in results
+    assert "baseline" not in results
+
+
+def test_the_baseline_is_asked_the_same_in_the_same_way(make_at: MakeSFT) -> None:
+    with Counsellor(lambda _: "はい") as counsellor:
+        results = make_at(counsellor.url).evaluate_model_comprehensive(
+            TUNED, dialogues(12), dialogues(11), baseline=True, eval_turns=2
+        )
+        ours, theirs = (
+            [request for request in counsellor.asked if request["model"] == model]
+            for model in (TUNED, BASE)
+        )
+
+    assert len(ours) + len(theirs) == len(counsellor.asked)
+    assert questions(ours) == questions(theirs)
+    assert len(ours) == 20
+    assert {(r["temperature"], r["seed"], r["max_tokens"]) for r in ours} == {
+        (r["temperature"], r["seed"], r["max_tokens"]) for r in theirs
+    }
+    assert results["baseline"]["model_id"] == results["comparison"]["baseline_model"] == BASE
+    assert [r["case_id"] for r in responses(results)] == [
+        r["case_id"] for r in responses(results["baseline"])
+    ]
+    assert results["comparison"]["test"]["pairs"] == 10
+
+
+def test_a_baseline_that_is_named_is_the_one_asked(make_at: MakeSFT) -> None:
+    with Counsellor(lambda _: "はい") as counsellor:
+        results = make_at(counsellor.url).evaluate_model_comprehensive(
+            TUNED, examples(3), [], baseline="another-model"
+        )
+
+    assert {request["model"] for request in counsellor.asked} == {TUNED, "another-model"}
+    assert results["comparison"]["baseline_model"] == "another-model"
+
+
+@pytest.mark.parametrize(
+    ("model", "base"),
+    [
+        (f"ft:{BASE}:org::abc:ckpt-step-10", BASE),
+        ("ft:gpt-4.1-2025-04-14:org:name:abc", "gpt-4.1-2025-04-14"),
+        ("my-deployment", BASE),
+    ],
+)
+def test_the_base_model_is_read_from_the_models_name(
+    make_at: MakeSFT, model: str, base: str
+) -> None:
+    with Counsellor(lambda _: "はい") as counsellor:
+        make_at(counsellor.url).evaluate_model_comprehensive(model, examples(1), [], baseline=True)
+
+    assert [request["model"] for request in counsellor.asked] == [model, base]
+
+
+def test_the_settings_are_sent_and_recorded_and_nothing_is_left_to_chance(
+    make_sft: MakeSFT, endpoint: Rehearsal
+) -> None:
+    results = make_sft().evaluate_model_comprehensive(
+        BASE, dialogues(9), [], max_test_cases=7, eval_turns="last", concurrency=3, seed=5
+    )
+
+    chosen = {"max_test_cases": 7, "eval_turns": "last", "concurrency": 3}
+    recorded = {key: results["settings"][key] for key in ("temperature", "seed", "max_tokens")}
+
+    assert recorded.items() >= {"temperature": 0, "seed": 5}.items()
+    assert results["settings"].items() >= chosen.items()
+    assert len(posts(endpoint, CHAT)) == 7
+    for exchange in posts(endpoint, CHAT):
+        assert exchange.request.items() >= recorded.items()
+
+
+def test_a_model_known_to_be_better_is_called_better_end_to_end(make_at: MakeSFT) -> None:
+    data = dialogues(100)
+    real = {json.dumps(case.input): case.reference for case in choose_cases(data, max_cases=None)}
+
+    def reply(request: dict[str, Any]) -> str:
+        return real[json.dumps(request["messages"])] if request["model"] == TUNED else "そうですか"
+
+    with Counsellor(reply) as counsellor:
+        results = make_at(counsellor.url).evaluate_model_comprehensive(
+            TUNED, data, [], 0, baseline=True
+        )
+    found = results["comparison"]["test"]
+
+    assert (found["pairs"], found["left_out_pairs"]) == (100, 0)
+    for name in ("chrf", "bleu_char", "rouge_l"):
+        assert found["figures"][name]["tuned"] == pytest.approx(100)
+        assert found["figures"][name]["verdict"] == "better"
+
+
+def test_a_model_that_says_the_same_is_not_told_apart_end_to_end(make_at: MakeSFT) -> None:
+    def reply(request: dict[str, Any]) -> str:
+        return f"{request['messages'][-1]['content']}のですね。"
+
+    with Counsellor(reply) as counsellor:
+        results = make_at(counsellor.url).evaluate_model_comprehensive(
+            TUNED, examples(10), [], baseline=True
+        )
+
+    for figure in results["comparison"]["test"]["figures"].values():
+        assert figure["verdict"] == "indistinguishable"
+        assert "区別できない" in figure["sentence"]
+
+
+def test_a_pair_with_an_error_on_either_side_or_both_is_left_out_and_counted(
+    make_at: MakeSFT,
+) -> None:
+    data = dialogues(10)
+    contexts = [json.dumps(case.input) for case in choose_cases(data, max_cases=None)]
+    silent = {TUNED: contexts[:3], BASE: contexts[2:4]}
+
+    def reply(request: dict[str, Any]) -> Any:
+        hushed = json.dumps(request["messages"]) in silent[request["model"]]
+        return completion(None, refusal="いいえ") if hushed else "そうですか"
+
+    with Counsellor(reply) as counsellor:
+        clock = iter(range(0, 10**9, 1000))  # a broken answer is asked for again for ten minutes
+        results = make_at(
+            counsellor.url, clock=lambda: 1_800_000_000.0 + next(clock)
+        ).evaluate_model_comprehensive(TUNED, data, [], 0, baseline=True)
+    found = results["comparison"]["test"]
+
+    assert results["test_evaluation"]["failed_cases"] == 3
+    assert results["baseline"]["test_evaluation"]["failed_cases"] == 2
+    assert (found["pairs"], found["left_out_pairs"]) == (6, 4)
+
+
+# ── Answers that are none ────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        (completion(None, refusal="お答えできません"), ("拒否", "お答えできません")),
+        (completion(""), ("空", "finish_reason: stop")),
+        (completion(None), ("空", "finish_reason: stop")),
+        (completion(" \n　"), ("空", "finish_reason: stop")),
+        (completion("", "length"), ("空", "finish_reason: length")),
+        (completion("途中", "content_filter"), ("フィルター", "finish_reason: content_filter")),
+    ],
+    ids=["refused", "empty", "none", "blank", "cut to nothing", "filtered"],
+)
+def test_an_answer_that_is_none_fails_its_case_and_is_named(
+    make_at: MakeSFT, body: dict[str, Any], named: tuple[str, ...]
+) -> None:
+    with Counsellor(lambda _: body) as counsellor:
+        results = make_at(counsellor.url).evaluate_model_comprehensive(BASE, examples(2), [])
+
+    for response in responses(results):
+        assert "output" not in response
+        assert all(word in response["error"] for word in named)
+    assert results["test_evaluation"]["failed_cases"] == 2
+    assert results["usage"]["completion_tokens"] == 10 * len(counsellor.asked)
+
+
+def test_a_cut_answer_is_kept_counted_and_named(make_sft: MakeSFT, endpoint: Rehearsal) -> None:
+    endpoint.inject(Fault("length", "POST", CHAT))
+    part = make_sft().evaluate_model_comprehensive(BASE, examples(3), [], concurrency=1)
+    found = part["test_evaluation"]
+
+    assert [r["finish_reason"] for r in found["responses"]] == ["length", "stop", "stop"]
+    assert all(response["output"] for response in found["responses"])
+    assert (found["cut_cases"], found["failed_cases"]) == (1, 0)
+
+
+@pytest.mark.parametrize("text", ["眠れない\ud83d", "\udc00"], ids=["cut emoji", "surrogate"])
+def test_half_an_emoji_loses_no_answer(make_at: MakeSFT, text: str) -> None:
+    with Counsellor(lambda _: f"そうです{text}") as counsellor:
+        sft = make_at(counsellor.url)
+        results = sft.evaluate_model_comprehensive(BASE, examples(2), [])
+        path = sft.save_results(results)
+
+    assert results["summary"]["total_cases_evaluated"] == 2
+    assert all(response["output"].startswith("そうです") for response in responses(results))
+    assert read_json(path) == results
+
+
+@pytest.mark.parametrize(
+    "usage", [None, "x", {}, [], {"prompt_tokens": "many", "completion_tokens": None}]
+)
+def test_a_usage_that_is_none_loses_no_answer(make_at: MakeSFT, usage: Any) -> None:
+    with Counsellor(lambda _: completion("はい", usage=usage)) as counsellor:
+        results = make_at(counsellor.url).evaluate_model_comprehensive(BASE, examples(2), [])
+
+    assert results["summary"]["total_cases_evaluated"] == 2
+    assert results["usage"]["prompt_tokens"] == 0
+
+
+# ── Several at once ──────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("concurrency", [1, 5])
+def test_so_many_are_asked_at_once_and_never_more(make_at: MakeSFT, concurrency: int) -> None:
+    with Counsellor(lambda _: "はい", together=concurrency) as counsellor:
+        results = make_at(counsellor.url).evaluate_model_comprehensive(
+            BASE, examples(10), examples(5), concurrency=concurrency
+        )
+
+    assert counsellor.most == concurrency
+    assert results["summary"]["total_cases_evaluated"] == 15
+    until(lambda: not asking_threads(), timeout=2)
+
+
+def test_answers_stand_in_the_order_of_their_cases_however_they_come(make_at: MakeSFT) -> None:
+    data = dialogues(10)
+    order = [json.dumps(case.input) for case in choose_cases(data, max_cases=None)]
+    waits = [threading.Event() for _ in order]
+    waits[-1].set()
+
+    def reply(request: dict[str, Any]) -> str:
+        place = order.index(json.dumps(request["messages"]))
+        waits[place].wait(10)  # for the case after it: they are answered from the last
+        if place:
+            waits[place - 1].set()
+        return f"{place}番"
+
+    with Counsellor(reply) as counsellor:
+        results = make_at(counsellor.url).evaluate_model_comprehensive(
+            BASE, data, [], concurrency=10
+        )
+
+    assert [response["output"] for response in responses(results)] == [
+        f"{place}番" for place in range(10)
+    ]
+
+
+def test_a_limit_of_six_slows_sixteen_down_and_loses_none(make_at: MakeSFT) -> None:
+    with Rehearsal(latency=0.01, max_in_flight=6, keep_exchanges=True) as endpoint:
+        results = make_at(endpoint.url).evaluate_model_comprehensive(
+            BASE, examples(150), [], 0, concurrency=16
+        )
+        told = Counter(exchange.status for exchange in endpoint.exchanges)
+
+    assert results["test_evaluation"]["failed_cases"] == 0
+    assert told[200] == results["summary"]["total_cases_evaluated"] == 150
+    assert 1 <= told[429] <= 40  # ten of them before the first of them is heard
+
+
+def test_as_many_as_the_limit_never_meet_it(make_at: MakeSFT) -> None:
+    with Rehearsal(latency=0.005, max_in_flight=4, keep_exchanges=True) as endpoint:
+        make_at(endpoint.url).evaluate_model_comprehensive(BASE, examples(60), [], 0, concurrency=4)
+
+        assert {exchange.status for exchange in endpoint.exchanges} == {200}
+
+
+def test_the_endpoints_own_wait_is_kept(make_at: MakeSFT, endpoint: Rehearsal) -> None:
+    slept: list[float] = []
+    endpoint.inject(Fault("429", "POST", CHAT, times=3, seconds=7))
+    results = make_at(endpoint.url, sleep=slept.append).evaluate_model_comprehensive(
+        BASE, examples(6), [], concurrency=3
+    )
+
+    assert results["test_evaluation"]["failed_cases"] == 0
+    assert len(slept) == 3
+    assert min(slept) >= 7
+
+
+@pytest.mark.parametrize("fault", ["401", "403", "404", "insufficient_quota"])
+def test_an_error_that_meets_every_case_stops_at_once_and_leaves_no_thread(
+    make_sft: MakeSFT, endpoint: Rehearsal, fault: str
+) -> None:
+    endpoint.inject(Fault(fault, "POST", CHAT, times=None))
+    with pytest.raises(openai.APIStatusError):
+        make_sft().evaluate_model_comprehensive(BASE, examples(100), [], 0, concurrency=4)
+
+    until(lambda: not asking_threads(), timeout=2)
+    assert 1 <= len(posts(endpoint, CHAT)) <= 4
+
+
+def test_one_client_and_one_endpoint_serve_all_questions(
+    clean_environment: Any, make_sft: MakeSFT
+) -> None:
+    def endpoints() -> int:
+        return sum(thread.name == "rehearsal" for thread in threading.enumerate())
+
+    before = endpoints()
+    sft = make_sft(client=None, rehearse=True)
+    sft.evaluate_model_comprehensive(BASE, examples(16), [], 0, concurrency=16)
+    during = endpoints()
+    sft.close()
+
+    assert during == before + 1
+    assert endpoints() == before
+
+
+def test_a_model_that_is_still_loading_is_waited_for_by_one_question(
+    make_sft: MakeSFT, endpoint: Rehearsal
+) -> None:
+    clock = Clock(endpoint)
+    endpoint.inject(Fault("404", "POST", CHAT, times=3))
+    results = make_sft(clock=clock, sleep=clock.sleep).run_full_pipeline(1, 4, max_test_cases=2)
+    asked = posts(endpoint, CHAT)
+
+    assert results["summary"]["total_cases_evaluated"] == 4
+    assert [exchange.status for exchange in asked] == [404, 404, 404, 200, 200, 200, 200]
+    assert len({json.dumps(exchange.request) for exchange in asked[:4]}) == 1
+
+
+# ── Resuming ─────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def many(clean_environment: Any) -> str:
+    """A hundred dialogues, of which ten are test and ten validation."""
+    return str(write_jsonl(clean_environment / "many.jsonl", records(100)))
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_a_resumed_evaluation_asks_only_what_is_missing_and_counts_all_tokens(
+    make_sft: MakeSFT, endpoint: Rehearsal, many: str, concurrency: int
+) -> None:
+    endpoint.inject(Fault("401", "POST", CHAT, skip=25))
+    options: dict[str, Any] = {"baseline": "gpt-4.1-2025-04-14", "concurrency": concurrency}
+    first = make_sft(dataset=many)
+    with pytest.raises(openai.AuthenticationError):
+        first.run_evaluation(BASE, max_test_cases=10, **options)
+    until(lambda: not asking_threads(), timeout=2)
+    lines = Path(first.files["journal"]).read_text("utf-8").split("\n")
+    kept = [json.loads(line) for line in lines if line]
+    first.close()
+    before = len(posts(endpoint, CHAT))
+    results = make_sft(dataset=many).resume()
+    after = posts(endpoint, CHAT)[before:]
+
+    assert results is not None
+    assert len(kept) + len(after) == 40
+    assert len(kept) >= 25 - concurrency
+    asked_now = {(e.request["model"], json.dumps(e.request["messages"])) for e in after}
+    assert not asked_now & {(line["model_id"], json.dumps(line["input"])) for line in kept}
+    assert results["summary"]["total_cases_evaluated"] == 20
+    assert results["comparison"]["test"]["pairs"] == results["comparison"]["valid"]["pairs"] == 10
+    for key in ("prompt_tokens", "completion_tokens"):
+        now = sum(exchange.response["usage"][key] for exchange in after)
+        assert results["usage"][key] == sum(line["usage"][key] for line in kept) + now
+        assert results["usage"][key] == sum(
+            of_model[key] for of_model in results["usage"]["by_model"].values()
+        )
+
+
+def test_a_case_that_failed_is_asked_again_when_an_evaluation_is_resumed(
+    make_sft: MakeSFT, endpoint: Rehearsal, many: str
+) -> None:
+    endpoint.inject(Fault("400", "POST", CHAT, skip=2))
+    endpoint.inject(Fault("401", "POST", CHAT, skip=5))
+    first = make_sft(dataset=many)
+    with pytest.raises(openai.AuthenticationError):
+        first.run_evaluation(BASE, concurrency=1)
+    first.close()
+    before = len(posts(endpoint, CHAT))
+    results = make_sft(dataset=many).resume()
+
+    assert results is not None
+    assert results["summary"]["total_cases_evaluated"] == 20
+    answered_before = sum(e.status == 200 for e in posts(endpoint, CHAT)[:before])
+    assert len(posts(endpoint, CHAT)) - before == 20 - answered_before
+
+
+# ── The results ──────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_results_keep_their_shape_and_gain_figures_comparison_usage_cost_and_settings(
+    make_at: MakeSFT,
+) -> None:
+    with Counsellor(lambda _: "はい、眠れないのですね。") as counsellor:
+        results = make_at(counsellor.url).evaluate_model_comprehensive(
+            TUNED, dialogues(5), dialogues(3), max_test_cases=2, baseline=True
+        )
+
+    assert set(results) >= {
+        *("model_id", "evaluation_timestamp", "test_evaluation", "valid_evaluation", "summary")
+    }
+    assert set(results) >= {"baseline", "comparison", "usage", "cost", "settings"}
+    for name, total in (("test", 5), ("valid", 3)):
+        part = results[f"{name}_evaluation"]
+        assert part["dataset_type"] == name
+        assert (part["total_test_cases"], part["evaluated_cases"]) == (total, 2)
+        assert set(part["metrics"]) >= {
+            *("chrf", "bleu_char", "rouge_l", "dist_1", "dist_2"),
+            *("length_ratio", "backchannel_share"),
+        }
+        assert set(results["comparison"][name]["figures"]) == set(part["metrics"])
+        assert part["missing_metrics"] == []
+        for response in part["responses"]:
+            assert set(response) >= {
+                *("case_id", "input", "output", "reference", "usage", "latency_seconds"),
+                "finish_reason",
+            }
+
+
+def test_tokens_and_dollars_are_of_all_that_was_asked_of_both(make_at: MakeSFT) -> None:
+    with Counsellor(lambda _: "はい") as counsellor:
+        results = make_at(counsellor.url).evaluate_model_comprehensive(
+            TUNED, examples(10), [], baseline=True
+        )
+    each = {"prompt_tokens": 1000, "completion_tokens": 100}
+
+    assert results["usage"] == {
+        "prompt_tokens": 2000,
+        "completion_tokens": 200,
+        "by_model": {TUNED: each, BASE: each},
+    }
+    dollars = (1000 * 0.30 + 100 * 1.20 + 1000 * 0.15 + 100 * 0.60) / 1e6
+    assert results["cost"]["evaluation_usd"] == pytest.approx(dollars)
+    assert results["cost"]["total_usd"] == pytest.approx(dollars)
+
+
+def test_the_figures_are_sacrebleus_of_the_saved_answers(make_at: MakeSFT) -> None:
+    with Counsellor(lambda r: f"{r['messages'][-1]['content']}のですね。") as counsellor:
+        sft = make_at(counsellor.url)
+        results = sft.evaluate_model_comprehensive(BASE, dialogues(30), dialogues(9), 0)
+        path = sft.save_results(results)
+    saved = read_json(path)
+
+    assert saved == results
+    for part in ("test", "valid"):
+        metrics = saved[f"{part}_evaluation"]["metrics"]
+        outputs = [response["output"] for response in responses(saved, part)]
+        real = [[response["reference"] for response in responses(saved, part)]]
+        bleu = BLEU(tokenize="char").corpus_score(outputs, real)
+        assert metrics["chrf"]["score"] == pytest.approx(CHRF().corpus_score(outputs, real).score)
+        assert metrics["bleu_char"]["score"] == pytest.approx(bleu.score)
+
+
+def test_the_results_are_a_dict_that_json_can_write(make_sft: MakeSFT) -> None:
+    results = make_sft().evaluate_model_comprehensive(
+        BASE, examples(12), [], baseline="gpt-4.1-2025-04-14"
+    )
+
+    assert isinstance(results, dict)
+    assert json.loads(json.dumps(results, allow_nan=False)) == results
+
+
+def test_a_notebook_shows_a_table_in_which_hostile_text_is_text(make_at: MakeSFT) -> None:
+    hostile = "<script>alert('&')</script>"
+    with Counsellor(lambda _: f"{hostile}です") as counsellor:
+        results = make_at(counsellor.url).evaluate_model_comprehensive(
+            f"ft:{hostile}:rehearsal::a", examples(6), examples(6), baseline=hostile
+        )
+    shown = results._repr_html_()
+
+    assert "<script" not in shown
+    assert "&lt;script&gt;alert(&#x27;&amp;&#x27;)&lt;/script&gt;" in shown
+    assert shown.count("<table>") == shown.count("</table>") == 3
+    assert all(label in shown for label in ("chrF", "ROUGE-L", "区別できない", "95%区間"))
+    assert "性能とは無関係" in shown
+
+
+def test_a_notebook_shows_results_without_any_answer_too(make_sft: MakeSFT) -> None:
+    results = make_sft().evaluate_model_comprehensive(BASE, [], [], baseline="other")
+
+    assert BASE in results._repr_html_()
+
+
+def test_the_printed_tables_stand_in_columns(
+    make_at: MakeSFT, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def start(text: str) -> int:
+        return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
+
+    def reply(request: dict[str, Any]) -> str:
+        return "そうですか、もう少し聞かせてください。" if request["model"] == TUNED else "はい"
+
+    with Counsellor(reply) as counsellor:
+        results = make_at(counsellor.url).evaluate_model_comprehensive(
+            TUNED, dialogues(12), dialogues(12), baseline=True
+        )
+    importlib.import_module("openai_sft_example").show_results(results)
+    blocks = capsys.readouterr().out.split("\n\n")[1:]
+
+    assert len(blocks) == 3
+    for block in blocks:
+        rows = [line for line in block.splitlines() if "  " in line]
+        starts = {
+            tuple(start(row[: cell.start()]) for cell in re.finditer(r"\S+(?: \S+)*", row))
+            for row in rows
+        }
+        assert len(rows) >= 8
+        assert len(starts) == 1
+    assert blocks[0].splitlines()[0].split() == ["指標", "テスト", "95%区間", "検証", "95%区間"]
+    assert "判定" in blocks[1].splitlines()[0]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_progress_bar_shows_errors_and_what_was_spent(
+    make_at: MakeSFT, endpoint: Rehearsal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    endpoint.inject(Fault("400", "POST", CHAT, times=2))
+    results = make_at(endpoint.url, verbose=True).evaluate_model_comprehensive(
+        BASE, examples(12), [], 0
+    )
+    last = terminal.getvalue().replace("\n", "\r").split("\r評価 テスト")[-1]
+
+    assert "12/12" in last
+    assert "失敗=2" in last
+    assert f"$={results['cost']['evaluation_usd']:.4f}" in last
+
+
+def test_the_progress_bar_of_a_rehearsal_shows_no_dollars(
+    make_sft: MakeSFT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    sft = make_sft(client=None, rehearse=True, verbose=True)
+    results = sft.evaluate_model_comprehensive(BASE, examples(3), [])
+
+    assert "3/3" in terminal.getvalue()
+    assert "$" not in terminal.getvalue()
+    assert "cost" not in results
+
+
+# ── The budget ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_evaluation_over_the_budget_stops_before_its_first_question(
+    make_sft: MakeSFT, endpoint: Rehearsal
+) -> None:
+    with pytest.raises(BudgetError, match="上限"):
+        make_sft(max_cost_usd=0.000_001).evaluate_model_comprehensive(BASE, examples(5), [])
+
+    assert endpoint.exchanges == []
+
+
+@pytest.mark.parametrize(("baseline", "stops"), [(None, False), (True, True)])
+def test_the_baselines_questions_count_against_the_budget(
+    make_at: MakeSFT, baseline: bool | None, stops: bool
+) -> None:
+    data = dialogues(20)
+    with Counsellor(lambda _: "はい") as counsellor:
+        alone = make_at(counsellor.url).estimate(Splits([], data, []), None, model=TUNED)
+        assert alone.evaluation_usd
+        sft = make_at(counsellor.url, max_cost_usd=1.25 * alone.evaluation_usd)
+        if stops:  # the base model costs half as much again
+            with pytest.raises(BudgetError):
+                sft.evaluate_model_comprehensive(TUNED, data, [], baseline=baseline)
+        else:
+            sft.evaluate_model_comprehensive(TUNED, data, [], baseline=baseline)
+
+    assert len(counsellor.asked) == (0 if stops else 10)
+
+
+def test_a_budget_can_not_be_kept_where_the_price_is_unknown(
+    make_sft: MakeSFT, endpoint: Rehearsal
+) -> None:
+    with pytest.raises(BudgetError, match="単価が不明"):
+        make_sft(max_cost_usd=100).evaluate_model_comprehensive("no-such-model", examples(2), [])
+
+    assert endpoint.exchanges == []
+
+
+def test_a_whole_evaluation_over_the_budget_stops_before_its_first_question(
+    make_sft: MakeSFT, endpoint: Rehearsal
+) -> None:
+    with pytest.raises(BudgetError):
+        make_sft(max_cost_usd=0.000_001).run_evaluation(BASE, baseline=True)
+
+    assert posts(endpoint) == []

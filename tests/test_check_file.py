@@ -1,0 +1,679 @@
+"""Every problem of a training file at once: found, named, mended where that can be."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from helpers import awkward_text, example, examples, posts, records, training_file, write_jsonl
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+import openai_sft_example
+from openai_sft import (
+    MAX_EXAMPLE_TOKENS,
+    PROBLEMS,
+    DataError,
+    Finding,
+    OpenAISFT,
+    TokenCounter,
+    check_file,
+    fix_file,
+    read_examples,
+    split_long_example,
+)
+from openai_sft_rehearsal import Rehearsal, judge_training_file
+
+BOM = b"\xef\xbb\xbf"
+USER = {"role": "user", "content": "眠れません"}
+ANSWER = {"role": "assistant", "content": "つらいですね"}
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+ASKED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+FOUND = {"role": "tool", "tool_call_id": "c1", "content": "見つかりました"}
+COUNTER = TokenCounter(None)
+
+
+def line(*messages: Any, **more: Any) -> bytes:
+    return json.dumps({"messages": messages, **more}).encode()
+
+
+def bad_file(folder: Path, raw: bytes, number: int = 3) -> Path:
+    """Twelve good lines, and ``raw`` in the place of one of them."""
+    path = training_file(folder)
+    lines = path.read_bytes().splitlines()
+    lines[number - 1] = raw
+    path.write_bytes(b"".join(one + b"\n" for one in lines))
+    return path
+
+
+def codes(findings: list[Finding]) -> list[str]:
+    return [finding.code for finding in findings]
+
+
+def errors(findings: list[Finding]) -> list[Finding]:
+    return [finding for finding in findings if finding.severity == "error"]
+
+
+# ── Each problem by its name ─────────────────────────────────────────────────────────────────
+
+IN_A_LINE: list[tuple[str, bytes, int | None]] = [
+    ("encoding", b'{"messages": "\xff\xfe"}', None),
+    ("bom", BOM + line(USER, ANSWER), None),
+    ("invalid_json", b'{"messages": [', None),
+    ("invalid_json", line(USER, ANSWER, tools=[float("nan")]), None),
+    ("invalid_json", b"[" * 100_000, None),
+    ("blank_line", b" \t\r", None),
+    ("not_object", b"[]", None),
+    ("not_object", b"null", None),
+    ("unknown_key", line(USER, ANSWER, prompt="a"), None),
+    ("unknown_key", line(USER, {**ANSWER, "emotion": "calm"}), 1),
+    ("missing_messages", b"{}", None),
+    ("missing_messages", b'{"messages": "text"}', None),
+    ("empty_messages", line(), None),
+    ("unknown_role", line({**USER, "role": "developer"}, ANSWER), 0),
+    ("unknown_role", line({"content": "a"}, ANSWER), 0),
+    ("unknown_role", line({"role": ["user"], "content": "a"}, ANSWER), 0),
+    ("unknown_role", line({"role": {}, "content": "a"}, ANSWER), 0),
+    ("wrong_type", line("text", ANSWER), 0),
+    ("wrong_type", line({"role": "user"}, ANSWER), 0),
+    ("wrong_type", line({"role": "user", "content": 7}, ANSWER), 0),
+    ("wrong_type", line({"role": "user", "content": [{"type": "text"}]}, ANSWER), 0),
+    ("wrong_type", line(USER, {"role": "tool", "content": "a"}, ANSWER), 1),
+    ("empty_content", line(USER, {**ANSWER, "content": ""}), 1),
+    ("empty_content", line({**USER, "content": []}, ANSWER), 0),
+    ("blank_content", line({**USER, "content": "\u3000\n"}, ANSWER), 0),
+    ("no_trained_message", line(USER, {**ANSWER, "weight": 0}), None),
+    ("last_not_assistant", line(USER, ANSWER, USER), 2),
+    ("bad_weight", line({**USER, "weight": 1}, ANSWER), 0),
+    ("bad_weight", line(USER, {**ANSWER, "weight": 2}), 1),
+    ("bad_weight", line(USER, {**ANSWER, "weight": True}), 1),
+    ("special_token", line({**USER, "content": "a<|im_start|>"}, ANSWER), None),
+    ("special_token", line({**USER, "name": "<|fim_suffix|>"}, ANSWER), None),
+    (
+        "special_token",
+        line(USER, ANSWER)
+        .replace(b"null", b"")
+        .replace(b'"user"', b'"user", "name": "\\u003c|endoftext|>"'),
+        None,
+    ),
+    ("lone_surrogate", line({**USER, "content": "\ud83d"}, ANSWER), None),
+]
+
+
+@pytest.mark.parametrize(
+    ("code", "raw", "message_index"),
+    IN_A_LINE,
+    ids=[str(n) + c for n, (c, *_) in enumerate(IN_A_LINE)],
+)
+def test_a_problem_is_named_with_its_line_and_message(
+    tmp_path: Path, code: str, raw: bytes, message_index: int | None
+) -> None:
+    number = 1 if code == "bom" else 3
+    path = bad_file(tmp_path, raw, number)
+    (finding,) = check_file(path)
+
+    assert (finding.code, finding.line, finding.message_index) == (code, number, message_index)
+    assert finding.path == str(path)
+    assert finding.severity == ("warning" if code == "blank_content" else "error")
+    assert finding.text and finding.remedy
+    assert f"{path}:{number}" in str(finding)
+    assert str(finding).isprintable()
+
+
+def test_an_example_over_the_limit_of_tokens_is_found_and_one_at_the_limit_is_not(
+    tmp_path: Path, vocabulary: Path
+) -> None:
+    from tiktoken import get_encoding
+
+    path = bad_file(tmp_path, line(USER, {**ANSWER, "content": "ねむれ" * 90}))
+    said = [one["messages"] for one in read_examples(path)]
+    tokens = sorted(TokenCounter(get_encoding("o200k_base")).count(one).total for one in said)
+
+    assert check_file(path, max_tokens=tokens[-1]) == []
+    (finding,) = check_file(path, max_tokens=tokens[-1] - 1)
+    assert (finding.code, finding.line, finding.severity) == ("too_long", 3, "error")
+    assert f"{tokens[-1]:,}" in finding.text
+
+
+@pytest.mark.parametrize(
+    "also", [{"content": " "}, {"content": "a", "emotion": "calm"}], ids=["warning", "error"]
+)
+def test_an_example_over_the_limit_is_found_beside_what_else_is_wrong_with_it(
+    tmp_path: Path, also: dict[str, str]
+) -> None:
+    path = bad_file(tmp_path, line({"role": "user", **also}, {**ANSWER, "content": "ねむれ" * 90}))
+
+    assert "too_long" in codes(check_file(path, max_tokens=100))
+
+
+def test_too_few_examples_count_for_training_and_one_is_enough_for_validation(
+    tmp_path: Path,
+) -> None:
+    nine, none = training_file(tmp_path, 9), training_file(tmp_path, 0)
+    (finding,) = check_file(nine)
+
+    assert (finding.code, finding.line, finding.severity) == ("too_few_examples", None, "error")
+    assert "9件" in finding.text and "10件" in finding.remedy
+    assert check_file(nine, kind="validation") == []
+    assert codes(check_file(none, kind="validation")) == ["too_few_examples"]
+
+
+def test_a_file_over_the_limit_of_bytes_is_found(tmp_path: Path) -> None:
+    path = training_file(tmp_path)
+    (finding,) = check_file(path, max_bytes=path.stat().st_size - 1)
+
+    assert (finding.code, finding.line, finding.severity) == ("file_too_large", None, "error")
+    assert check_file(path, max_bytes=path.stat().st_size) == []
+
+
+def test_a_repeated_line_is_a_warning_that_names_the_first(tmp_path: Path) -> None:
+    path = training_file(tmp_path)
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([*lines, lines[3], lines[3]]) + b"\n")
+    findings = check_file(path)
+
+    assert [(f.code, f.line, f.severity) for f in findings] == [
+        ("duplicate_line", 13, "warning"),
+        ("duplicate_line", 14, "warning"),
+    ]
+    assert all("4行目" in finding.text for finding in findings)
+
+
+def test_a_conversation_in_training_and_validation_is_a_warning_that_names_its_line(
+    tmp_path: Path,
+) -> None:
+    trained = training_file(tmp_path)
+    messages = json.loads(trained.read_text("utf-8").splitlines()[6])["messages"]
+    swapped = [dict(reversed(message.items())) for message in messages]
+    other = write_jsonl(tmp_path / "v.jsonl", [{"messages": [USER, ANSWER]}, {"messages": swapped}])
+    (finding,) = check_file(other, kind="validation", compare_with=trained)
+
+    assert (finding.code, finding.line, finding.severity) == ("shared_conversation", 2, "warning")
+    assert "7行目" in finding.text
+
+
+def test_every_problem_there_is_has_a_test_above() -> None:
+    apart = {"too_long", "too_few_examples", "file_too_large", "duplicate_line"}
+
+    assert {code for code, *_ in IN_A_LINE} | apart | {"shared_conversation"} == set(PROBLEMS)
+
+
+def test_all_problems_of_a_file_are_told_at_once_in_the_order_of_the_lines(
+    tmp_path: Path,
+) -> None:
+    raw = [BOM + b"{", b"", line({**USER, "role": "x", "a": 1}, USER), b"\xff"]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join(raw))
+    findings = check_file(path)
+
+    assert [(f.line, f.code) for f in findings] == [
+        (1, "bom"),
+        (1, "invalid_json"),
+        (2, "blank_line"),
+        (3, "unknown_key"),
+        (3, "unknown_role"),
+        (3, "no_trained_message"),
+        (3, "last_not_assistant"),
+        (4, "encoding"),
+        (None, "too_few_examples"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        line(USER, ANSWER),
+        line({"role": "system", "content": "傾聴"}, USER, {**ANSWER, "weight": 0}, USER, ANSWER),
+        line(USER, ASKED, FOUND, ANSWER, tools=[{"type": "function"}], parallel_tool_calls=False),
+        line({**USER, "content": [{"type": "text", "text": "a"}]}, ANSWER),
+        line({**USER, "name": "taro"}, {**ANSWER, "weight": 1}),
+        line(USER, {**ANSWER, "content": "<|im_start <|im_start| > <|other|>"}),
+        line(USER, ANSWER) + b"\r",
+    ],
+)
+def test_what_the_service_takes_has_no_finding(tmp_path: Path, raw: bytes) -> None:
+    path = bad_file(tmp_path, raw)
+
+    assert check_file(path) == []
+    assert judge_training_file(path.read_bytes(), purpose="training") is None
+
+
+@pytest.mark.parametrize("name", ["nothing.jsonl", "."])
+def test_a_file_that_cannot_be_read_is_an_error_of_the_data(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match="読めません"):
+        check_file(tmp_path / name)
+
+
+# ── Against the endpoint's own judgement ─────────────────────────────────────────────────────
+
+odd = st.sampled_from([None, 0, 1, True, 0.0, "", "x", [], {}, ["user"]])
+contents = (
+    awkward_text
+    | odd
+    | st.sampled_from(["a<|endoftext|>", "\ud800", "<|im_sep|"])
+    | st.lists(
+        st.fixed_dictionaries(
+            {"type": st.sampled_from(["text", "image_url"])},
+            optional={"text": st.sampled_from(["a", "", 3])},
+        ),
+        max_size=2,
+    )
+)
+messages = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "assistant", "system", "tool"]) | odd},
+    optional={
+        "content": contents,
+        "weight": st.sampled_from([0, 1]) | odd,
+        "name": awkward_text,
+        "tool_call_id": st.sampled_from(["c1", 3]),
+        "tool_calls": st.sampled_from([[CALL], [], None]),
+        "emotion": st.just("calm"),
+    },
+)
+sound = st.lists(awkward_text.filter(bool), min_size=1, max_size=3).map(
+    lambda texts: [USER, *({"role": "assistant", "content": text} for text in texts)]
+)
+values = st.fixed_dictionaries(
+    {"messages": sound | sound | st.lists(messages | odd, max_size=4) | odd},
+    optional={"tools": st.just([]), "id": st.just("d1")},
+)
+raw_lines = st.one_of(
+    values.map(lambda value: json.dumps(value).encode()),
+    values.map(lambda value: json.dumps(value).encode()),
+    values.map(
+        lambda value: json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    ),
+    st.sampled_from([b"", b" ", b"{", b"null", b"7", b"\xff", BOM, b'{"messages": NaN}', b"\r"]),
+)
+
+
+@st.composite
+def bad_files(draw: st.DrawFn) -> bytes:
+    """Mostly good lines, some of them bad in some way, with or without a mark and an end."""
+    good = [line(*one["messages"]) for one in examples(draw(st.sampled_from([0, 3, 10, 12])))]
+    lines = [*good, *draw(st.lists(raw_lines, max_size=3))]
+    end = draw(st.sampled_from([b"", b"\n", b"\r\n", b"\n\n"]))
+    return draw(st.sampled_from([b"", b"", BOM])) + b"\n".join(draw(st.permutations(lines))) + end
+
+
+@given(bad_files(), st.sampled_from(["training", "validation"]))
+def test_a_file_has_an_error_where_the_endpoint_finds_one_and_nowhere_else(
+    content: bytes, kind: Literal["training", "validation"]
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.jsonl")
+        path.write_bytes(content)
+        found = errors(check_file(path, kind=kind))
+    judged = judge_training_file(content, purpose=kind)
+
+    assert bool(found) == (judged is not None), (codes(found), judged)
+    if judged is not None and judged.line is not None:
+        assert found[0].line == judged.line
+
+
+# ── Mending ──────────────────────────────────────────────────────────────────────────────────
+
+
+@given(bad_files())
+def test_what_is_fixed_passes_the_check_the_rejects_hold_the_rest_and_the_original_stays(
+    content: bytes,
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.jsonl")
+        path.write_bytes(content)
+        bad = {f.line for f in errors(check_file(path))}
+        fixed, rejects, examples_kept, examples_lost = fix_file(path)
+        kept = Path(fixed).read_bytes().splitlines()
+        lost = [json.loads(one) for one in Path(rejects).read_bytes().splitlines()]
+        after = check_file(fixed, kind="validation")
+        names = {one.name for one in Path(folder).iterdir()}
+        untouched = path.read_bytes() == content
+    lines = content.removeprefix(BOM).split(b"\n")
+
+    assert untouched
+    assert names == {"a.jsonl", "a.fixed.jsonl", "a.rejects.jsonl"}
+    assert (len(kept), len(lost)) == (examples_kept, examples_lost)
+    assert set(codes(errors(after))) <= {"too_few_examples"}
+    assert "duplicate_line" not in codes(after)
+    assert {one["line"] for one in lost} <= bad
+    saved = [json.loads(one) for one in kept]
+    for number, raw in enumerate(lines, 1):
+        if number not in bad and raw.strip():
+            assert json.loads(raw) in saved
+    for one in lost:
+        assert one["codes"] and set(one["codes"]) <= set(PROBLEMS)
+        raw = lines[one["line"] - 1].rstrip(b"\r\n").decode(errors="backslashreplace")
+        assert one["raw"].removeprefix("\ufeff") == raw
+
+
+def test_what_can_be_mended_is_mended_and_nothing_else_is_changed(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(
+        b"\n".join(
+            [
+                BOM + line(USER, ANSWER),
+                b"",
+                line(USER, {**ANSWER, "emotion": "calm"}, prompt="a"),
+                line(USER, ANSWER),
+                line({**USER, "name": "a"}, {**ANSWER, "weight": 0}, USER, ANSWER, USER, USER),
+                line({**USER, "role": "client"}, ANSWER),
+            ]
+        )
+    )
+    fixed, rejects, kept, lost = fix_file(path)
+    (reject,) = [json.loads(one) for one in Path(rejects).read_text("utf-8").splitlines()]
+
+    assert (kept, lost) == (2, 1)
+    assert [one["messages"] for one in read_examples(fixed)] == [
+        [USER, ANSWER],
+        [{**USER, "name": "a"}, {**ANSWER, "weight": 0}, USER, ANSWER],
+    ]
+    assert (reject["line"], reject["codes"]) == (6, ["unknown_role"])
+    assert json.loads(reject["raw"])["messages"][0]["role"] == "client"
+
+
+def test_mending_never_writes_over_a_file_that_is_there(tmp_path: Path) -> None:
+    path = training_file(tmp_path)
+    fixed, _, _, _ = fix_file(path)
+    Path(fixed).write_text("mine")
+    with pytest.raises(DataError, match="fixed"):
+        fix_file(path)
+
+    assert Path(fixed).read_text() == "mine"
+
+
+def test_a_number_beyond_all_numbers_is_no_reason_to_crash(tmp_path: Path) -> None:
+    path = bad_file(tmp_path, line(USER, ANSWER, tools=[1]).replace(b"[1]", b"[1e999]"))
+    fixed, _, kept, lost = fix_file(path)
+
+    assert kept + lost == 12
+    assert errors(check_file(fixed, kind="validation")) == []
+
+
+# ── The command line ─────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def cli(
+    capsys: pytest.CaptureFixture[str], clean_environment: Path
+) -> Callable[..., tuple[int, str, str]]:
+    def run(*arguments: object) -> tuple[int, str, str]:
+        code = openai_sft_example.main(["--check-file", *map(str, arguments)])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def test_a_good_file_is_said_to_be_good_without_a_key(
+    cli: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    path = training_file(tmp_path)
+
+    assert cli(path) == (0, f"{path}: 問題はありません。\n", "")
+    assert cli(path, "--json") == (0, "[]\n", "")
+
+
+def test_an_error_ends_with_2_and_a_warning_with_0(
+    cli: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    path = bad_file(tmp_path, line({**USER, "content": " "}, ANSWER))
+    warned, out, _ = cli(path)
+    path = bad_file(tmp_path, line(USER))
+    failed, _, _ = cli(path)
+
+    assert (warned, failed) == (0, 2)
+    assert "注意 [blank_content]" in out
+
+
+def test_the_findings_are_json_on_stdout_and_nothing_else(
+    cli: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    path = bad_file(tmp_path, line({**USER, "role": "client"}))
+    code, out, err = cli(path, "--json", "--fix")
+
+    assert code == 2
+    assert json.loads(out) == [asdict(finding) for finding in check_file(path)]
+    assert set(json.loads(out)[0]) == {
+        *("path", "line", "message_index", "code", "severity", "text", "remedy")
+    }
+    assert "examples-12.fixed.jsonl" in err and "11件" in err
+    assert "examples-12.rejects.jsonl" in err and "1件" in err
+
+
+@pytest.mark.parametrize("case", ["missing", "fixed before", "no room for the name"])
+def test_what_cannot_be_checked_or_written_is_one_line(
+    cli: Callable[..., tuple[int, str, str]], tmp_path: Path, case: str
+) -> None:
+    path = tmp_path / "nothing.jsonl"
+    if case == "fixed before":
+        fix_file(path := training_file(tmp_path))
+    elif case == "no room for the name":
+        path = training_file(tmp_path).rename(tmp_path / ("a" * 244 + ".jsonl"))
+    code, out, err = cli(path, "--fix")
+
+    assert code in (1, 2)
+    assert out == ""
+    assert err.startswith("エラー: ") and err.count("\n") == 1
+
+
+# ── Before anything is saved or sent ─────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"messages": [USER]},
+        {"messages": []},
+        {"messages": [{**USER, "content": "<|im_end|>"}, ANSWER]},
+        {"messages": [{**USER, "content": "\udc00"}, ANSWER]},
+        {"messages": [USER, ANSWER], "emotion": "calm"},
+        {"messages": [{**USER, "role": []}, ANSWER]},
+    ],
+    ids=lambda bad: str(bad)[:40].encode("ascii", "replace").decode(),
+)
+def test_what_the_service_would_refuse_is_told_with_its_line_and_never_saved(
+    clean_environment: Path, bad: dict[str, Any]
+) -> None:
+    sft = OpenAISFT(offline=True, output_dir="out", verbose=False)
+    with pytest.raises(DataError, match=r"valid_data_\d+_\d+\.jsonl:2"):
+        sft.save_all_datasets(examples(10), examples(1), [*examples(1), {"id": "x", **bad}])
+
+    assert [path for path in Path("out").rglob("*") if "data" in path.name] == []
+
+
+def test_data_with_an_error_is_refused_before_anything_is_sent(
+    make_sft: Callable[..., OpenAISFT], endpoint: Rehearsal, tmp_path: Path
+) -> None:
+    path = write_jsonl(
+        tmp_path / "chat.jsonl",
+        [{"messages": [{**USER, "content": f"<|im_start|>{n}"}, ANSWER]} for n in range(12)],
+    )
+    with pytest.raises(DataError, match="special_token"):
+        make_sft(dataset=str(path)).run_full_pipeline(1, 4)
+    with pytest.raises(DataError, match=r"chat\.jsonl:1.*special_token"):
+        make_sft().upload_training_file(path)
+
+    assert posts(endpoint) == []
+
+
+def test_the_same_example_twice_is_told_before_it_is_paid_for(
+    clean_environment: Path, log: Callable[[], list[str]]
+) -> None:
+    """Two dialogues may differ only in what is cut at their end."""
+    rows = records(12)
+    for number in range(3):
+        row = {**rows[0], "id": f"again{number}"}
+        row["dialogue"] = [*row["dialogue"], {"role": "client", "utterance": f"では{number}"}]
+        rows.append(row)
+    path = write_jsonl(Path("a.jsonl"), rows)
+    OpenAISFT(offline=True, dataset=str(path), verbose=False).prepare_data()
+
+    assert any("duplicate_line" in one or "shared_conversation" in one for one in log())
+
+
+# ── Over-long conversations ──────────────────────────────────────────────────────────────────
+
+talks = st.lists(
+    st.tuples(st.sampled_from(["user", "assistant"]), awkward_text.map(lambda text: text + "。")),
+    min_size=1,
+    max_size=10,
+)
+
+
+@given(talks, st.sampled_from([[], [{"role": "system", "content": "傾聴"}]]), st.integers(10, 90))
+def test_the_parts_of_a_conversation_fit_end_with_the_assistant_and_lose_nothing(
+    said: list[tuple[str, str]], head: list[dict[str, str]], limit: int
+) -> None:
+    body = [{"role": role, "content": text} for role, text in [*said, ("assistant", "はい")]]
+    whole: Any = {"id": "d1", "messages": [*head, *body], "tools": []}
+    assume(COUNTER.count(whole["messages"]).total > limit)
+    try:
+        parts = split_long_example(whole, COUNTER, limit)
+    except DataError as error:
+        assert "d1" in str(error)
+        return
+    bodies = [part["messages"][len(head) :] for part in parts]
+
+    assert all(COUNTER.count(part["messages"]).total <= limit for part in parts)
+    assert all(part["messages"][-1]["role"] == "assistant" for part in parts)
+    assert all(part["messages"][: len(head)] == head for part in parts)
+    assert all(part["tools"] == [] for part in parts)
+    assert [message for part in bodies for message in part] == body
+    assert [part["id"] for part in parts] == [f"d1/{n}" for n in range(1, len(parts) + 1)]
+    for one, following in pairwise(bodies):  # no part is shorter than it has to be
+        upto = next(
+            (
+                n
+                for n, m in enumerate(following[1:], 1)
+                if m["role"] == "user" and following[n - 1]["role"] == "assistant"
+            ),
+            len(following),
+        )
+        assert COUNTER.count([*head, *one, *following[:upto]]).total > limit
+
+
+def test_a_tools_answer_is_never_cut_from_its_question() -> None:
+    exchange = [USER, ASKED, FOUND, ANSWER]
+    limit = COUNTER.count(exchange).total + 1
+    parts = split_long_example({"id": "a", "messages": exchange * 3}, COUNTER, limit)
+
+    assert [part["messages"] for part in parts] == [exchange] * 3
+
+
+def talk(name: str, exchanges: int, **first: Any) -> dict[str, Any]:
+    """About 4,000 tokens an exchange."""
+    said = []
+    for number in range(exchanges):
+        words = " ".join(str(n) for n in range(number, number + 2000))
+        said += [{"role": "user", "content": f"{name} {number}"}]
+        said += [{"role": "assistant", "content": words, **(first if number < 16 else {})}]
+    return {"id": name, "messages": said}
+
+
+@pytest.fixture(scope="module")
+def long_file(tmp_path_factory: pytest.TempPathFactory, vocabulary: Path) -> Path:
+    """One conversation in the middle of the file is over the service's limit."""
+    rows = [*examples(12), talk("long", 20)]
+    return write_jsonl(tmp_path_factory.mktemp("long") / "a.jsonl", rows)
+
+
+def test_an_over_long_conversation_is_split_at_a_turn_by_default_and_that_is_said(
+    long_file: Path, clean_environment: Path, log: Callable[[], list[str]]
+) -> None:
+    sft = OpenAISFT(offline=True, dataset=str(long_file), output_dir="out", verbose=False)
+    files = sft.prepare_data().files
+    written = [
+        one["messages"] for name in ("train", "test", "valid") for one in read_examples(files[name])
+    ]
+    parts = [one for one in written if one[0]["content"].startswith("long ")]
+
+    assert len(written) == 12 + 2
+    assert [m for one in parts for m in one] == talk("long", 20)["messages"]
+    assert all(
+        codes(check_file(files[name], kind="validation")) == []
+        for name in ("train", "test", "valid")
+    )
+    assert any("long" in one and f"{MAX_EXAMPLE_TOKENS:,}" in one and "2件" in one for one in log())
+    manifest = json.loads(Path(files["manifest"]).read_text("utf-8"))
+    lines = [one for part in manifest["splits"].values() for one in part["lines"]]
+    assert [one["source"] for one in lines if one["id"].startswith("long/")] == [
+        f"{long_file}:13"
+    ] * 2
+
+
+def test_an_over_long_conversation_can_be_dropped_or_refused(
+    long_file: Path, clean_environment: Path, log: Callable[[], list[str]]
+) -> None:
+    def prepare(how: Any) -> int:
+        sft = OpenAISFT(
+            offline=True, dataset=str(long_file), long_examples=how, output_dir=how, verbose=False
+        )
+        return sum(sft.prepare_data().examples.values())
+
+    assert prepare("drop") == 12
+    assert any("long" in one and "除きました" in one for one in log())
+    with pytest.raises(DataError, match="「long」"):
+        prepare("refuse")
+
+
+def test_fixing_splits_an_over_long_conversation_into_parts_that_pass(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(line(*talk("long", 20)["messages"]) + b"\n" + line(USER, ANSWER))
+    before = codes(check_file(path, kind="validation"))
+    fixed, _, kept, lost = fix_file(path)
+
+    assert before == ["too_long"]
+    assert (kept, lost) == (3, 0)
+    assert check_file(fixed, kind="validation") == []
+
+
+def test_fixing_rejects_an_exchange_that_alone_is_too_long(tmp_path: Path) -> None:
+    said = talk("long", 20)["messages"][1::2]
+    monologue = {**ANSWER, "content": " ".join(message["content"] for message in said)}
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(line(USER, monologue))
+    _, rejects, kept, lost = fix_file(path)
+
+    assert (kept, lost) == (0, 1)
+    assert json.loads(Path(rejects).read_text("utf-8"))["codes"] == ["too_long"]
+
+
+def test_a_part_with_nothing_to_train_on_is_no_example(
+    tmp_path: Path, clean_environment: Path
+) -> None:
+    """What is weighted 0 throughout the first part was context and not to be learnt."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(line(*talk("long", 20, weight=0)["messages"]))
+    fixed, _, _, _ = fix_file(path)
+    rows = [*examples(12), talk("long", 20, weight=0)]
+    data = write_jsonl(tmp_path / "b.jsonl", rows)
+    summary = OpenAISFT(offline=True, dataset=str(data), verbose=False).prepare_data()
+
+    assert check_file(fixed, kind="validation") == []
+    assert sum(summary.examples.values()) >= 13
+
+
+def test_the_original_is_named_by_its_hash_after_everything(tmp_path: Path) -> None:
+    path = bad_file(tmp_path, b"{")
+    before = hashlib.sha256(path.read_bytes()).digest()
+    check_file(path)
+    fix_file(path)
+
+    assert hashlib.sha256(path.read_bytes()).digest() == before
+
+
+def test_an_example_with_all_that_is_allowed_comes_through_unchanged(tmp_path: Path) -> None:
+    rows = [example(f"d{n}", f"相談{n}", "はい") for n in range(12)]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": one["messages"]} for one in rows])
+    fixed, _, kept, lost = fix_file(path)
+
+    assert (kept, lost) == (12, 0)
+    assert Path(fixed).read_bytes() == path.read_bytes()

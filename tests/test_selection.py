@@ -1,0 +1,378 @@
+"""Which dialogues are used, and who stands in which split."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import record, records, write_jsonl
+from hypothesis import given
+from hypothesis import strategies as st
+
+import openai_sft_example
+from openai_sft import (
+    GROUPS,
+    ConfigurationError,
+    DataError,
+    Dialogue,
+    OpenAISFT,
+    Selection,
+    Splits,
+    measure_leakage,
+    parse_dialogue,
+    select_dialogues,
+    split_dialogues,
+)
+
+
+def row(
+    number: int,
+    *,
+    score: float | None = None,
+    topic: Any = None,
+    counselor: object = None,
+    client: object = None,
+    **flags: str | None,
+) -> dict[str, Any]:
+    review = {"score": score, "counselor_id": counselor, "client_id": client, **flags}
+    return {**record(number), "topic": topic, "review_by_client_en": review}
+
+
+def parse(rows: Iterable[dict[str, Any]]) -> list[Dialogue]:
+    return [parse_dialogue(one, fallback_id="", source="here") for one in rows]
+
+
+def chosen(rows: list[dict[str, Any]], **options: Any) -> tuple[set[str], dict[str, int]]:
+    """The ids without their d, and what was counted."""
+    kept, removed = select_dialogues(parse(rows), Selection(**options))
+    return {dialogue.id.removeprefix("d") for dialogue in kept}, removed
+
+
+# ── Filters ──────────────────────────────────────────────────────────────────────────────────
+
+SCORED = [row(n, score=score) for n, score in enumerate([0, 69, 69.5, 70, 98, 99, 100, None])]
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"min_score": 70}, "3456"),
+        ({"max_score": 98}, "01234"),
+        ({"min_score": 70, "max_score": 98}, "34"),
+        ({"min_score": 0}, "0123456"),
+        ({"max_score": 0}, "0"),
+        ({}, "01234567"),
+    ],
+    ids=str,
+)
+def test_the_bounds_of_the_score_are_inclusive_and_no_score_is_within_none(
+    options: dict[str, float], kept: str
+) -> None:
+    found, removed = chosen(SCORED, **options)
+
+    assert found == set(kept)
+    assert sum(removed.values()) == len(SCORED) - len(kept)
+    assert list(removed) == list(options)
+
+
+def test_the_japanese_review_has_a_score_too() -> None:
+    rows = [{**record(n), "review_by_client_jp": {"点数": score}} for n, score in enumerate((9, 8))]
+
+    assert chosen(rows, min_score=9) == ({"0"}, {"min_score": 1})
+
+
+def test_a_topic_is_named_in_japanese_or_english() -> None:
+    work, family = (
+        {"main_jp": "仕事", "main_en": "Work"},
+        {"main_jp": "家族", "main_en": "Family"},
+    )
+    rows = [row(0, topic=work), row(1, topic=family), row(2, topic="学校"), row(3)]
+
+    assert chosen(rows, topics=["仕事"]) == ({"0"}, {"topics": 3})
+    assert chosen(rows, topics=["Work", "家族"]) == ({"0", "1"}, {"topics": 2})
+    assert chosen(rows, topics=("学校",)) == ({"2"}, {"topics": 3})
+    assert chosen(rows, topics=[]) == (set("0123"), {})
+
+
+def test_a_topic_that_no_dialogue_has_is_an_error_that_names_those_there_are() -> None:
+    rows = [row(0, topic={"main_jp": "仕事", "main_en": "Work"}), row(1)]
+    with pytest.raises(DataError, match="「仕亊」") as caught:
+        chosen(rows, topics=["仕事", "仕亊"])
+
+    assert "Work、仕事" in str(caught.value)
+
+
+def test_one_topic_that_is_no_list_is_a_wrong_setting() -> None:
+    with pytest.raises(ConfigurationError, match="topics"):
+        Selection(topics="仕事")
+
+
+KOKOROCHAT_FLAGS = (
+    *("unwilling_to_continue", "harmful_due_to_ignorance", "other_potentially_unethical"),
+)
+
+
+@pytest.mark.parametrize("flag", KOKOROCHAT_FLAGS)
+def test_flagged_dialogues_are_left_out_where_that_is_asked_for(flag: str) -> None:
+    rows = [row(0, **{flag: "はい"}), row(1, **{flag: None}), row(2), record(3)]
+
+    assert chosen(rows, exclude_flagged=True) == (set("123"), {"exclude_flagged": 1})
+    assert chosen(rows) == (set("0123"), {})
+
+
+def test_each_filter_counts_what_it_took_of_what_the_ones_before_it_left() -> None:
+    rows = [
+        row(0, score=10, topic="a", unwilling_to_continue="はい"),
+        row(1, score=80, topic="b", unwilling_to_continue="はい"),
+        row(2, score=80, topic="a", unwilling_to_continue="はい"),
+        row(3, score=99, topic="a"),
+        row(4, score=80, topic="a"),
+        {**row(4, score=80, topic="a"), "id": "d5"},
+    ]
+    found, removed = chosen(rows, min_score=70, max_score=98, topics=["a"], exclude_flagged=True)
+
+    assert found == {"4"}
+    assert removed == {
+        "duplicates": 1,
+        "min_score": 1,
+        "max_score": 1,
+        "topics": 1,
+        "exclude_flagged": 1,
+    }
+
+
+@given(st.permutations([*records(6), *[{**one, "id": f"x{one['id']}"} for one in records(4)]]))
+def test_of_exact_duplicates_the_same_one_stays_in_whatever_order_they_come(
+    rows: list[dict[str, Any]],
+) -> None:
+    kept, removed = select_dialogues(parse(rows), Selection())
+
+    assert sorted(dialogue.id for dialogue in kept) == [f"d{n}" for n in range(1, 7)]
+    assert removed == {"duplicates": 4}
+
+
+def test_duplicates_never_stand_in_two_splits(clean_environment: Path) -> None:
+    rows = [{**one, "id": f"{one['id']}-{n}"} for one in records(12) for n in range(3)]
+    path = write_jsonl(clean_environment / "a.jsonl", rows)
+    parts = OpenAISFT(offline=True, dataset=str(path), verbose=False).load_and_split_dataset()
+    said = [repr(one["dialogue"]) for part in parts for one in part]
+
+    assert len(said) == len(set(said)) == 12
+
+
+def test_what_each_filter_took_out_is_shown_by_the_command_line(
+    clean_environment: Path, capsys: pytest.CaptureFixture[str], log: Callable[[], list[str]]
+) -> None:
+    rows = [row(n, score=60 + n, topic="仕事" if n % 2 else "家族") for n in range(40)]
+    path = write_jsonl(clean_environment / "a.jsonl", [*rows, {**rows[0], "id": "again"}])
+    arguments = ["--data-only", "--dataset", str(path), "--min-score", "62", "--max-score", "98"]
+    code = openai_sft_example.main(
+        [*arguments, "--topics", "仕事", "--exclude-flagged", "--group-by", "pair"]
+    )
+    told = "除いた対話: 重複 1件、min_score 2件、max_score 1件、topics 19件、exclude_flagged 0件"
+    out = capsys.readouterr().out
+
+    assert code == 0
+    assert told in out
+    assert told in log()
+    assert "学習 14件、テスト 2件、検証 2件" in out
+
+
+def test_filters_that_leave_nothing_are_an_error(clean_environment: Path) -> None:
+    path = write_jsonl(clean_environment / "a.jsonl", SCORED)
+    with pytest.raises(DataError, match="1件もありません"):
+        OpenAISFT(offline=True, dataset=str(path)).prepare_data(min_score=99, max_score=1)
+
+
+@pytest.mark.parametrize("group_by", ["Counselor", "", "topic"])
+def test_a_group_that_nobody_knows_is_a_wrong_setting(group_by: Any) -> None:
+    with pytest.raises(ConfigurationError, match="group_by"):
+        split_dialogues(parse(records(20)), group_by=group_by)
+
+
+# ── Groups ───────────────────────────────────────────────────────────────────────────────────
+
+sizes_of_groups = st.lists(st.integers(1, 9) | st.integers(1, 40), min_size=1, max_size=7)
+
+
+def grouped(sizes: Iterable[int]) -> list[Dialogue]:
+    """Dialogues of as many counsellors, each with as many dialogues."""
+    who = [number for number, size in enumerate(sizes) for _ in range(size)]
+    return parse(row(n, counselor=name, client=n) for n, name in enumerate(who))
+
+
+def nearest(sizes: list[int], target: int, left: int) -> int:
+    """By brute force: how far from ``target`` the best choice of groups is, ``left`` being left."""
+    choices = (
+        choice
+        for count in range(1, len(sizes) - left + 1)
+        for choice in itertools.combinations(sizes, count)
+    )
+    return min(abs(sum(choice) - target) for choice in choices)
+
+
+@given(sizes_of_groups, st.integers(0, 5), st.randoms())
+def test_no_group_stands_in_two_splits_and_their_sizes_are_as_near_as_groups_allow(
+    sizes: list[int], seed: int, random: Any
+) -> None:
+    pool = grouped(sizes)
+    if len(sizes) < 3:
+        with pytest.raises(DataError, match=f"{len(sizes)}組しかなく"):
+            split_dialogues(pool, seed=seed, group_by="counselor")
+        return
+    splits = split_dialogues(pool, seed=seed, group_by="counselor")
+    parts = [Counter(dialogue.group("counselor") for dialogue in part) for part in splits]
+    target = max(1, round(len(pool) / 10))
+    rest = [size for name, size in enumerate(sizes) if name not in parts[1]]
+    shuffled = random.sample(pool, len(pool))
+
+    assert all(parts)
+    assert sum(parts, Counter()) == dict(enumerate(sizes))
+    assert sum(map(len, parts)) == len(sizes)
+    assert abs(len(splits.test) - target) == nearest(sizes, target, left=2)
+    assert abs(len(splits.valid) - target) == nearest(rest, target, left=1)
+    assert split_dialogues(shuffled, seed=seed, group_by="counselor") == splits
+
+
+@pytest.mark.parametrize("sizes", [[1, 1, 50], [1, 1, 1], [4, 4, 4], [30, 1, 30], [1, 2, 3, 90]])
+def test_groups_of_very_different_sizes_still_make_three_splits(sizes: list[int]) -> None:
+    splits = split_dialogues(grouped(sizes), group_by="counselor")
+
+    assert all(splits)
+    assert sum(map(len, splits)) == sum(sizes)
+
+
+def test_many_small_groups_make_8_1_1_exactly() -> None:
+    splits = split_dialogues(grouped([1, 2, 3, 4] * 20), group_by="counselor")
+
+    assert [len(part) for part in splits] == [160, 20, 20]
+
+
+def test_another_seed_puts_others_to_the_test() -> None:
+    pool = grouped([1, 2, 3, 4] * 20)
+    tested = [
+        {d.id for d in split_dialogues(pool, seed=seed, group_by="counselor").test}
+        for seed in range(4)
+    ]
+
+    assert len(set(map(frozenset, tested))) > 1
+
+
+def test_a_pair_is_a_client_and_a_counsellor_and_who_is_unknown_stands_alone() -> None:
+    (dialogue,) = parse([row(1, counselor=5, client=3)])
+    unknown = parse(row(n, counselor=n) for n in range(30))
+    strangers = parse(records(30))
+
+    assert [dialogue.group(by) for by in GROUPS] == [5, 3, (3, 5)]  # type: ignore[arg-type]
+    assert [len(p) for p in split_dialogues(unknown, group_by="pair")] == [24, 3, 3]
+    assert [len(p) for p in split_dialogues(strangers, group_by="client")] == [24, 3, 3]
+
+
+def test_a_sample_is_drawn_before_it_is_grouped() -> None:
+    pool = grouped([2] * 40)
+    sample = {d.id for part in split_dialogues(pool, max_samples=30) for d in part}
+    splits = split_dialogues(pool, max_samples=30, group_by="counselor")
+
+    assert {dialogue.id for part in splits for dialogue in part} == sample
+    assert measure_leakage(splits)["counselor"] == 0
+
+
+# ── Leakage ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_leakage_is_the_share_of_test_dialogues_whose_people_were_seen_in_training() -> None:
+    train = parse([row(1, counselor="a", client=1), row(2, counselor="b", client=2)])
+    test = parse(
+        [
+            row(3, counselor="a", client=1),  # the pair
+            row(4, counselor="a", client=2),  # both, not together
+            row(5, counselor="b", client=9),
+            row(6, counselor="c", client=9),
+            row(7, counselor="b"),  # the client isn't told
+            record(8),  # nobody is told
+        ]
+    )
+
+    assert measure_leakage(Splits(train, test, [])) == pytest.approx(
+        {"counselor": 4 / 5, "client": 2 / 4, "pair": 1 / 4}
+    )
+    assert measure_leakage(Splits(train, test[5:], [])) == {}
+
+
+def test_the_leakage_is_told_unless_groups_are_kept_together(
+    clean_environment: Path, log: Callable[[], list[str]]
+) -> None:
+    rows = [row(n, counselor=n % 4, client=n) for n in range(40)]
+    path = write_jsonl(clean_environment / "a.jsonl", rows)
+    sft = OpenAISFT(offline=True, dataset=str(path), verbose=False)
+    loose = sft.prepare_data()
+    told = [line for line in log() if "学習データにも現れる割合" in line]
+    tight = sft.prepare_data(group_by="counselor")
+
+    assert loose.leakage == {"counselor": 1.0, "client": 0.0, "pair": 0.0}
+    assert "カウンセラー 100.0%、クライアント 0.0%、同じ組 0.0%" in told[0]
+    assert told[0] in loose.lines()
+    assert tight.leakage == {}
+    assert [line for line in log() if "学習データにも現れる割合" in line] == told
+
+
+# ── KokoroChat itself ────────────────────────────────────────────────────────────────────────
+
+
+def test_the_bands_of_score_the_paper_names_share_out_kokorochat(
+    kokorochat: list[Dialogue],
+) -> None:
+    def count(**options: Any) -> int:
+        return len(select_dialogues(kokorochat, Selection(**options))[0])
+
+    bands = [{"max_score": 69}, {"min_score": 70, "max_score": 98}, {"min_score": 99}]
+    shares = [count(**band) / len(kokorochat) for band in bands]
+
+    assert count() == len(kokorochat)
+    assert sum(shares) == pytest.approx(1)
+    assert shares == pytest.approx([3870 / 6589, 2601 / 6589, 118 / 6589], abs=0.02)
+
+
+def test_the_flags_of_kokorochat_are_found(kokorochat: list[Dialogue]) -> None:
+    flagged = sum(
+        any(dialogue.review_en[key] is not None for key in KOKOROCHAT_FLAGS)
+        for dialogue in kokorochat
+    )
+    _, removed = select_dialogues(kokorochat, Selection(exclude_flagged=True))
+
+    assert removed == {"exclude_flagged": flagged}
+    assert 150 < flagged <= 209 + 8 + 4
+
+
+def test_a_plain_split_of_kokorochat_leaks_and_a_grouped_one_does_not(
+    kokorochat: list[Dialogue],
+) -> None:
+    leakage = measure_leakage(split_dialogues(kokorochat))
+
+    assert leakage["counselor"] == pytest.approx(0.994, abs=0.01)
+    assert leakage["client"] == pytest.approx(0.991, abs=0.01)
+    assert leakage["pair"] == pytest.approx(0.366, abs=0.05)
+    for by in GROUPS:
+        splits = split_dialogues(kokorochat, group_by=by)  # type: ignore[arg-type]  # one of them
+
+        assert len(splits.test) == len(splits.valid) == round(len(kokorochat) / 10)
+        assert measure_leakage(splits)[by] == 0
+
+
+def test_a_topic_of_kokorochat_can_be_chosen_in_both_languages(
+    kokorochat: list[Dialogue],
+) -> None:
+    topic = kokorochat[0].topic
+    by_language = [
+        select_dialogues(kokorochat, Selection(topics=[topic[key]]))[0]
+        for key in ("main_jp", "main_en")
+    ]
+
+    assert 0 < len(by_language[0]) < 6589
+    assert by_language[0] == by_language[1]
+    assert re.search("[ぁ-んァ-ン一-龠]", topic["main_jp"])
