@@ -1058,11 +1058,13 @@ def select_dialogues(
     removed = {"duplicates": len(ordered) - len(kept)}
     low, high = selection.min_score, selection.max_score
     if selection.topics:
-        known = {str(d.topic.get(key)) for d in kept for key in ("main_jp", "main_en")}
+        known = {
+            str(d.topic[key]) for d in kept for key in ("main_jp", "main_en") if key in d.topic
+        }
         if unknown := [topic for topic in selection.topics if topic not in known]:
             raise DataError(
                 f"話題「{'、'.join(unknown)}」の対話はありません。ある話題: "
-                f"{'、'.join(sorted(known - {'None'}))}"
+                f"{'、'.join(sorted(known))}"
             )
     filters: dict[str, Callable[[Dialogue], bool]] = {}
     if low is not None:
@@ -2567,10 +2569,10 @@ class EvaluationResults(dict[str, Any]):
                 rows.append(
                     [
                         _figure_label(figure_name),
-                        f"{figure['tuned']:.2f}",
-                        f"{figure['baseline']:.2f}",
+                        _short(figure["tuned"]),
+                        _short(figure["baseline"]),
                         *_figure_cells(figure, "difference"),
-                        f"{figure['p_value']:.3g}",
+                        f"{figure['p_value']:.2g}",
                         VERDICT_LABELS[figure["verdict"]],
                     ]
                 )
@@ -2590,9 +2592,9 @@ class EvaluationResults(dict[str, Any]):
         return rows
 
     def _score_table(self) -> list[list[str]]:
-        measures = ("mse", "mae", "accuracy", "accuracy_within_1", "spearman")
+        measures = ("mse", "mae", "accuracy", "spearman")
         head = [FIGURE_LABELS[measure] for measure in measures]
-        rows = [["項目（テスト）", head[0], "95%区間", "平均予測のMSE", *head[1:]]]
+        rows = [["項目（テスト）", head[0], "95%区間", "平均予測", *head[1:]]]
         means = self.get("mean_reference", {}).get("test", {})
         for name, metrics in self._metrics("test").items():
             if name == "coverage":
@@ -2602,7 +2604,7 @@ class EvaluationResults(dict[str, Any]):
                 [
                     _figure_label(name),
                     *_figure_cells(metrics["mse"], "score"),
-                    "-" if mean is None else f"{mean:.2f}",
+                    _short(mean),
                     *(_figure_cells(metrics[measure], "score")[0] for measure in measures[1:]),
                 ]
             )
@@ -2659,12 +2661,16 @@ def _figure_label(name: str) -> str:
 def _figure_cells(figure: Mapping[str, float | None] | None, key: str) -> list[str]:
     if figure is None or figure[key] is None:
         return ["-", "-"]
-    score, low, high = (_two_digits(figure[name]) for name in (key, "low", "high"))
+    score, low, high = (_short(figure[name]) for name in (key, "low", "high"))
     return [score, f"{low}〜{high}"]
 
 
-def _two_digits(value: float | None) -> str:
-    return "-" if value is None else f"{round(value, 2) + 0.0:.2f}"  # never -0.00
+def _short(value: float | None) -> str:
+    """Two decimals, fewer for large values; never -0.00."""
+    if value is None:
+        return "-"
+    digits = 2 if abs(value) < 100 else 1 if abs(value) < 1000 else 0
+    return f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 # ── Talking to the service ───────────────────────────────────────────────────────────────────
@@ -4025,13 +4031,14 @@ class OpenAISFT:
         columns = dict.fromkeys(key for row in rows for key in row)
         if any(isinstance(m, str) for row in rows for m in row.get("messages") or ()):
             for row in rows:  # a column holds one type
-                texts = [m if isinstance(m, str) else _encode_json(m) for m in row["messages"]]
-                row["messages"] = texts
+                if "messages" in row:
+                    texts = [m if isinstance(m, str) else _encode_json(m) for m in row["messages"]]
+                    row["messages"] = texts
         rows = [{column: row.get(column) for column in columns} for row in rows]
         table = Dataset.from_list(rows)
         ends = list(itertools.accumulate(map(len, splits), initial=0))
         train, test, valid = (
-            table.select(range(start, end)) for start, end in itertools.pairwise(ends)
+            table.select(list(range(start, end))) for start, end in itertools.pairwise(ends)
         )
         return train, test, valid
 
@@ -4798,9 +4805,7 @@ class OpenAISFT:
                 raise DataError(f"{case.id}: task={self.task} のデータではありません（{fault}）。")
         train_data = self._scored_train_data(model_id, train_data)
         models = [model_id, *([baseline_id] if baseline_id else [])]
-        results = EvaluationResults(
-            model_id=model_id, task=self.task, evaluation_timestamp=self._now()
-        )
+        results = EvaluationResults(model_id=model_id, evaluation_timestamp=self._now())
         answers: dict[tuple[str, str], list[Answer]] = {}
         asked: dict[str, dict[str, Any]] = {model: {} for model in models}
         held_back: dict[str, None] = {}
@@ -4868,6 +4873,7 @@ class OpenAISFT:
                 run = find_run(self.output_dir, model_id) or run
             if run.data.get("fine_tuned_model") == model_id:
                 results["summary"].update(_cross_entropies(run.data))
+        results["task"] = self.task
         results["usage"] = journal.usage()
         results["settings"] = {
             **generation,

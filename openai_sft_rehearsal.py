@@ -25,8 +25,8 @@ What is real here and what is not:
 - Moderation is a list of words in this file. It is not OpenAI's judgement.
 - Faults (`Fault`) make requests go wrong on purpose.
 
-In reading order: records, the judgement of files, the character model, the service behind the
-endpoint, HTTP, `Rehearsal`, the command line, and the example dialogues at the end.
+In reading order: records, checks, the judgement of files, the models, structured answers, the
+service behind the endpoint, HTTP, `Rehearsal`, the command line, and the example dialogues.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ import threading
 import time
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Final, Literal, NamedTuple, NoReturn, Self
+from typing import Any, Final, Literal, NamedTuple, NoReturn, Self, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 __all__ = [
@@ -73,6 +73,7 @@ __all__ = [
 _log = logging.getLogger("openai_sft_rehearsal")
 
 Json = dict[str, Any]
+_Kept = TypeVar("_Kept")
 
 MIB: Final = 1024 * 1024
 MAX_FILE_BYTES: Final = 512 * MIB
@@ -80,6 +81,7 @@ MAX_PART_BYTES: Final = 64 * MIB
 MAX_UPLOAD_BYTES: Final = 8192 * MIB
 UPLOAD_SECONDS: Final = 3600
 MIN_EXAMPLES: Final = {"training": 10, "validation": 1}
+EMBEDDING_MODEL: Final = "text-embedding-3-small"
 EMBEDDING_SIZE: Final = 1536
 
 TUNABLE_SHUTDOWN: Final = "2027-01-14"  # OpenAI's deprecations page, announced 2026-10-14
@@ -91,28 +93,24 @@ BASE_MODELS: Final[dict[str, str | None]] = {
     "gpt-4.1-mini-2025-04-14": TUNABLE_SHUTDOWN,
     "gpt-4.1-nano-2025-04-14": TUNABLE_SHUTDOWN,
     "omni-moderation-latest": None,
-    "text-embedding-3-small": None,
+    EMBEDDING_MODEL: None,
 }
 MODEL_ALIASES: Final = {"gpt-4o-mini": "gpt-4o-mini-2024-07-18"}
 FILE_PURPOSES: Final = frozenset({"assistants", "batch", "fine-tune", "vision", "user_data"})
 TERMINAL: Final = frozenset({"succeeded", "failed", "cancelled"})
 
-SPECIAL_TOKENS: Final = (
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|im_sep|>",
-    "<|endoftext|>",
-    "<|endofprompt|>",
-    "<|fim_prefix|>",
-    "<|fim_middle|>",
-    "<|fim_suffix|>",
+SPECIAL_TOKENS: Final = tuple(
+    f"<|{name}|>"
+    for name in (
+        *("im_start", "im_end", "im_sep", "endoftext", "endofprompt"),
+        *("fim_prefix", "fim_middle", "fim_suffix"),
+    )
 )
 LINE_KEYS: Final = frozenset({"messages", "tools", "parallel_tool_calls"})
 LINE_ROLES: Final = frozenset({"system", "user", "assistant", "tool"})
 CHAT_KEYS: Final = frozenset(
     {"role", "content", "name", "tool_calls", "tool_call_id", "refusal", "audio", "function_call"}
 )
-LINE_MESSAGE_KEYS: Final = CHAT_KEYS | {"weight"}
 CHAT_ROLES: Final = LINE_ROLES | {"developer", "function"}
 
 UNTRAINED_ANSWER: Final = (
@@ -122,42 +120,26 @@ UNTRAINED_ANSWER: Final = (
 
 # --- Records --------------------------------------------------------------------------------------
 
-
-class _Refusal(NamedTuple):
-    """An error answer of the service: status and the four fields of its error object."""
-
-    status: int
-    code: str | None
-    kind: str
-    message: str
-
-
-#: Faults answered instead of doing what was asked.
-_REFUSALS: Final = {
-    "400": _Refusal(400, None, "invalid_request_error", "Injected fault: bad request."),
-    "401": _Refusal(401, "invalid_api_key", "invalid_request_error", "Incorrect API key provided."),
-    "403": _Refusal(403, None, "invalid_request_error", "You have insufficient permissions."),
-    "404": _Refusal(404, None, "invalid_request_error", "Injected fault: not found."),
-    "405": _Refusal(405, None, "invalid_request_error", "Injected fault: method not allowed."),
-    "408": _Refusal(408, None, "server_error", "Injected fault: request timeout."),
-    "409": _Refusal(409, None, "server_error", "Injected fault: conflict."),
-    "429": _Refusal(429, "rate_limit_exceeded", "requests", "Rate limit reached for requests."),
-    "500": _Refusal(500, None, "server_error", "The server had an error."),
-    "501": _Refusal(501, None, "server_error", "Injected fault: not implemented."),
-    "502": _Refusal(502, None, "server_error", "Bad gateway."),
-    "503": _Refusal(503, None, "server_error", "The engine is currently overloaded."),
-    "insufficient_quota": _Refusal(
-        429,
-        "insufficient_quota",
-        "insufficient_quota",
-        "You exceeded your current quota, please check your plan and billing details.",
-    ),
-    "training_not_available": _Refusal(
-        403,
-        "training_not_available",
-        "invalid_request_error",
-        "Fine-tuning is no longer available for your organization.",
-    ),
+_INVALID: Final = "invalid_request_error"
+_SERVER: Final = "server_error"
+_NO_QUOTA: Final = "You exceeded your current quota, please check your plan and billing details."
+_NO_TRAINING: Final = "Fine-tuning is no longer available for your organization."
+#: Faults answered instead of doing what was asked: status, message, code, type.
+_REFUSALS: Final[dict[str, tuple[int, str, str | None, str]]] = {
+    "400": (400, "Injected fault: bad request.", None, _INVALID),
+    "401": (401, "Incorrect API key provided.", "invalid_api_key", _INVALID),
+    "403": (403, "You have insufficient permissions.", None, _INVALID),
+    "404": (404, "Injected fault: not found.", None, _INVALID),
+    "405": (405, "Injected fault: method not allowed.", None, _INVALID),
+    "408": (408, "Injected fault: request timeout.", None, _SERVER),
+    "409": (409, "Injected fault: conflict.", None, _SERVER),
+    "429": (429, "Rate limit reached for requests.", "rate_limit_exceeded", "requests"),
+    "500": (500, "The server had an error.", None, _SERVER),
+    "501": (501, "Injected fault: not implemented.", None, _SERVER),
+    "502": (502, "Bad gateway.", None, _SERVER),
+    "503": (503, "The engine is currently overloaded.", None, _SERVER),
+    "insufficient_quota": (429, _NO_QUOTA, "insufficient_quota", "insufficient_quota"),
+    "training_not_available": (403, _NO_TRAINING, "training_not_available", _INVALID),
 }
 #: Faults of the connection or the answer, on any request.
 _WIRE_KINDS: Final = frozenset(
@@ -166,12 +148,8 @@ _WIRE_KINDS: Final = frozenset(
 #: Faults that only one kind of request can have.
 _LOCAL_KINDS: Final = {
     "base64_result": ("GET", "/files/*/content"),
-    "empty_answer": ("POST", "/chat/completions"),
-    "refusal": ("POST", "/chat/completions"),
-    "length": ("POST", "/chat/completions"),
-    "flagged": ("POST", "/fine_tuning/jobs"),
-    "job_failed": ("POST", "/fine_tuning/jobs"),
-    "paused_job": ("POST", "/fine_tuning/jobs"),
+    **dict.fromkeys(("empty_answer", "refusal", "length"), ("POST", "/chat/completions")),
+    **dict.fromkeys(("flagged", "job_failed", "paused_job"), ("POST", "/fine_tuning/jobs")),
 }
 FAULT_KINDS: Final = (*_REFUSALS, *sorted(_WIRE_KINDS), *_LOCAL_KINDS)
 _STALL_SECONDS: Final = 60.0
@@ -202,12 +180,10 @@ class Fault:
             raise ValueError(f"障害の回数は1以上にしてください: {self.times}")
 
     def matches(self, method: str, path: str) -> bool:
-        only_method, only_path = _LOCAL_KINDS.get(self.kind, ("*", "*"))
-        return (
-            fnmatch.fnmatchcase(method, self.method.upper())
-            and fnmatch.fnmatchcase(path, self.path)
-            and fnmatch.fnmatchcase(method, only_method)
-            and fnmatch.fnmatchcase(path, only_path)
+        wanted = ((self.method.upper(), self.path), _LOCAL_KINDS.get(self.kind, ("*", "*")))
+        return all(
+            fnmatch.fnmatchcase(method, methods) and fnmatch.fnmatchcase(path, paths)
+            for methods, paths in wanted
         )
 
 
@@ -238,6 +214,237 @@ class FileProblem(NamedTuple):
     line: int | None
 
 
+class _Request(NamedTuple):
+    body: Json
+    files: dict[str, tuple[str, bytes]]  # form field: (file name, content)
+    query: dict[str, str]
+    id: str  # the one in the path
+    fault: str | None
+
+
+class _Answer(NamedTuple):
+    status: int
+    body: bytes
+    content_type: str = "application/json"
+    headers: Mapping[str, str] = {}
+
+
+def _json_answer(
+    value: Any, status: int = 200, headers: Mapping[str, str] | None = None
+) -> _Answer:
+    # ASCII escapes, so that even a lone surrogate that a client sent can be mirrored back.
+    return _Answer(status, json.dumps(value).encode("ascii"), headers=headers or {})
+
+
+class _ApiError(Exception):
+    """An answer in the API's error shape."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        kind: str = _INVALID,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        error = {"message": message, "type": kind, "param": param, "code": code}
+        self.answer = _json_answer({"error": error}, status, headers)
+
+
+def _refusal(kind: str, headers: Mapping[str, str] | None = None) -> _ApiError:
+    status, message, code, error_type = _REFUSALS[kind]
+    return _ApiError(status, message, None, code, error_type, headers)
+
+
+# --- Checks ---------------------------------------------------------------------------------------
+
+
+class _Rule(NamedTuple):
+    """What the value of a field must be; without `needed` it may be absent or null."""
+
+    fits: Callable[[Any], bool]
+    wanted: str
+    needed: bool = False
+
+
+def _whole(low: int, high: int, needed: bool = False) -> _Rule:
+    wanted = f"an integer from {low} to {high}"
+    return _Rule(lambda v: type(v) is int and low <= v <= high, wanted, needed)
+
+
+def _number(low: float, high: float) -> _Rule:
+    return _Rule(
+        lambda v: type(v) in (int, float) and low <= v <= high, f"a number from {low} to {high}"
+    )
+
+
+def _string(low: int = 1, high: int = 10_000, *, needed: bool = False) -> _Rule:
+    wanted = f"a string of {low} to {high} characters"
+    return _Rule(lambda v: isinstance(v, str) and low <= len(v) <= high, wanted, needed)
+
+
+def _list(item: Callable[[Any], bool] = lambda _: True, *, empty: bool = False) -> _Rule:
+    return _Rule(
+        lambda v: isinstance(v, list) and (empty or bool(v)) and all(map(item, v)),
+        "an array" if empty else "an array that is not empty",
+    )
+
+
+def _one_of(*options: str) -> _Rule:
+    return _Rule(lambda v: isinstance(v, str) and v in options, f"one of {', '.join(options)}")
+
+
+_OBJECT: Final = _Rule(lambda v: isinstance(v, dict), "an object")
+_BOOLEAN: Final = _Rule(lambda v: isinstance(v, bool), "true or false")
+
+
+def _check(condition: object, message: str, param: str | None = None) -> None:
+    if not condition:
+        raise _ApiError(400, message, param)
+
+
+def _check_fields(body: Json, rules: Mapping[str, _Rule], where: str = "") -> None:
+    for key, (fits, wanted, needed) in rules.items():
+        value = body.get(key)
+        ok = not needed if value is None else fits(value)
+        _check(ok, f"Invalid '{where}{key}': expected {wanted}.", where + key)
+
+
+def _check_no_others(body: Json, known: Mapping[str, object], where: str = "") -> None:
+    if unknown := body.keys() - known.keys():
+        name = min(unknown)
+        raise _ApiError(400, f"Unknown parameter: '{where}{name}'.", where.rstrip(".") or name)
+
+
+_UPLOAD_RULES: Final = {
+    "purpose": _Rule(
+        lambda v: isinstance(v, str) and v in FILE_PURPOSES,
+        f"one of the purposes {sorted(FILE_PURPOSES)}",
+        needed=True,
+    ),
+    "filename": _string(needed=True),
+    "bytes": _whole(1, MAX_UPLOAD_BYTES, needed=True),
+    "mime_type": _string(needed=True),
+}
+_JOB_RULES: Final = {
+    "model": _string(needed=True),
+    "training_file": _string(needed=True),
+    "validation_file": _string(),
+    "hyperparameters": _OBJECT,
+    "method": _OBJECT,
+    "suffix": _string(1, 64),
+    "seed": _whole(0, 2147483647),
+    "metadata": _Rule(
+        lambda v: isinstance(v, dict) and len(v) <= 16 and all(len(key) <= 64 for key in v),
+        "an object of at most 16 pairs, with keys of at most 64 characters",
+    ),
+    "integrations": _list(empty=True),
+}
+_HYPERPARAMETER_RULES: Final = {
+    "n_epochs": _whole(1, 50),
+    "batch_size": _whole(1, 256),
+    "learning_rate_multiplier": _number(5e-324, sys.float_info.max),
+}
+_CHAT_RULES: Final = {
+    "model": _string(needed=True),
+    "messages": _list()._replace(needed=True),
+    "n": _whole(1, 128),
+    "temperature": _number(0, 2),
+    "top_p": _number(0, 1),
+    "max_tokens": _whole(1, 1_000_000),
+    "max_completion_tokens": _whole(1, 1_000_000),
+    "seed": _whole(-(2**63), 2**63 - 1),
+    "stream": _BOOLEAN,
+    "stream_options": _OBJECT,
+    "stop": _Rule(
+        lambda v: (
+            isinstance(v, str)
+            or (isinstance(v, list) and len(v) <= 4 and all(map(_string().fits, v)))
+        ),
+        "a string or up to 4 strings",
+    ),
+    "tools": _list(empty=True),
+    "response_format": _OBJECT,
+}
+_EMBEDDING_RULES: Final = {
+    "model": _string(needed=True),
+    "dimensions": _whole(1, EMBEDDING_SIZE),
+    "encoding_format": _one_of("float", "base64"),
+}
+
+
+def _hyperparameters(body: Json) -> Json:
+    """The three hyperparameters as asked for, wherever they were given; "auto" where they weren't.
+
+    The deprecated top-level object is read where there is no `method`.
+    """
+    where, given = "hyperparameters", body.get("hyperparameters") or {}
+    if (method := body.get("method")) is not None:
+        only = "Invalid 'method': only the supervised method is rehearsed here."
+        _check(method.get("type") == "supervised", only, "method")
+        _check(method.keys() <= {"type", "supervised"}, only, "method")
+        rules = {"hyperparameters": _OBJECT}
+        supervised = method.get("supervised") or {}
+        _check(isinstance(supervised, dict), "Invalid 'method.supervised'.", "method.supervised")
+        _check_no_others(supervised, rules, "method.supervised.")
+        _check_fields(supervised, rules, "method.supervised.")
+        where, given = "method.supervised.hyperparameters", supervised.get("hyperparameters") or {}
+    _check_no_others(given, _HYPERPARAMETER_RULES, f"{where}.")
+    chosen = {key: given.get(key) for key in _HYPERPARAMETER_RULES}
+    chosen = {key: None if value == "auto" else value for key, value in chosen.items()}
+    _check_fields(chosen, _HYPERPARAMETER_RULES, f"{where}.")
+    return {key: "auto" if value is None else value for key, value in chosen.items()}
+
+
+def _strict_json(text: str | bytes) -> Any:
+    """`json.loads` without NaN and Infinity; ValueError or RecursionError when it can't be read."""
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(constant)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def _message_problem(message: Any, keys: frozenset[str], roles: frozenset[str]) -> str | None:
+    """What is wrong with the form of one chat message, in a file or in a request."""
+    if not isinstance(message, dict):
+        return "a message must be an object."
+    if unknown := message.keys() - keys:
+        return f"unexpected key '{min(unknown)}'."
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or role not in roles:
+        return f"unknown role {json.dumps(role)[:80]}."
+    if "weight" in message:
+        if role != "assistant":
+            return "'weight' is for assistant messages only."
+        if not _whole(0, 1).fits(message["weight"]):
+            return "'weight' must be 0 or 1."
+    if role == "tool" and not isinstance(message.get("tool_call_id"), str):
+        return "a tool message needs a 'tool_call_id'."
+    if content is None:
+        calls = role == "assistant" and _list().fits(message.get("tool_calls"))
+        return None if calls else "'content' is missing."
+    if isinstance(content, str) or (isinstance(content, list) and all(map(_is_part, content))):
+        return None
+    return "'content' must be a string or an array of content parts."
+
+
+def _is_part(part: Any) -> bool:
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+        return False
+    return part["type"] != "text" or isinstance(part.get("text"), str)
+
+
+def _text(message: Json) -> str:
+    """The text of a message's content, whether a string or parts."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content if part["type"] == "text")
+    return content if isinstance(content, str) else ""
+
+
 # --- The judgement of training files --------------------------------------------------------------
 
 
@@ -245,29 +452,25 @@ def judge_training_file(
     data: bytes, *, purpose: Literal["training", "validation"]
 ) -> FileProblem | None:
     """The first thing wrong with a JSONL file, as the service would find it, or None."""
-
-    def bad(line: int, why: str) -> FileProblem:
-        return FileProblem("invalid_file_format", f"Invalid file format. Line {line}: {why}", line)
-
-    if data.startswith(b"\xef\xbb\xbf"):
-        return bad(1, "the file must be UTF-8 without a byte order mark (BOM).")
     lines = data.split(b"\n")
     if not lines[-1]:
         lines.pop()
     for number, raw in enumerate(lines, 1):
-        if why := _line_problem(raw):
-            return bad(number, why)
+        if why := _line_problem(raw, first=number == 1):
+            message = f"Invalid file format. Line {number}: {why}"
+            return FileProblem("invalid_file_format", message, number)
     if len(lines) < MIN_EXAMPLES[purpose]:
-        return FileProblem(
-            "invalid_n_examples",
+        message = (
             f"{purpose.capitalize()} file has {len(lines)} example(s), but must have at least "
-            f"{MIN_EXAMPLES[purpose]} examples.",
-            None,
+            f"{MIN_EXAMPLES[purpose]} examples."
         )
+        return FileProblem("invalid_n_examples", message, None)
     return None
 
 
-def _line_problem(raw: bytes) -> str | None:
+def _line_problem(raw: bytes, *, first: bool) -> str | None:
+    if first and raw.startswith(b"\xef\xbb\xbf"):
+        return "the file must be UTF-8 without a byte order mark (BOM)."
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError:
@@ -286,7 +489,7 @@ def _line_problem(raw: bytes) -> str | None:
     if not isinstance(messages, list) or not messages:
         return "'messages' must be a non-empty array."
     for index, message in enumerate(messages):
-        if why := _message_problem(message, LINE_MESSAGE_KEYS, LINE_ROLES):
+        if why := _message_problem(message, CHAT_KEYS | {"weight"}, LINE_ROLES):
             return f"message {index}: {why}"
         if message.get("content") in ("", []):
             return f"message {index}: 'content' must not be empty."
@@ -297,81 +500,27 @@ def _line_problem(raw: bytes) -> str | None:
     return _string_problem(record)
 
 
-def _strict_json(text: str | bytes) -> Any:
-    """`json.loads` without NaN and Infinity; ValueError or RecursionError when it can't be read."""
-
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(constant)
-
-    return json.loads(text, parse_constant=refuse)
-
-
-def _message_problem(message: Any, keys: frozenset[str], roles: frozenset[str]) -> str | None:
-    """What is wrong with the form of one chat message, in a file or in a request."""
-    if not isinstance(message, dict):
-        return "a message must be an object."
-    if unknown := message.keys() - keys:
-        return f"unexpected key '{min(unknown)}'."
-    role = message.get("role")
-    if not isinstance(role, str) or role not in roles:
-        return f"unknown role {json.dumps(role)[:80]}."
-    if "weight" in message:
-        weight = message["weight"]
-        if role != "assistant":
-            return "'weight' is for assistant messages only."
-        if type(weight) is not int or weight not in (0, 1):
-            return "'weight' must be 0 or 1."
-    if role == "tool" and not isinstance(message.get("tool_call_id"), str):
-        return "a tool message needs a 'tool_call_id'."
-    content = message.get("content")
-    if content is None:
-        calls = message.get("tool_calls")
-        if role == "assistant" and isinstance(calls, list) and calls:
-            return None
-        return "'content' is missing."
-    if isinstance(content, str):
-        return None
-    if isinstance(content, list) and all(
-        isinstance(part, dict)
-        and isinstance(part.get("type"), str)
-        and (part["type"] != "text" or isinstance(part.get("text"), str))
-        for part in content
-    ):
-        return None
-    return "'content' must be a string or an array of content parts."
-
-
 def _string_problem(value: Any) -> str | None:
     """Text that may not occur anywhere in a line. A loop, not recursion: a line may be deep."""
     waiting = [value]
     while waiting:
         item = waiting.pop()
         if isinstance(item, dict):
-            waiting.extend(item)
-            waiting.extend(item.values())
+            waiting += [*item, *item.values()]
         elif isinstance(item, list):
-            waiting.extend(item)
+            waiting += item
         elif isinstance(item, str):
             try:
                 item.encode()
             except UnicodeEncodeError:
                 return "a string has a lone surrogate."
-            if "<|" in item:
-                for token in SPECIAL_TOKENS:
-                    if token in item:
-                        return f"special token text {token} is not allowed."
+            for token in SPECIAL_TOKENS if "<|" in item else ():
+                if token in item:
+                    return f"special token text {token} is not allowed."
     return None
 
 
-def _text(message: Json) -> str:
-    """The text of a message's content, whether a string or parts."""
-    content = message.get("content")
-    if isinstance(content, list):
-        return "".join(part["text"] for part in content if part["type"] == "text")
-    return content if isinstance(content, str) else ""
-
-
-# --- The character model --------------------------------------------------------------------------
+# --- The models -----------------------------------------------------------------------------------
 
 _START: Final = "\x02"
 _END: Final = "\x03"
@@ -380,28 +529,6 @@ _UNIFORM: Final = 1 / 0x110000  # before anything is known, every code point is 
 _LONGEST_ANSWER: Final = 200
 _COMMON: Final = 2000  # a pair of characters found in more user texts than this tells little
 _OPENING: Final = re.compile(r"[^。！？!?\n]{0,11}.?", re.DOTALL)
-
-
-class Score(NamedTuple):
-    """Sums over characters, so that scores can be added."""
-
-    nats: float = 0.0
-    hits: int = 0
-    characters: int = 0
-
-    def plus(self, other: Score) -> Score:
-        return Score(
-            self.nats + other.nats, self.hits + other.hits, self.characters + other.characters
-        )
-
-    @property
-    def loss(self) -> float:
-        """Cross-entropy in nats a character."""
-        return round(self.nats / max(1, self.characters), 6)
-
-    @property
-    def accuracy(self) -> float:
-        return round(self.hits / max(1, self.characters), 6)
 
 
 class _Node:
@@ -432,8 +559,8 @@ class CharacterModel:
         self._openings: list[str] = []
         self._by_pair: defaultdict[str, list[int]] = defaultdict(list)
 
-    def measure(self, text: str) -> Score:
-        """How well `text` (and its end) is predicted by what is known now."""
+    def measure(self, text: str) -> tuple[float, int, int]:
+        """How well `text` (and its end) is predicted now: nats, hits, characters."""
         find, log, rate = self._nodes.get, math.log, self._rate
         padded = _START + text + _END
         nats, hits = 0.0, 0
@@ -455,7 +582,7 @@ class CharacterModel:
                     weight *= kinds
                 node = node.shorter
             nats -= log(probability + weight * _UNIFORM)
-        return Score(nats, hits, len(padded) - 1)
+        return nats, hits, len(padded) - 1
 
     def learn(self, text: str) -> None:
         find = self._nodes.get
@@ -626,161 +753,159 @@ def fit_scores(examples: list[Example]) -> ScoreModel | None:
     return ScoreModel(rows) if rows else None
 
 
-# --- The service: requests, answers, checks -------------------------------------------------------
+# --- Structured answers ---------------------------------------------------------------------------
+
+_MOST_NESTED: Final = 10
+_LARGEST: Final = 1e15
+_FAR: Final = 2 * _LARGEST  # no limit
+_SCHEMA_TYPES: Final = ("object", "array", "string", "number", "integer", "boolean", "null")
+_SCALAR: Final = _Rule(lambda v: isinstance(v, str | int | float | None), "a scalar")
+#: The keywords that this endpoint can answer by. The service knows more of them.
+_SCHEMA_RULES: Final = {
+    "type": _Rule(
+        lambda v: bool(v) and all(t in _SCHEMA_TYPES for t in _types({"type": v})), "known types"
+    ),
+    "properties": _OBJECT,
+    "required": _list(lambda key: isinstance(key, str), empty=True),
+    "additionalProperties": _Rule(lambda v: isinstance(v, bool | dict), "a schema or false"),
+    "items": _OBJECT,
+    "anyOf": _list(),
+    "enum": _list(_SCALAR.fits),
+    "const": _SCALAR,
+    "title": _string(0),
+    "description": _string(0),
+    **dict.fromkeys(
+        ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), _number(-_LARGEST, _LARGEST)
+    ),
+    **dict.fromkeys(("minItems", "maxItems"), _whole(0, 1000)),
+}
+_FORMAT_RULES: Final = {
+    "name": _Rule(
+        lambda v: isinstance(v, str) and re.fullmatch("[a-zA-Z0-9_-]{1,64}", v) is not None,
+        "1 to 64 of a-z, A-Z, 0-9, _ and -",
+        needed=True,
+    ),
+    "strict": _BOOLEAN,
+}
 
 
-class _ApiError(Exception):
-    """An answer in the API's error shape."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        kind: str = "invalid_request_error",
-        headers: tuple[tuple[str, str], ...] = (),
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.headers = headers
-        self.body = {
-            "error": {"message": message, "type": kind, "param": param, "code": code},
-        }
+def _types(schema: Json) -> list[Any]:
+    given = schema.get("type")
+    return given if isinstance(given, list) else [given]
 
 
-class _Request(NamedTuple):
-    body: Json
-    files: dict[str, tuple[str, bytes]]  # form field: (file name, content)
-    query: dict[str, str]
-    ids: tuple[str, ...]
-    fault: Fault | None
+def _check_format(given: Json) -> None:
+    """400 for a ``response_format`` that the service refuses, or that this endpoint can't obey."""
+    kinds = _one_of("text", "json_object", "json_schema")
+    _check(kinds.fits(given.get("type")), "Invalid 'response_format'.", "response_format")
+    if given["type"] != "json_schema":
+        return
+    where = "response_format.json_schema"
+    wanted = given.get("json_schema")
+    if not isinstance(wanted, dict):
+        raise _ApiError(400, f"Missing required parameter: '{where}'.", where)
+    _check_fields(wanted, _FORMAT_RULES, f"{where}.")
+    schema, strict = wanted.get("schema"), bool(wanted.get("strict"))
+    if schema is None and not strict:
+        return
+    why = _schema_problem(schema, (), strict)
+    if (
+        not why
+        and isinstance(schema, dict)
+        and (schema.get("type") != "object" or "anyOf" in schema)
+    ):
+        why = "schema must be a JSON Schema of 'type: \"object\"'."
+    message = f"Invalid schema for response_format '{wanted['name']}': {why}"
+    _check(not why, message, "response_format")
 
 
-class _Answer(NamedTuple):
-    status: int
-    body: bytes
-    content_type: str = "application/json"
-    headers: tuple[tuple[str, str], ...] = ()
-
-
-def _json_answer(value: Any, status: int = 200) -> _Answer:
-    # ASCII escapes, so that even a lone surrogate that a client sent can be mirrored back.
-    return _Answer(status, json.dumps(value).encode("ascii"))
-
-
-def _check(condition: bool, message: str, param: str | None = None) -> None:
-    if not condition:
-        raise _ApiError(400, message, param=param)
-
-
-def _is_number(value: Any, low: float, high: float, *, whole: bool) -> bool:
-    kinds = int if whole else (int, float)
-    return isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high
-
-
-def _number(body: Json, key: str, low: float, high: float, *, whole: bool = True) -> Any:
-    """The number under `key`, or None where it is absent or null; 400 outside the limits."""
-    value = body.get(key)
-    if value is not None:
-        what = "an integer" if whole else "a number"
-        _check(
-            _is_number(value, low, high, whole=whole),
-            f"Invalid '{key}': expected {what} from {low} to {high}.",
-            key,
-        )
-    return value
-
-
-def _string(body: Json, key: str, low: int = 1, high: int = 10_000) -> str:
-    value = body.get(key)
-    _check(
-        isinstance(value, str) and low <= len(value) <= high,
-        f"Invalid '{key}': expected a string of {low} to {high} characters.",
-        key,
+def _schema_problem(schema: Any, path: tuple[str, ...], strict: bool) -> str | None:
+    """The first thing wrong with a schema, in the service's words where they are known."""
+    here = f"In context={path}, "
+    if not isinstance(schema, dict) or not schema.keys() & {"type", "anyOf", "enum", "const"}:
+        return f"{here}schema must have a 'type' key."
+    for key, value in schema.items():
+        if key not in _SCHEMA_RULES:
+            return f"{here}'{key}' is not permitted (or not rehearsed here)."
+        if not _SCHEMA_RULES[key].fits(value):
+            return f"{here}'{key}' must be {_SCHEMA_RULES[key].wanted}."
+    if len(path) > 2 * _MOST_NESTED:
+        return f"the schema has more than {_MOST_NESTED} levels of nesting."
+    properties, required, types = (
+        schema.get("properties", {}),
+        schema.get("required"),
+        _types(schema),
     )
-    return str(value)
+    if missing := set(required or ()) - properties.keys():
+        return f"{here}'required' has the extra key {min(missing)!r}."
+    if strict and "object" in types:
+        if schema.get("additionalProperties") is not False:
+            return f"{here}'additionalProperties' is required to be supplied and to be false."
+        if required is None or properties.keys() - set(required):
+            return (
+                f"{here}'required' is required to be supplied and to be an array including "
+                "every key in properties."
+            )
+    if "array" in types and "items" not in schema:
+        return f"{here}array schema missing items."
+    low, high = _bounds(schema)
+    if low > high:
+        return f"{here}no number is within the limits."
+    inner = [(f"properties.{key}", value) for key, value in properties.items()]
+    inner += [("items", schema["items"])] if "items" in schema else []
+    inner += [(f"anyOf.{i}", option) for i, option in enumerate(schema.get("anyOf", ()))]
+    problems = (_schema_problem(value, (*path, name), strict) for name, value in inner)
+    return next(filter(None, problems), None)
 
 
-def _metadata(body: Json) -> dict[str, str] | None:
-    value = body.get("metadata")
-    if value is None:
-        return None
-    _check(isinstance(value, dict), "Invalid 'metadata': expected an object.", "metadata")
-    _check(len(value) <= 16, "Invalid 'metadata': at most 16 pairs are allowed.", "metadata")
-    for key, text in value.items():
-        _check(len(key) <= 64, "Invalid 'metadata': a key is longer than 64.", "metadata")
-        _check(
-            isinstance(text, str) and len(text) <= 512,
-            f"Invalid 'metadata.{key}': expected a string of at most 512 characters.",
-            f"metadata.{key}",
-        )
-    return dict(value)
+def _bounds(schema: Json) -> tuple[float, float]:
+    """The least and the greatest number a schema allows, whole ones where it wants those."""
+    above, below = schema.get("exclusiveMinimum", -_FAR), schema.get("exclusiveMaximum", _FAR)
+    low = max(schema.get("minimum", -_FAR), math.nextafter(above, math.inf))
+    high = min(schema.get("maximum", _FAR), math.nextafter(below, -math.inf))
+    if "number" in _types(schema):
+        return low, high
+    return math.ceil(low), math.floor(high)
 
 
-def _hyperparameters(body: Json) -> Json:
-    """The three hyperparameters as asked for, wherever they were given; "auto" where they weren't.
+def _json_text(wanted: Json, scores: dict[str, float]) -> str:
+    """An answer by a ``response_format``; without a schema, the scores as they were learned."""
+    schema = wanted.get("json_schema", {}).get("schema")
+    value: Any = {key: round(score) for key, score in scores.items()}
+    if schema is not None:
+        names = schema.get("required", ())
+        value = {name: _filled(schema["properties"][name], scores.get(name)) for name in names}
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
-    The deprecated top-level object is read where there is no `method`.
+
+def _filled(schema: Json, score: float | None = None) -> Any:
+    """A value that a schema allows: the nearest to `score`, rounded; without one, no information.
+
+    That is the lowest number allowed (0 where there is no lower limit), "", false, null, as few
+    items as allowed, the least number or the first value of an enum, the first schema of anyOf, and
+    an object of such values.
     """
-    method, where, given = body.get("method"), "hyperparameters", body.get("hyperparameters")
-    if method is not None:
-        _check(isinstance(method, dict), "Invalid 'method': expected an object.", "method")
-        _check(
-            method.get("type") == "supervised" and method.keys() <= {"type", "supervised"},
-            "Invalid 'method': only the supervised method is rehearsed here.",
-            "method",
-        )
-        supervised = method.get("supervised") or {}
-        _check(
-            isinstance(supervised, dict) and supervised.keys() <= {"hyperparameters"},
-            "Invalid 'method.supervised'.",
-            "method.supervised",
-        )
-        given = supervised.get("hyperparameters")
-        where = "method.supervised.hyperparameters"
-    given = given or {}
-    _check(isinstance(given, dict), f"Invalid '{where}': expected an object.", where)
-    limits = {
-        "n_epochs": (1, 50, True),
-        "batch_size": (1, 256, True),
-        "learning_rate_multiplier": (5e-324, sys.float_info.max, False),
-    }
-    unknown = given.keys() - limits.keys()
-    _check(not unknown, f"Unknown parameter: '{where}.{min(unknown, default='')}'.", where)
-    chosen: Json = {}
-    for name, (low, high, whole) in limits.items():
-        value = chosen[name] = given.get(name) if given.get(name) is not None else "auto"
-        _check(
-            value == "auto" or _is_number(value, low, high, whole=whole),
-            f"Invalid '{where}.{name}': {value!r} is outside its limits.",
-            f"{where}.{name}",
-        )
-    return chosen
-
-
-def _page(items: Sequence[Json], query: dict[str, str], *, usual: int, most: int) -> Json:
-    """A page of a list that is already in the order of the answer."""
-    limit = query.get("limit", str(usual))
-    _check(
-        re.fullmatch(r"[0-9]{1,9}", limit) is not None and 1 <= int(limit) <= most,
-        f"Invalid 'limit': expected an integer from 1 to {most}.",
-        "limit",
-    )
-    start = 0
-    if after := query.get("after"):
-        ids = [item["id"] for item in items]
-        _check(after in ids, f"Invalid 'after': no item '{after}'.", "after")
-        start = ids.index(after) + 1
-    data = list(items[start : start + int(limit)])
-    return {
-        "object": "list",
-        "data": data,
-        "first_id": data[0]["id"] if data else "",
-        "last_id": data[-1]["id"] if data else "",
-        "has_more": start + len(data) < len(items),
-    }
+    if "const" in schema:
+        return schema["const"]
+    if "enum" in schema:
+        numbers = [value for value in schema["enum"] if type(value) in (int, float)]
+        if not numbers:
+            return schema["enum"][0]
+        return min(numbers) if score is None else min(numbers, key=lambda n: abs(n - score))
+    if "anyOf" in schema:
+        return _filled(schema["anyOf"][0], score)
+    types = _types(schema)
+    if {"integer", "number"} & set(types) and (score is not None or "null" not in types):
+        low, high = _bounds(schema)
+        if score is None:
+            return low if low >= -_LARGEST else min(0, high)
+        return min(max(round(score), low), high)
+    kind = "null" if "null" in types else types[0]
+    if kind == "object":
+        return {key: _filled(schema["properties"][key]) for key in schema.get("required", ())}
+    if kind == "array":
+        return [_filled(schema["items"])] * schema.get("minItems", 0)
+    return {"string": "", "boolean": False}.get(kind)
 
 
 # --- The service: what it keeps -------------------------------------------------------------------
@@ -815,6 +940,11 @@ class _Job:
     def status(self) -> str:
         return str(self.shown["status"])
 
+    @property
+    def model_name(self) -> str:
+        suffix = self.shown["user_provided_suffix"] or ""
+        return f"ft:{self.shown['model']}:rehearsal:{suffix}:{self.shown['id'][-8:]}"
+
 
 class _Tuned(NamedTuple):
     shown: Json
@@ -823,113 +953,141 @@ class _Tuned(NamedTuple):
     share: float
 
 
+def _found(store: Mapping[str, _Kept], name: str, missing: _ApiError) -> _Kept:
+    if name not in store:
+        raise missing
+    return store[name]
+
+
+def _page(
+    items: Sequence[Json], query: dict[str, str], *, usual: int = 20, most: int = 100
+) -> Json:
+    """A page of a list that is already in the order of the answer."""
+    limit = query.get("limit", str(usual))
+    ok = re.fullmatch(r"[0-9]{1,9}", limit) is not None and 1 <= int(limit) <= most
+    _check(ok, f"Invalid 'limit': expected an integer from 1 to {most}.", "limit")
+    start = 0
+    if after := query.get("after"):
+        ids = [item["id"] for item in items]
+        _check(after in ids, f"Invalid 'after': no item '{after}'.", "after")
+        start = ids.index(after) + 1
+    data = list(items[start : start + int(limit)])
+    return {
+        "object": "list",
+        "data": data,
+        "first_id": data[0]["id"] if data else "",
+        "last_id": data[-1]["id"] if data else "",
+        "has_more": start + len(data) < len(items),
+    }
+
+
+@dataclass(eq=False)
 class _Service:
     """Everything behind the endpoint but HTTP. Methods named in `_ROUTES` answer requests.
 
     All state is guarded by `state`; only the worker computes outside it, on a job's own model.
     """
 
-    def __init__(
-        self,
-        *,
-        latency: float,
-        max_in_flight: int | None,
-        max_file_bytes: int,
-        clock: Callable[[], float],
-    ) -> None:
-        self.state = threading.Condition(threading.RLock())
-        self.closing = threading.Event()
-        self.max_file_bytes = max_file_bytes
-        self._latency = latency
-        self._max_in_flight = max_in_flight
-        self._clock = clock
-        self._in_flight = 0
-        self._held: set[str] = set()
-        self._moves = 0
-        self._moves_seen = 0
-        self._files: dict[str, _File] = {}
-        self._uploads: dict[str, _Upload] = {}
-        self._jobs: dict[str, _Job] = {}
-        self._tuned: dict[str, _Tuned] = {}
-        self._started = self._now()
+    latency: float
+    max_in_flight: int | None
+    keep_exchanges: bool
+    max_file_bytes: int
+    clock: Callable[[], float]
+    state: threading.Condition = field(default_factory=threading.Condition)
+    closing: threading.Event = field(default_factory=threading.Event)
+    exchanges: list[Exchange] = field(default_factory=list)
+    held: set[str] = field(default_factory=set)
+    moves: int = 0
+    in_flight: int = 0
+    faults: list[list[Any]] = field(default_factory=list)  # [fault, how many to let pass, to hit]
+    files: dict[str, _File] = field(default_factory=dict)
+    uploads: dict[str, _Upload] = field(default_factory=dict)
+    jobs: dict[str, _Job] = field(default_factory=dict)
+    tuned: dict[str, _Tuned] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.started = self._now()
 
     def _now(self) -> int:
-        return int(self._clock())
+        return int(self.clock())
+
+    def _new(self, prefix: str, kind: str, **more: Any) -> Json:
+        name = f"{prefix}{secrets.token_hex(12)}"
+        return {"id": name, "object": kind, "created_at": self._now(), **more}
 
     def _moved(self) -> None:
-        self._moves += 1
+        self.moves += 1
         self.state.notify_all()
 
-    # Held jobs and progress, for tests
+    # Faults
 
-    def hold(self, status: str) -> None:
+    def inject(self, fault: Fault) -> None:
         with self.state:
-            self._held.add(status)
+            times = math.inf if fault.times is None else fault.times
+            self.faults.append([fault, fault.skip, times])
 
-    def release(self) -> None:
+    def take_fault(self, method: str, path: str) -> Fault | None:
+        """The first fault that hits this request. Those that let it pass count it."""
         with self.state:
-            self._held.clear()
-            self.state.notify_all()
-
-    def wait_for_progress(self, timeout: float) -> bool:
-        with self.state:
-            self.state.wait_for(
-                lambda: self._moves > self._moves_seen or self.closing.is_set(), timeout
-            )
-            moved = self._moves > self._moves_seen
-            self._moves_seen = self._moves
-            return moved
+            for entry in self.faults:
+                fault: Fault = entry[0]
+                if entry[2] <= 0 or not fault.matches(method, path):
+                    continue
+                if entry[1] > 0:
+                    entry[1] -= 1
+                    continue
+                entry[2] -= 1
+                return fault
+        return None
 
     # Models
 
-    def _base_model(self, name: str) -> Json:
+    def _model(self, name: str, owner: str) -> Json:
         return {
             "id": name,
             "object": "model",
-            "created": self._started,
-            "owned_by": "rehearsal",
-            "shutdown_date": BASE_MODELS[name],
+            "created": self.started if owner == "rehearsal" else self._now(),
+            "owned_by": owner,
+            "shutdown_date": BASE_MODELS.get(name, TUNABLE_SHUTDOWN),
         }
 
     def list_models(self, request: _Request) -> Json:
-        tuned = [model.shown for model in self._tuned.values()]
-        return {"object": "list", "data": [*map(self._base_model, BASE_MODELS), *tuned]}
+        base = [self._model(name, "rehearsal") for name in BASE_MODELS]
+        return {"object": "list", "data": base + [tuned.shown for tuned in self.tuned.values()]}
 
     def retrieve_model(self, request: _Request) -> Json:
-        (name,) = request.ids
-        if name in BASE_MODELS:
-            return self._base_model(name)
-        return self._tuned_model(name).shown
+        if request.id in BASE_MODELS:
+            return self._model(request.id, "rehearsal")
+        return self._tuned_model(request.id).shown
 
     def delete_model(self, request: _Request) -> Json:
-        (name,) = request.ids
-        if name in BASE_MODELS:
-            raise _ApiError(403, f"The model '{name}' is not yours to delete.", param="model")
-        self._tuned_model(name)
-        del self._tuned[name]
-        return {"id": name, "object": "model", "deleted": True}
+        if request.id in BASE_MODELS:
+            raise _ApiError(403, f"The model '{request.id}' is not yours to delete.", "model")
+        self._tuned_model(request.id)
+        del self.tuned[request.id]
+        return {"id": request.id, "object": "model", "deleted": True}
 
     def _tuned_model(self, name: str) -> _Tuned:
-        if name not in self._tuned:
-            raise _ApiError(
-                404,
-                f"The model `{name}` does not exist or you do not have access to it.",
-                param="model",
-                code="model_not_found",
-            )
-        return self._tuned[name]
+        message = f"The model `{name}` does not exist or you do not have access to it."
+        return _found(self.tuned, name, _ApiError(404, message, "model", "model_not_found"))
 
     # Files
 
     def create_file(self, request: _Request) -> Json:
         _check("file" in request.files, "'file' is a required property.", "file")
         name, data = request.files["file"]
-        purpose = _string(request.body, "purpose")
+        purpose = str(request.body.get("purpose"))
         self._check_file(name, purpose, len(data), self.max_file_bytes)
-        return self._add_file(name, purpose, data, self._expiry(request.body)).shown
+        more = {}
+        key = "expires_after[seconds]"
+        if seconds := str(request.body.get(key, "")):
+            ok = seconds.isdecimal() and 3600 <= int(seconds) <= 2592000
+            _check(ok, f"Invalid '{key}': expected an integer from 3600 to 2592000.", key)
+            more = {"expires_at": self._now() + int(seconds)}
+        return self._add_file(name, purpose, data, **more).shown
 
-    def _check_file(self, name: str, purpose: str, size: int, limit: int) -> None:
-        _check(purpose in FILE_PURPOSES, f"'{purpose}' is not one of the purposes.", "purpose")
+    def _check_file(self, name: str, purpose: Any, size: int, limit: int) -> None:
+        _check_fields({"purpose": purpose}, {"purpose": _UPLOAD_RULES["purpose"]})
         _check(
             purpose != "fine-tune" or name.lower().endswith(".jsonl"),
             f"Invalid extension of '{name}': fine-tune files must be .jsonl.",
@@ -937,100 +1095,68 @@ class _Service:
         )
         _check(size > 0, "File is empty.", "file")
         if size > limit:
-            raise _ApiError(413, f"File exceeds the limit of {limit} bytes.", param="file")
+            raise _ApiError(413, f"File exceeds the limit of {limit} bytes.", "file")
 
-    def _expiry(self, body: Json) -> int | None:
-        seconds = str(body.get("expires_after[seconds]", ""))
-        if not seconds:
-            return None
-        _check(
-            seconds.isdecimal() and 3600 <= int(seconds) <= 2592000,
-            "Invalid 'expires_after[seconds]': expected an integer from 3600 to 2592000.",
-            "expires_after[seconds]",
-        )
-        return self._now() + int(seconds)
-
-    def _add_file(
-        self, name: str, purpose: str, data: bytes, expires_at: int | None = None
-    ) -> _File:
-        shown: Json = {
-            "id": f"file-{secrets.token_hex(11)}",
-            "object": "file",
-            "bytes": len(data),
-            "created_at": self._now(),
-            "filename": name,
-            "purpose": purpose,
-            "status": "processed",
-        }
-        if expires_at is not None:
-            shown["expires_at"] = expires_at
-        file = self._files[shown["id"]] = _File(shown, data)
+    def _add_file(self, name: str, purpose: str, data: bytes, **more: Any) -> _File:
+        more |= {"bytes": len(data), "filename": name, "purpose": purpose, "status": "processed"}
+        shown = self._new("file-", "file", **more)
+        file = self.files[shown["id"]] = _File(shown, data)
         return file
 
     def list_files(self, request: _Request) -> Json:
         order = request.query.get("order", "desc")
         _check(order in ("asc", "desc"), "Invalid 'order': expected asc or desc.", "order")
         wanted = request.query.get("purpose")
-        files = [
-            file.shown
-            for file in self._files.values()
-            if wanted is None or file.shown["purpose"] == wanted
-        ]
+        every = [file.shown for file in self.files.values()]
+        files = [shown for shown in every if wanted in (None, shown["purpose"])]
         ordered = files if order == "asc" else files[::-1]
         return _page(ordered, request.query, usual=10_000, most=10_000)
 
-    def _file(self, name: str) -> _File:
-        if name not in self._files:
-            raise _ApiError(404, f"No such File object: {name}", param="id")
-        return self._files[name]
-
-    def retrieve_file(self, request: _Request) -> Json:
-        return self._file(request.ids[0]).shown
+    def file(self, request: _Request) -> _File:
+        missing = _ApiError(404, f"No such File object: {request.id}", "id")
+        return _found(self.files, request.id, missing)
 
     def file_content(self, request: _Request) -> _Answer:
-        data = self._file(request.ids[0]).data
-        if request.fault and request.fault.kind == "base64_result":
+        data = self.file(request).data
+        if request.fault == "base64_result":
             data = base64.b64encode(data)
         return _Answer(200, data, "application/octet-stream")
 
     def delete_file(self, request: _Request) -> Json:
-        name = self._file(request.ids[0]).shown["id"]
-        del self._files[name]
-        return {"id": name, "object": "file", "deleted": True}
+        self.file(request)
+        del self.files[request.id]
+        return {"id": request.id, "object": "file", "deleted": True}
 
     # Uploads in parts
 
     def create_upload(self, request: _Request) -> Json:
         body = request.body
-        _number(body, "bytes", 1, MAX_UPLOAD_BYTES)
-        _check("bytes" in body, "'bytes' is a required property.", "bytes")
-        name, purpose = _string(body, "filename"), _string(body, "purpose")
-        _string(body, "mime_type")
-        self._check_file(name, purpose, body["bytes"], MAX_UPLOAD_BYTES)
-        shown = {
-            "id": f"upload_{secrets.token_hex(12)}",
-            "object": "upload",
-            "bytes": body["bytes"],
-            "created_at": self._now(),
-            "filename": name,
-            "purpose": purpose,
-            "status": "pending",
-            "expires_at": self._now() + UPLOAD_SECONDS,
-        }
-        self._uploads[shown["id"]] = _Upload(shown)
+        _check_fields(body, _UPLOAD_RULES)
+        self._check_file(body["filename"], body["purpose"], body["bytes"], MAX_UPLOAD_BYTES)
+        shown = self._new(
+            "upload_",
+            "upload",
+            **{key: body[key] for key in ("bytes", "filename", "purpose")},
+            status="pending",
+            expires_at=self._now() + UPLOAD_SECONDS,
+        )
+        self.uploads[shown["id"]] = _Upload(shown)
         return shown
 
     def _upload(self, request: _Request) -> _Upload:
         """The upload asked for, which must still be open."""
-        upload = self._uploads.get(request.ids[0])
-        if upload is None:
-            raise _ApiError(404, f"No such Upload object: {request.ids[0]}", param="id")
+        missing = _ApiError(404, f"No such Upload object: {request.id}", "id")
+        upload = _found(self.uploads, request.id, missing)
         if upload.shown["status"] == "pending" and self._now() >= upload.shown["expires_at"]:
-            upload.shown["status"] = "expired"
-            upload.parts.clear()
+            self._end_upload(upload, "expired")
         status = upload.shown["status"]
         _check(status == "pending", f"The upload is {status}.", "upload_id")
         return upload
+
+    def _end_upload(self, upload: _Upload, status: str, **more: Any) -> Json:
+        upload.parts.clear()
+        upload.shown |= {"status": status, **more}
+        return upload.shown
 
     def add_part(self, request: _Request) -> Json:
         upload = self._upload(request)
@@ -1039,138 +1165,94 @@ class _Service:
         _check(len(data) <= MAX_PART_BYTES, "A part may have at most 64 MB.", "data")
         received = sum(map(len, upload.parts.values())) + len(data)
         _check(received <= upload.shown["bytes"], "The parts exceed the upload's bytes.", "data")
-        name = f"part_{secrets.token_hex(12)}"
-        upload.parts[name] = data
-        return {
-            "id": name,
-            "object": "upload.part",
-            "created_at": self._now(),
-            "upload_id": upload.shown["id"],
-        }
+        part = self._new("part_", "upload.part", upload_id=request.id)
+        upload.parts[part["id"]] = data
+        return part
 
     def complete_upload(self, request: _Request) -> Json:
         upload, ids = self._upload(request), request.body.get("part_ids")
-        _check(
-            isinstance(ids, list) and all(isinstance(i, str) and i in upload.parts for i in ids),
-            "Invalid 'part_ids': expected ids of parts of this upload.",
-            "part_ids",
-        )
+        ok = isinstance(ids, list) and all(isinstance(i, str) and i in upload.parts for i in ids)
+        _check(ok, "Invalid 'part_ids': expected ids of parts of this upload.", "part_ids")
         data = b"".join(upload.parts[name] for name in ids or ())
-        _check(
-            len(data) == upload.shown["bytes"],
-            f"The parts have {len(data)} bytes, the upload {upload.shown['bytes']}.",
-            "part_ids",
-        )
-        md5 = request.body.get("md5")
+        size = upload.shown["bytes"]
+        message = f"The parts have {len(data)} bytes, the upload {size}."
+        _check(len(data) == size, message, "part_ids")
         digest = hashlib.md5(data, usedforsecurity=False).hexdigest()
-        _check(md5 in (None, digest), "The md5 does not match.", "md5")
+        _check(request.body.get("md5") in (None, digest), "The md5 does not match.", "md5")
         file = self._add_file(upload.shown["filename"], upload.shown["purpose"], data)
-        upload.parts.clear()
-        upload.shown |= {"status": "completed", "file": file.shown}
-        return upload.shown
+        return self._end_upload(upload, "completed", file=file.shown)
 
     def cancel_upload(self, request: _Request) -> Json:
-        upload = self._upload(request)
-        upload.parts.clear()
-        upload.shown["status"] = "cancelled"
-        return upload.shown
+        return self._end_upload(self._upload(request), "cancelled")
 
     # Jobs: requests
 
     def create_job(self, request: _Request) -> Json:
         body = request.body
-        known = {
-            "model", "training_file", "validation_file", "hyperparameters", "method", "suffix",
-            "seed", "metadata", "integrations",
-        }  # fmt: skip
-        if unknown := body.keys() - known:
-            raise _ApiError(400, f"Unknown parameter: '{min(unknown)}'.", param=min(unknown))
-        name = _string(body, "model")
+        _check_no_others(body, _JOB_RULES)
+        _check_fields(body, _JOB_RULES)
+        metadata = body.get("metadata")
+        values = dict.fromkeys(metadata or (), _string(0, 512, needed=True))
+        _check_fields(metadata or {}, values, "metadata.")
+        name = str(body["model"])
         base = MODEL_ALIASES.get(name, name)
         if BASE_MODELS.get(base) is None:
-            raise _ApiError(
-                400,
-                f"Model {name} is not available for fine-tuning.",
-                param="model",
-                code="model_not_available",
-            )
+            message = f"Model {name} is not available for fine-tuning."
+            raise _ApiError(400, message, "model", "model_not_available")
         training = self._training_file(body, "training_file")
-        validation = None
-        if body.get("validation_file") is not None:
-            validation = self._training_file(body, "validation_file")
-        suffix = "" if body.get("suffix") is None else _string(body, "suffix", 1, 64)
-        seed = _number(body, "seed", 0, 2147483647)
-        integrations = body.get("integrations") or []
-        _check(isinstance(integrations, list), "Invalid 'integrations'.", "integrations")
-        chosen = _hyperparameters(body)
-        shown: Json = {
-            "id": f"ftjob-{secrets.token_hex(12)}",
-            "object": "fine_tuning.job",
-            "created_at": self._now(),
-            "error": None,
-            "estimated_finish": None,
-            "fine_tuned_model": None,
-            "finished_at": None,
-            "hyperparameters": chosen,
-            "integrations": integrations,
-            "metadata": _metadata(body),
-            "method": {"type": "supervised", "supervised": {"hyperparameters": chosen}},
-            "model": base,
-            "organization_id": "org-rehearsal",
-            "result_files": [],
-            "seed": secrets.randbelow(2**31) if seed is None else seed,
-            "status": "validating_files",
-            "trained_tokens": None,
-            "training_file": training.shown["id"],
-            "user_provided_suffix": suffix or None,
-            "validation_file": validation.shown["id"] if validation else None,
-        }
-        job = _Job(shown, training, validation, request.fault.kind if request.fault else None)
+        validation = body.get("validation_file") and self._training_file(body, "validation_file")
+        chosen, seed = _hyperparameters(body), body.get("seed")
+        shown = self._new(
+            "ftjob-",
+            "fine_tuning.job",
+            **dict.fromkeys(("error", "estimated_finish", "fine_tuned_model", "finished_at")),
+            hyperparameters=chosen,
+            integrations=body.get("integrations") or [],
+            metadata=metadata,
+            method={"type": "supervised", "supervised": {"hyperparameters": chosen}},
+            model=base,
+            organization_id="org-rehearsal",
+            result_files=[],
+            seed=secrets.randbelow(2**31) if seed is None else seed,
+            status="validating_files",
+            trained_tokens=None,
+            training_file=training.shown["id"],
+            user_provided_suffix=body.get("suffix"),
+            validation_file=validation.shown["id"] if validation else None,
+        )
+        job = _Job(shown, training, validation, request.fault)
         job.work = self._work(job)
-        self._jobs[shown["id"]] = job
+        self.jobs[shown["id"]] = job
         self._say(job, f"Created fine-tuning job: {shown['id']}")
         self._say(job, f"Validating training file: {training.shown['id']}")
         return shown
 
     def _training_file(self, body: Json, key: str) -> _File:
-        file = self._files.get(_string(body, key))
-        _check(file is not None, f"invalid {key}: {body[key]}", key)
-        assert file is not None
+        name = body[key]
+        file = _found(self.files, name, _ApiError(400, f"invalid {key}: {name}", key))
         _check(file.shown["purpose"] == "fine-tune", f"{key} must have purpose fine-tune.", key)
         return file
 
-    def _job(self, request: _Request) -> _Job:
-        job = self._jobs.get(request.ids[0])
-        if job is None:
-            raise _ApiError(
-                404,
-                f"Could not find fine tune: {request.ids[0]}",
-                param="fine_tune_id",
-                code="fine_tune_not_found",
-            )
-        return job
+    def job(self, request: _Request) -> _Job:
+        message = f"Could not find fine tune: {request.id}"
+        missing = _ApiError(404, message, "fine_tune_id", "fine_tune_not_found")
+        return _found(self.jobs, request.id, missing)
 
     def list_jobs(self, request: _Request) -> Json:
-        wanted = {
-            key[len("metadata[") : -1]: value
-            for key, value in request.query.items()
-            if key.startswith("metadata[") and key.endswith("]")
-        }
+        found = re.compile(r"metadata\[(.*)\]").fullmatch
+        wanted = {match[1]: text for key, text in request.query.items() if (match := found(key))}
         without = request.query.get("metadata") == "null"
         jobs = [
             job.shown
-            for job in reversed(self._jobs.values())
+            for job in reversed(self.jobs.values())
             if wanted.items() <= (job.shown["metadata"] or {}).items()
             and not (without and job.shown["metadata"])
         ]
-        return _page(jobs, request.query, usual=20, most=100)
-
-    def retrieve_job(self, request: _Request) -> Json:
-        return self._job(request).shown
+        return _page(jobs, request.query)
 
     def cancel_job(self, request: _Request) -> Json:
-        job = self._job(request)
-        _check(job.status not in TERMINAL, f"Job has already {job.status}.", None)
+        job = self.job(request)
+        _check(job.status not in TERMINAL, f"Job has already {job.status}.")
         job.shown["finished_at"] = self._now()
         job.work = iter(())  # lets go of what was learned
         self._move(job, "cancelled")
@@ -1178,24 +1260,18 @@ class _Service:
         return job.shown
 
     def pause_job(self, request: _Request) -> Json:
-        job = self._job(request)
-        can = job.status not in TERMINAL and job.status not in ("pausing", "paused")
-        _check(can, f"Job is {job.status} and cannot be paused.")
+        job = self.job(request)
+        cannot = job.status in TERMINAL | {"pausing", "paused"}
+        _check(not cannot, f"Job is {job.status} and cannot be paused.")
         self._move(job, "pausing")
         return job.shown
 
     def resume_job(self, request: _Request) -> Json:
-        job = self._job(request)
+        job = self.job(request)
         _check(job.status in ("pausing", "paused"), f"Job is {job.status}, not paused.")
         self._move(job, job.phase)
         self._say(job, "The job has been resumed.")
         return job.shown
-
-    def list_events(self, request: _Request) -> Json:
-        return _page(self._job(request).events[::-1], request.query, usual=20, most=100)
-
-    def list_checkpoints(self, request: _Request) -> Json:
-        return _page(self._job(request).checkpoints[::-1], request.query, usual=10, most=100)
 
     # Jobs: the work
 
@@ -1210,11 +1286,11 @@ class _Service:
             next(job.work, None)
 
     def _next_job(self) -> _Job | None:
-        for job in self._jobs.values():
+        for job in self.jobs.values():
             if job.status == "pausing":
                 self._move(job, "paused")
                 self._say(job, "The job has been paused.")
-            elif job.status != "paused" and job.status not in TERMINAL | self._held:
+            elif job.status != "paused" and job.status not in TERMINAL | self.held:
                 return job
         return None
 
@@ -1230,18 +1306,10 @@ class _Service:
             job.phase = phase
 
     def _say(self, job: _Job, message: str, level: str = "info", data: Json | None = None) -> None:
+        more: Json = {"level": level, "message": message, "data": data or {}}
+        more["type"] = "message" if data is None else "metrics"
         with self.state:
-            job.events.append(
-                {
-                    "id": f"ftevent-{secrets.token_hex(12)}",
-                    "object": "fine_tuning.job.event",
-                    "created_at": self._now(),
-                    "level": level,
-                    "message": message,
-                    "type": "message" if data is None else "metrics",
-                    "data": data or {},
-                }
-            )
+            job.events.append(self._new("ftevent-", "fine_tuning.job.event", **more))
             self._moved()
 
     def _fail(self, job: _Job, code: str, message: str, param: str | None = None) -> None:
@@ -1256,35 +1324,30 @@ class _Service:
     def _work(self, job: _Job) -> Iterator[None]:
         """All of a job, in pieces; between two of them it may be held, paused or cancelled."""
         yield
-        for file, purpose in ((job.training, "training"), (job.validation, "validation")):
-            if file is None:
-                continue
-            problem = judge_training_file(
-                file.data, purpose="training" if purpose == "training" else "validation"
-            )
+        problem = judge_training_file(job.training.data, purpose="training")
+        param = "training_file"
+        yield
+        if problem is None and job.validation:
+            problem = judge_training_file(job.validation.data, purpose="validation")
+            param = "validation_file"
             yield
-            if problem is not None:
-                self._fail(job, problem.code, problem.message, f"{purpose}_file")
-                return
+        if problem is not None:
+            return self._fail(job, problem.code, problem.message, param)
         if job.fault == "flagged":
             # What the service says is known from reports only: the code is this rehearsal's guess.
-            self._fail(
-                job,
-                "unsafe_file",
+            message = (
                 "The job failed because too many examples of the training file were flagged by "
-                "moderation (a rehearsed fault).",
-                "training_file",
+                "moderation (a rehearsed fault)."
             )
-            return
+            return self._fail(job, "unsafe_file", message, "training_file")
         self._say(job, "Files validated, moving job to queued state")
         self._enter(job, "queued")
         yield
         self._enter(job, "running")
         self._say(job, "Fine-tuning job started")
-        if job.fault == "paused_job":
-            with self.state:
-                if job.status not in TERMINAL:
-                    self._move(job, "pausing")
+        with self.state:
+            if job.fault == "paused_job" and job.status not in TERMINAL:
+                self._move(job, "pausing")
         yield
         yield from self._train(job)
 
@@ -1292,12 +1355,9 @@ class _Service:
         examples = read_examples(job.training.data)
         validation = read_examples(job.validation.data) if job.validation else []
         chosen = _resolve(job.shown["hyperparameters"], len(examples))
+        method = {"type": "supervised", "supervised": {"hyperparameters": chosen}}
         with self.state:
-            job.shown["hyperparameters"] = chosen
-            job.shown["method"] = {
-                "type": "supervised",
-                "supervised": {"hyperparameters": chosen},
-            }
+            job.shown |= {"hyperparameters": chosen, "method": method}
         epochs, size = chosen["n_epochs"], chosen["batch_size"]
         rng = random.Random(job.shown["seed"])
         sample = rng.sample(validation, min(4, len(validation)))
@@ -1312,68 +1372,46 @@ class _Service:
             if batch_number == 0:
                 order = rng.sample(examples, len(examples))
             batch = order[batch_number * size : (batch_number + 1) * size]
-            score = yield from _measure(model, batch)
+            data: Json = {"step": step, "total_steps": total}
+            data |= yield from _measure(model, batch, "train")
             for example in batch:
                 for user_text, text in example.turns:
                     model.learn(text)
                     if epoch == 0:
                         model.remember_opening(user_text, text)
                 yield
-            data = {
-                "step": step,
-                "total_steps": total,
-                "train_loss": score.loss,
-                "train_mean_token_accuracy": score.accuracy,
-            }
             epoch_ends = batch_number == per_epoch - 1
             if sample and (step % every == 0 or epoch_ends):
-                score = yield from _measure(model, sample)
-                data |= {
-                    "valid_loss": score.loss,
-                    "valid_mean_token_accuracy": score.accuracy,
-                }
+                data |= yield from _measure(model, sample, "valid")
             if validation and epoch_ends:
-                score = yield from _measure(model, validation)
-                data |= {
-                    "full_valid_loss": score.loss,
-                    "full_valid_mean_token_accuracy": score.accuracy,
-                }
+                data |= yield from _measure(model, validation, "full_valid")
             if job.fault == "job_failed" and step == (total + 1) // 2:
-                self._fail(job, "server_error", "The job failed due to an internal error.")
-                return
+                return self._fail(job, "server_error", "The job failed due to an internal error.")
             rows.append(data)
-            self._say_step(job, data)
-            if epoch_ends and epoch >= epochs - 3:
-                self._add_checkpoint(job, data)
+            self._report(job, data, checkpoint=epoch_ends and epoch >= epochs - 3)
             yield
         trained = epochs * sum(example.characters for example in examples)
         self._succeed(job, model, fit_scores(examples), rows, trained)
 
-    def _say_step(self, job: _Job, data: Json) -> None:
-        message = f"Step {data['step']}/{data['total_steps']}: training loss={data['train_loss']}"
+    def _report(self, job: _Job, data: Json, *, checkpoint: bool) -> None:
+        step = data["step"]
+        message = f"Step {step}/{data['total_steps']}: training loss={data['train_loss']}"
         for key, words in (("valid_loss", "validation"), ("full_valid_loss", "full validation")):
             if key in data:
                 message += f", {words} loss={data[key]}"
         self._say(job, message, data=data)
-
-    def _model_name(self, job: _Job) -> str:
-        suffix = job.shown["user_provided_suffix"] or ""
-        return f"ft:{job.shown['model']}:rehearsal:{suffix}:{job.shown['id'][-8:]}"
-
-    def _add_checkpoint(self, job: _Job, data: Json) -> None:
-        step = data["step"]
+        if not checkpoint:
+            return
+        shown = self._new(
+            "ftckpt_",
+            "fine_tuning.job.checkpoint",
+            fine_tuned_model_checkpoint=f"{job.model_name}:ckpt-step-{step}",
+            fine_tuning_job_id=job.shown["id"],
+            metrics={key: value for key, value in data.items() if key != "total_steps"},
+            step_number=step,
+        )
         with self.state:
-            job.checkpoints.append(
-                {
-                    "id": f"ftckpt_{secrets.token_hex(12)}",
-                    "object": "fine_tuning.job.checkpoint",
-                    "created_at": self._now(),
-                    "fine_tuned_model_checkpoint": f"{self._model_name(job)}:ckpt-step-{step}",
-                    "fine_tuning_job_id": job.shown["id"],
-                    "metrics": {k: v for k, v in data.items() if k != "total_steps"},
-                    "step_number": step,
-                }
-            )
+            job.checkpoints.append(shown)
             self._moved()
 
     def _succeed(
@@ -1387,23 +1425,17 @@ class _Service:
         with self.state:
             if job.status in TERMINAL:
                 return
-            name, total = self._model_name(job), len(rows)
-            shares = {name: 1.0}
-            for checkpoint in job.checkpoints:
-                step = checkpoint["step_number"]
-                shares[checkpoint["fine_tuned_model_checkpoint"]] = step / total
+            name = job.model_name
+            shares = {name: 1.0} | {
+                point["fine_tuned_model_checkpoint"]: point["step_number"] / len(rows)
+                for point in job.checkpoints
+            }
             for known, share in shares.items():
-                shown = {
-                    "id": known,
-                    "object": "model",
-                    "created": self._now(),
-                    "owned_by": "org-rehearsal",
-                    "shutdown_date": TUNABLE_SHUTDOWN,
-                }
-                self._tuned[known] = _Tuned(shown, model, scores, share)
-            result = self._add_file(
-                "step_metrics.csv", "fine-tune-results", _result_csv(rows).encode()
-            )
+                self.tuned[known] = _Tuned(
+                    self._model(known, "org-rehearsal"), model, scores, share
+                )
+            table = _result_csv(rows).encode()
+            result = self._add_file("step_metrics.csv", "fine-tune-results", table)
             job.shown |= {
                 "fine_tuned_model": name,
                 "finished_at": self._now(),
@@ -1417,61 +1449,30 @@ class _Service:
     # Answers of models
 
     def chat(self, request: _Request) -> Json | _Answer:
-        body, fault = request.body, request.fault
+        body = request.body
         _check_chat(body)
-        name = body["model"]
+        name, messages = body["model"], body["messages"]
         with self.state:
             tuned = None if BASE_MODELS.get(name) else self._tuned_model(name)
-        messages = body["messages"]
         prompt = json.dumps(messages, sort_keys=True)  # not the name: runs can be compared
-        user_text = next((_text(m) for m in reversed(messages) if m["role"] == "user"), "")
-        temperature = 1.0 if body.get("temperature") is None else float(body["temperature"])
-        limit = body.get("max_completion_tokens") or body.get("max_tokens") or math.inf
-        stops = body.get("stop") or []
-        stops = [stops] if isinstance(stops, str) else stops
-
         choices: list[Json] = []
         for index in range(body.get("n") or 1):
             seed = body.get("seed")
-            if seed is None and temperature:
+            if seed is None and body.get("temperature") != 0:
                 seed = secrets.token_hex(8)
             rng = random.Random(hashlib.sha256(f"{seed} {index} {prompt}".encode()).digest())
-            text, reason = UNTRAINED_ANSWER, "stop"
-            if _wants_json(body):
-                scores = tuned.scores.predict(user_text) if tuned and tuned.scores else {}
-                text = _json_text(body["response_format"], scores)
-            elif tuned is not None:
-                text = tuned.model.answer(
-                    user_text, rng, temperature=temperature, share=tuned.share
-                )
-            for stop in stops:
-                text = text.partition(stop)[0]
-            if fault and fault.kind == "empty_answer":
-                text = ""
-            elif fault and fault.kind == "length":
-                text, reason = text[: len(text) // 2], "length"
-            if len(text) > limit:
-                text, reason = text[: int(limit)], "length"
-            message: Json = {"role": "assistant", "content": text, "refusal": None}
-            if fault and fault.kind == "refusal":
-                message |= {"content": None, "refusal": "I'm sorry, I can't help with that."}
-            choices.append(
-                {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
-            )
+            choices.append({"index": index, **_choice(body, tuned, rng, request.fault)})
 
         written = sum(len(c["message"]["content"] or "") for c in choices)
         asked = sum(len(_text(m)) for m in messages)
+        usage = {"prompt_tokens": asked, "completion_tokens": written}
         completion = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "object": "chat.completion",
             "created": self._now(),
             "model": name,
             "choices": choices,
-            "usage": {
-                "prompt_tokens": asked,
-                "completion_tokens": written,
-                "total_tokens": asked + written,
-            },
+            "usage": usage | {"total_tokens": asked + written},
             "system_fingerprint": "fp_rehearsal",
         }
         if not body.get("stream"):
@@ -1483,35 +1484,26 @@ class _Service:
     def chat_slot(self) -> Iterator[None]:
         """One of the chat completions that may be in flight at a time; 429 when there is none."""
         with self.state:
-            if self._max_in_flight is not None and self._in_flight >= self._max_in_flight:
-                refusal = _REFUSALS["429"]
-                raise _ApiError(429, refusal.message, code=refusal.code, kind=refusal.kind)
-            self._in_flight += 1
+            if self.max_in_flight is not None and self.in_flight >= self.max_in_flight:
+                raise _refusal("429")
+            self.in_flight += 1
         try:
-            if self._latency:
-                self.closing.wait(self._latency)
+            if self.latency:
+                self.closing.wait(self.latency)
             yield
         finally:
             with self.state:
-                self._in_flight -= 1
+                self.in_flight -= 1
 
     def moderate(self, request: _Request) -> Json:
         given = request.body.get("input")
-        if isinstance(given, str):
-            given = [given]
-        _check(isinstance(given, list) and bool(given), "Invalid 'input'.", "input")
-        assert isinstance(given, list)
-        if all(isinstance(item, str) for item in given):
-            texts = given
-        else:
-            ok = all(
-                isinstance(part, dict)
-                and part.get("type") in ("text", "image_url")
-                and (part["type"] != "text" or isinstance(part.get("text"), str))
-                for part in given
-            )
+        if given == [] or not isinstance(given, str | list):
+            raise _ApiError(400, "Invalid 'input'.", "input")
+        texts: list[Any] = [given] if isinstance(given, str) else given
+        if not all(isinstance(item, str) for item in texts):
+            ok = all(_is_part(part) and part["type"] in ("text", "image_url") for part in texts)
             _check(ok, "Invalid 'input': expected strings or content parts.", "input")
-            texts = ["\n".join(part["text"] for part in given if part["type"] == "text")]
+            texts = ["\n".join(part["text"] for part in texts if part["type"] == "text")]
         return {
             "id": f"modr-{secrets.token_hex(12)}",
             "model": "rehearsal-word-list",
@@ -1520,20 +1512,18 @@ class _Service:
 
     def embed(self, request: _Request) -> Json:
         body = request.body
-        name = _string(body, "model")
-        if name != "text-embedding-3-small":
-            raise _ApiError(
-                404, f"The model `{name}` does not exist.", param="model", code="model_not_found"
-            )
+        _check_fields(body, _EMBEDDING_RULES)
+        name = body["model"]
+        if name != EMBEDDING_MODEL:
+            message = f"The model `{name}` does not exist."
+            raise _ApiError(404, message, "model", "model_not_found")
         texts = _embedding_inputs(body.get("input"))
-        size = _number(body, "dimensions", 1, EMBEDDING_SIZE) or EMBEDDING_SIZE
-        encoding = body.get("encoding_format") or "float"
-        _check(encoding in ("float", "base64"), "Invalid 'encoding_format'.", "encoding_format")
+        size = body.get("dimensions") or EMBEDDING_SIZE
         data = []
         for index, text in enumerate(texts):
             packed = struct.pack(f"<{size}f", *_text_vector(text, size))
             vector: Any = base64.b64encode(packed).decode()
-            if encoding == "float":
+            if body.get("encoding_format") != "base64":
                 vector = list(struct.unpack(f"<{size}f", packed))
             data.append({"object": "embedding", "index": index, "embedding": vector})
         used = sum(map(len, texts))
@@ -1551,214 +1541,72 @@ def _resolve(asked: Json, examples: int) -> Json:
     return {key: usual[key] if value == "auto" else value for key, value in asked.items()}
 
 
-def _measure(model: CharacterModel, examples: list[Example]) -> Generator[None, None, Score]:
-    """Returns the score of the examples' assistant texts; pauses after each example."""
-    score = Score()
+def _measure(
+    model: CharacterModel, examples: list[Example], name: str
+) -> Generator[None, None, Json]:
+    """Returns loss and accuracy on the examples' assistant texts; pauses after each example."""
+    nats, hits, characters = 0.0, 0, 0
     for example in examples:
         for _, text in example.turns:
-            score = score.plus(model.measure(text))
+            more = model.measure(text)
+            nats, hits, characters = nats + more[0], hits + more[1], characters + more[2]
         yield
-    return score
+    return {
+        f"{name}_loss": round(nats / max(1, characters), 6),
+        f"{name}_mean_token_accuracy": round(hits / max(1, characters), 6),
+    }
 
 
 def _result_csv(rows: list[Json]) -> str:
     """The service's result file; cells of steps without validation stay empty."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    columns = {
-        "step": "step",
-        "train_loss": "train_loss",
-        "train_accuracy": "train_mean_token_accuracy",
-        "valid_loss": "valid_loss",
-        "valid_mean_token_accuracy": "valid_mean_token_accuracy",
-    }
-    writer.writerow(columns)
-    writer.writerows([row.get(key, "") for key in columns.values()] for row in rows)
+    valid = ["valid_loss", "valid_mean_token_accuracy"]
+    writer.writerow(["step", "train_loss", "train_accuracy", *valid])
+    columns = ["step", "train_loss", "train_mean_token_accuracy", *valid]
+    writer.writerows([row.get(key, "") for key in columns] for row in rows)
     return text.getvalue()
 
 
 def _check_chat(body: Json) -> None:
-    _string(body, "model")
-    messages = body.get("messages")
-    _check(isinstance(messages, list) and bool(messages), "Invalid 'messages'.", "messages")
-    for index, message in enumerate(messages or ()):
-        if why := _message_problem(message, CHAT_KEYS, CHAT_ROLES):
-            raise _ApiError(400, f"Invalid 'messages[{index}]': {why}", param=f"messages[{index}]")
-    _number(body, "n", 1, 128)
-    _number(body, "temperature", 0, 2, whole=False)
-    _number(body, "top_p", 0, 1, whole=False)
-    _number(body, "max_tokens", 1, 1_000_000)
-    _number(body, "max_completion_tokens", 1, 1_000_000)
-    _number(body, "seed", -(2**63), 2**63 - 1)
-    _check(isinstance(body.get("stream"), bool | None), "Invalid 'stream'.", "stream")
-    options = body.get("stream_options")
-    _check(
-        options is None or (isinstance(options, dict) and bool(body.get("stream"))),
-        "Invalid 'stream_options': only for a stream.",
-        "stream_options",
-    )
+    _check_fields(body, _CHAT_RULES)
+    for index, message in enumerate(body["messages"]):
+        where = f"messages[{index}]"
+        why = _message_problem(message, CHAT_KEYS, CHAT_ROLES)
+        _check(why is None, f"Invalid '{where}': {why}", where)
+    if body.get("stream_options") is not None:
+        message = "Invalid 'stream_options': only for a stream."
+        _check(body.get("stream"), message, "stream_options")
+    if body.get("response_format") is not None:
+        _check_format(body["response_format"])
+
+
+def _choice(body: Json, tuned: _Tuned | None, rng: random.Random, fault: str | None) -> Json:
+    """One answer to a chat request, in the shape of a choice."""
+    users = [_text(m) for m in body["messages"] if m["role"] == "user"]
+    user_text = users[-1] if users else ""
+    wanted = body.get("response_format") or {"type": "text"}
+    text, reason = UNTRAINED_ANSWER, "stop"
+    if wanted["type"] != "text":
+        scores = tuned.scores.predict(user_text) if tuned and tuned.scores else {}
+        text = _json_text(wanted, scores)
+    elif tuned is not None:
+        warmth = 1.0 if body.get("temperature") is None else float(body["temperature"])
+        text = tuned.model.answer(user_text, rng, temperature=warmth, share=tuned.share)
     stops = body.get("stop") or []
-    ok = isinstance(stops, str) or (
-        isinstance(stops, list) and len(stops) <= 4 and all(isinstance(s, str) and s for s in stops)
-    )
-    _check(ok, "Invalid 'stop': expected a string or up to 4 strings.", "stop")
-    tools = body.get("tools")
-    _check(tools is None or isinstance(tools, list), "Invalid 'tools'.", "tools")
-    _check_format(body.get("response_format"))
-
-
-_MOST_NESTED: Final = 10
-_SCHEMA_TYPES: Final = frozenset(
-    {"object", "array", "string", "number", "integer", "boolean", "null"}
-)
-#: The keywords that this endpoint can answer by. The service knows more of them.
-_SCHEMA_KEYS: Final[dict[str, Callable[[Any], bool]]] = {
-    "type": lambda v: (
-        bool(v) and all(isinstance(t, str) and t in _SCHEMA_TYPES for t in _schema_types(v))
-    ),
-    "properties": lambda v: isinstance(v, dict),
-    "required": lambda v: isinstance(v, list) and all(isinstance(key, str) for key in v),
-    "additionalProperties": lambda v: isinstance(v, bool | dict),
-    "items": lambda v: isinstance(v, dict),
-    "anyOf": lambda v: isinstance(v, list) and bool(v),
-    "enum": lambda v: isinstance(v, list) and bool(v) and all(map(_SCHEMA_KEYS["const"], v)),
-    "const": lambda v: isinstance(v, str | int | float | None),
-    "title": lambda v: isinstance(v, str),
-    "description": lambda v: isinstance(v, str),
-    **dict.fromkeys(
-        ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
-        lambda v: _is_number(v, -1e15, 1e15, whole=False),
-    ),
-    **dict.fromkeys(("minItems", "maxItems"), lambda v: _is_number(v, 0, 1000, whole=True)),
-}
-
-
-def _schema_types(given: Any) -> list[Any]:
-    return given if isinstance(given, list) else [given]
-
-
-def _check_format(given: Any) -> None:
-    """400 for a ``response_format`` that the service refuses, or that this endpoint can't obey."""
-    where = "response_format"
-    if given is None:
-        return
-    kind = given.get("type") if isinstance(given, dict) else None
-    _check(kind in ("text", "json_object", "json_schema"), f"Invalid '{where}'.", where)
-    if kind != "json_schema":
-        return
-    where = "response_format.json_schema"
-    wanted = given.get("json_schema")
-    _check(isinstance(wanted, dict), f"Missing required parameter: '{where}'.", where)
-    name, strict, schema = wanted.get("name"), wanted.get("strict"), wanted.get("schema")
-    ok = isinstance(name, str) and re.fullmatch("[a-zA-Z0-9_-]{1,64}", name)
-    _check(
-        bool(ok), f"Invalid '{where}.name': expected 1 to 64 of a-z A-Z 0-9 _ -.", f"{where}.name"
-    )
-    _check(isinstance(strict, bool | None), f"Invalid '{where}.strict'.", f"{where}.strict")
-    if schema is None and not strict:
-        return
-    why = _schema_problem(schema, (), bool(strict))
-    if not why and (schema.get("type") != "object" or "anyOf" in schema):
-        why = "schema must be a JSON Schema of 'type: \"object\"'."
-    _check(not why, f"Invalid schema for response_format '{name}': {why}", "response_format")
-
-
-def _schema_problem(schema: Any, path: tuple[str, ...], strict: bool) -> str | None:
-    """The first thing wrong with a schema, in the service's words where they are known."""
-    here = f"In context={path}, "
-    if not isinstance(schema, dict) or not schema.keys() & {"type", "anyOf", "enum", "const"}:
-        return f"{here}schema must have a 'type' key."
-    for key, value in schema.items():
-        if key not in _SCHEMA_KEYS:
-            return f"{here}'{key}' is not permitted (or not rehearsed here)."
-        if not _SCHEMA_KEYS[key](value):
-            return f"{here}'{key}' is not valid."
-    if len(path) > 2 * _MOST_NESTED:
-        return f"the schema has more than {_MOST_NESTED} levels of nesting."
-    properties, required = schema.get("properties", {}), schema.get("required", [])
-    if missing := [key for key in required if key not in properties]:
-        return f"{here}'required' has the extra key {missing[0]!r}."
-    if strict and "object" in _schema_types(schema.get("type")):
-        if schema.get("additionalProperties") is not False:
-            return f"{here}'additionalProperties' is required to be supplied and to be false."
-        if "required" not in schema or properties.keys() - set(required):
-            return (
-                f"{here}'required' is required to be supplied and to be an array including "
-                "every key in properties."
-            )
-    if "array" in _schema_types(schema.get("type")) and "items" not in schema:
-        return f"{here}array schema missing items."
-    low, high = _bounds(schema)
-    if low > high:
-        return f"{here}no number is within the limits."
-    inner: list[tuple[tuple[str, ...], Any]] = [
-        (("properties", key), value) for key, value in properties.items()
-    ]
-    inner += [(("items",), schema["items"])] if "items" in schema else []
-    inner += [(("anyOf", str(i)), option) for i, option in enumerate(schema.get("anyOf", ()))]
-    problems = (_schema_problem(value, path + more, strict) for more, value in inner)
-    return next(filter(None, problems), None)
-
-
-def _bounds(schema: Json) -> tuple[float, float]:
-    """The least and the greatest number a schema allows, whole ones where it wants those."""
-    low = schema.get("minimum", -math.inf)
-    high = schema.get("maximum", math.inf)
-    if "exclusiveMinimum" in schema:
-        low = max(low, math.nextafter(schema["exclusiveMinimum"], math.inf))
-    if "exclusiveMaximum" in schema:
-        high = min(high, math.nextafter(schema["exclusiveMaximum"], -math.inf))
-    if "number" not in _schema_types(schema.get("type")):
-        low = math.ceil(low) if math.isfinite(low) else low
-        high = math.floor(high) if math.isfinite(high) else high
-    return low, high
-
-
-def _wants_json(body: Json) -> bool:
-    return (body.get("response_format") or {}).get("type") in ("json_object", "json_schema")
-
-
-def _json_text(wanted: Json, scores: dict[str, float]) -> str:
-    """An answer by a ``response_format``; without a schema, the scores as they were learned."""
-    schema = wanted.get("json_schema", {}).get("schema")
-    if schema is None:
-        value: Any = {key: round(score) for key, score in scores.items()}
-    else:
-        value = {
-            key: _filled(schema["properties"][key], scores.get(key))
-            for key in schema.get("required", ())
-        }
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-def _filled(schema: Json, score: float | None = None) -> Any:
-    """A value that a schema allows: the nearest to `score`, rounded; without one, no information.
-
-    That is the lowest number allowed (0 where there is no lower limit), "", false, null, as few
-    items as allowed, the least number or the first value of an enum, the first schema of anyOf, and
-    an object of such values.
-    """
-    if "const" in schema:
-        return schema["const"]
-    if "enum" in schema:
-        numbers = [value for value in schema["enum"] if type(value) in (int, float)]
-        if not numbers:
-            return schema["enum"][0]
-        return min(numbers) if score is None else min(numbers, key=lambda n: abs(n - score))
-    if "anyOf" in schema:
-        return _filled(schema["anyOf"][0], score)
-    types = _schema_types(schema["type"])
-    if {"integer", "number"} & set(types) and (score is not None or "null" not in types):
-        low, high = _bounds(schema)
-        if score is None:
-            return low if math.isfinite(low) else min(0, high)
-        return min(max(round(score), low), high)
-    kind = "null" if "null" in types else types[0]
-    if kind == "object":
-        return {key: _filled(schema["properties"][key]) for key in schema.get("required", ())}
-    if kind == "array":
-        return [_filled(schema["items"])] * schema.get("minItems", 0)
-    return {"string": "", "boolean": False}.get(kind)
+    for stop in [stops] if isinstance(stops, str) else stops:
+        text = text.partition(stop)[0]
+    limit = body.get("max_completion_tokens") or body.get("max_tokens") or len(text)
+    if fault == "empty_answer":
+        text = ""
+    elif fault == "length":
+        text, reason = text[: len(text) // 2], "length"
+    if len(text) > limit:
+        text, reason = text[:limit], "length"
+    message: Json = {"role": "assistant", "content": text, "refusal": None}
+    if fault == "refusal":
+        message |= {"content": None, "refusal": "I'm sorry, I can't help with that."}
+    return {"message": message, "logprobs": None, "finish_reason": reason}
 
 
 def _event_stream(completion: Json, with_usage: bool) -> _Answer:
@@ -1805,31 +1653,22 @@ _FLAGGED_WORDS: Final[dict[str, tuple[str, ...]]] = {
 def _judge_words(text: str) -> Json:
     """Which words of the list occur. A score is 1 - 1/2^hits: 0 without, 0.5 with one."""
     lowered = text.lower()
-    hits = {
-        category: sum(lowered.count(word) for word in words)
-        for category, words in _FLAGGED_WORDS.items()
-    }
+    hits = {kind: sum(map(lowered.count, words)) for kind, words in _FLAGGED_WORDS.items()}
     return {
         "flagged": any(hits.values()),
-        "categories": {category: count > 0 for category, count in hits.items()},
-        "category_scores": {category: 1 - 0.5**count for category, count in hits.items()},
-        "category_applied_input_types": {category: ["text"] for category in hits},
+        "categories": {kind: count > 0 for kind, count in hits.items()},
+        "category_scores": {kind: 1 - 0.5**count for kind, count in hits.items()},
+        "category_applied_input_types": {kind: ["text"] for kind in hits},
     }
 
 
 def _embedding_inputs(given: Any) -> list[str]:
     """The inputs as texts; a list of token numbers is taken as a text of those numbers."""
-    if isinstance(given, str):
-        given = [given]
-    _check(isinstance(given, list) and 0 < len(given) <= 2048, "Invalid 'input'.", "input")
-    if all(type(item) is int for item in given):
-        given = [given]
-    texts = []
-    for item in given:
-        if isinstance(item, list) and item and all(type(number) is int for number in item):
-            item = " ".join(map(str, item))
-        _check(isinstance(item, str) and bool(item), "Invalid 'input'.", "input")
-        texts.append(item)
+    whole = _list(lambda number: type(number) is int).fits
+    items = [given] if isinstance(given, str) or whole(given) else given
+    _check(isinstance(items, list) and 0 < len(items) <= 2048, "Invalid 'input'.", "input")
+    texts = [" ".join(map(str, item)) if whole(item) else item for item in items]
+    _check(all(isinstance(text, str) and text for text in texts), "Invalid 'input'.", "input")
     return texts
 
 
@@ -1845,42 +1684,54 @@ def _text_vector(text: str, size: int) -> list[float]:
 
 # --- HTTP -----------------------------------------------------------------------------------------
 
-_ID: Final = "([^/]+)"
 _Operation = Callable[[_Service, _Request], "Json | _Answer"]
-_ROUTES: Final[tuple[tuple[str, str, _Operation], ...]] = (
-    ("GET", "/models", _Service.list_models),
-    ("GET", f"/models/{_ID}", _Service.retrieve_model),
-    ("DELETE", f"/models/{_ID}", _Service.delete_model),
-    ("POST", "/files", _Service.create_file),
-    ("GET", "/files", _Service.list_files),
-    ("GET", f"/files/{_ID}", _Service.retrieve_file),
-    ("GET", f"/files/{_ID}/content", _Service.file_content),
-    ("DELETE", f"/files/{_ID}", _Service.delete_file),
-    ("POST", "/uploads", _Service.create_upload),
-    ("POST", f"/uploads/{_ID}/parts", _Service.add_part),
-    ("POST", f"/uploads/{_ID}/complete", _Service.complete_upload),
-    ("POST", f"/uploads/{_ID}/cancel", _Service.cancel_upload),
-    ("POST", "/fine_tuning/jobs", _Service.create_job),
-    ("GET", "/fine_tuning/jobs", _Service.list_jobs),
-    ("GET", f"/fine_tuning/jobs/{_ID}", _Service.retrieve_job),
-    ("POST", f"/fine_tuning/jobs/{_ID}/cancel", _Service.cancel_job),
-    ("POST", f"/fine_tuning/jobs/{_ID}/pause", _Service.pause_job),
-    ("POST", f"/fine_tuning/jobs/{_ID}/resume", _Service.resume_job),
-    ("GET", f"/fine_tuning/jobs/{_ID}/events", _Service.list_events),
-    ("GET", f"/fine_tuning/jobs/{_ID}/checkpoints", _Service.list_checkpoints),
-    ("POST", "/chat/completions", _Service.chat),
-    ("POST", "/moderations", _Service.moderate),
-    ("POST", "/embeddings", _Service.embed),
-)
+_ROUTES: Final[dict[str, _Operation]] = {
+    "GET /models": _Service.list_models,
+    "GET /models/*": _Service.retrieve_model,
+    "DELETE /models/*": _Service.delete_model,
+    "POST /files": _Service.create_file,
+    "GET /files": _Service.list_files,
+    "GET /files/*": lambda service, request: service.file(request).shown,
+    "GET /files/*/content": _Service.file_content,
+    "DELETE /files/*": _Service.delete_file,
+    "POST /uploads": _Service.create_upload,
+    "POST /uploads/*/parts": _Service.add_part,
+    "POST /uploads/*/complete": _Service.complete_upload,
+    "POST /uploads/*/cancel": _Service.cancel_upload,
+    "POST /fine_tuning/jobs": _Service.create_job,
+    "GET /fine_tuning/jobs": _Service.list_jobs,
+    "GET /fine_tuning/jobs/*": lambda service, request: service.job(request).shown,
+    "POST /fine_tuning/jobs/*/cancel": _Service.cancel_job,
+    "POST /fine_tuning/jobs/*/pause": _Service.pause_job,
+    "POST /fine_tuning/jobs/*/resume": _Service.resume_job,
+    "GET /fine_tuning/jobs/*/events": lambda service, request: _page(
+        service.job(request).events[::-1], request.query
+    ),
+    "GET /fine_tuning/jobs/*/checkpoints": lambda service, request: _page(
+        service.job(request).checkpoints[::-1], request.query, usual=10
+    ),
+    "POST /chat/completions": _Service.chat,
+    "POST /moderations": _Service.moderate,
+    "POST /embeddings": _Service.embed,
+}
 #: These compute for a while and touch no shared state (or guard it themselves).
 _UNLOCKED: Final = frozenset({_Service.chat, _Service.moderate, _Service.embed})
+
+
+def _route(method: str, path: str) -> tuple[_Operation | None, str]:
+    """The operation of a path, and the id in it."""
+    for route, operation in _ROUTES.items():
+        pattern = route.replace("*", "([^/]+)")
+        if match := re.fullmatch(pattern, f"{method} {path}"):
+            return operation, unquote("".join(match.groups()))
+    return None, ""
 
 
 def _read_form(content_type: str, body: bytes) -> tuple[Json, dict[str, tuple[str, bytes]]]:
     """The text fields and the files of a multipart body; each file is copied once."""
     match = re.search(r'boundary="?([^";]+)"?', content_type)
-    _check(match is not None, "The multipart body has no boundary.")
-    assert match is not None
+    if match is None:
+        raise _ApiError(400, "The multipart body has no boundary.")
     mark = b"--" + match[1].encode("latin-1")
     fields: Json = {}
     files: dict[str, tuple[str, bytes]] = {}
@@ -1893,8 +1744,8 @@ def _read_form(content_type: str, body: bytes) -> tuple[Json, dict[str, tuple[st
         content = body[head_end + 4 : end]
         name = re.search(r'[;\s]name="([^"]*)"', head)
         filename = re.search(r'[;\s]filename="([^"]*)"', head)
-        _check(name is not None, "A part of the form has no name.")
-        assert name is not None
+        if name is None:
+            raise _ApiError(400, "A part of the form has no name.")
         if filename:
             files[name[1]] = (filename[1].replace("%22", '"'), content)
         else:
@@ -1910,12 +1761,9 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 128
     allow_reuse_port = False  # a second endpoint must not share the port in silence
 
-    def __init__(self, port: int, service: _Service, faults: _Faults, keep: bool) -> None:
+    def __init__(self, port: int, service: _Service) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
         self.service = service
-        self.faults = faults
-        self.exchanges: list[Exchange] = []
-        self.keep_exchanges = keep
         self._open: set[socket.socket] = set()
         self._changed = threading.Condition()
 
@@ -1954,35 +1802,6 @@ class _Server(ThreadingHTTPServer):
         self.server_close()
 
 
-class _Faults:
-    """The faults still to happen."""
-
-    def __init__(self, faults: Sequence[Fault]) -> None:
-        self._lock = threading.Lock()
-        self._waiting: list[list[Any]] = []  # [fault, requests to let pass, times left]
-        for fault in faults:
-            self.add(fault)
-
-    def add(self, fault: Fault) -> None:
-        with self._lock:
-            times = math.inf if fault.times is None else fault.times
-            self._waiting.append([fault, fault.skip, times])
-
-    def take(self, method: str, path: str) -> Fault | None:
-        """The first fault that hits this request. Those that let it pass count it."""
-        with self._lock:
-            for entry in self._waiting:
-                fault: Fault = entry[0]
-                if entry[2] <= 0 or not fault.matches(method, path):
-                    continue
-                if entry[1] > 0:
-                    entry[1] -= 1
-                    continue
-                entry[2] -= 1
-                return fault
-        return None
-
-
 class _Handler(BaseHTTPRequestHandler):
     """Reads a request, lets a fault or the service answer it, writes the answer."""
 
@@ -1996,43 +1815,43 @@ class _Handler(BaseHTTPRequestHandler):
         _log.debug("%s " + format, self.client_address[0], *args)
 
     def do_GET(self) -> None:
-        self._serve()
-
-    do_POST = do_DELETE = do_PUT = do_PATCH = do_GET
-
-    def _serve(self) -> None:
         url = urlsplit(self.path)
         self._path = unquote(url.path.rstrip("/")).removeprefix("/v1")
         self._query = dict(parse_qsl(url.query, keep_blank_values=True))
         self._form: Any = None
-        self._parsed: Json = {}
-        self._uploaded: dict[str, tuple[str, bytes]] = {}
+        self._files: dict[str, tuple[str, bytes]] = {}
         self._fault: Fault | None = None
+        kind = ""
         try:
             self._parse(self._read_body())
-            self._fault = self.server.faults.take(self.command, self._path)
-            if self._fault and self._hit_before(self._fault):
-                return
+            self._fault = self.server.service.take_fault(self.command, self._path)
+            kind = self._fault.kind if self._fault else ""
+            if kind in ("reset_before", "stall"):
+                return self._vanish()
+            if self._fault and kind in _REFUSALS:
+                raise self._refuse(self._fault)
             answer = self._answer(url.path)
         except _ApiError as problem:
-            answer = _Answer(
-                problem.status, json.dumps(problem.body).encode(), headers=problem.headers
-            )
-        if self._fault:
-            changed = self._hit_after(self._fault, answer)
-            if changed is None:
-                return
-            answer = changed
+            answer = problem.answer
+        if kind in ("reset_after", "stall_after"):
+            return self._vanish()
+        if kind == "500_after":
+            answer = _refusal("500").answer
+        elif kind == "truncated":
+            answer = answer._replace(body=answer.body[: len(answer.body) // 2])
+        elif kind == "malformed":
+            page = b"<html><body>Bad gateway</body></html>"
+            answer = answer._replace(body=page, content_type="application/json")
         self._send(answer)
 
+    do_POST = do_DELETE = do_PUT = do_PATCH = do_GET
+
     def _read_body(self) -> bytes:
-        if "Transfer-Encoding" in self.headers:
-            self.close_connection = True
-            raise _ApiError(411, "A Content-Length is needed.")
         given = self.headers.get("Content-Length", "0")
-        if not given.isdecimal():
-            self.close_connection = True
-            raise _ApiError(400, "Invalid Content-Length.")
+        self.close_connection |= "Transfer-Encoding" in self.headers or not given.isdecimal()
+        if "Transfer-Encoding" in self.headers:
+            raise _ApiError(411, "A Content-Length is needed.")
+        _check(given.isdecimal(), "Invalid Content-Length.")
         left = int(given)
         limit = max(self.server.service.max_file_bytes, MAX_PART_BYTES) + MIB
         if left > limit:
@@ -2045,29 +1864,28 @@ class _Handler(BaseHTTPRequestHandler):
             raise ConnectionAbortedError("the client hung up in the middle of its request")
         return body
 
+    def _parse(self, body: bytes) -> None:
+        content_type = self.headers.get("Content-Type", "")
+        if content_type.startswith("multipart/form-data"):
+            self._form, self._files = _read_form(content_type, body)
+        elif body:
+            try:
+                self._form = _strict_json(body)
+            except (ValueError, RecursionError):
+                message = "We could not parse the JSON body of your request."
+                raise _ApiError(400, message) from None
+            _check(isinstance(self._form, dict), "The JSON body must be an object.")
+
     def _answer(self, raw_path: str) -> _Answer:
         scheme, _, key = self.headers.get("Authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
-            raise _ApiError(
-                401,
-                "You didn't provide an API key. Use an Authorization header with Bearer auth.",
-                code="invalid_api_key",
-            )
-        path = raw_path.rstrip("/").removeprefix("/v1")
-        for method, pattern, operation in _ROUTES:
-            match = re.fullmatch(pattern, path)
-            if method == self.command and match and raw_path.startswith("/v1/"):
-                request = _Request(
-                    self._parsed,
-                    self._uploaded,
-                    self._query,
-                    tuple(map(unquote, match.groups())),
-                    self._fault,
-                )
-                return self._operate(operation, request)
-        raise _ApiError(404, f"Invalid URL ({self.command} {raw_path})")
-
-    def _operate(self, operation: _Operation, request: _Request) -> _Answer:
+            message = "You didn't provide an API key. Use an Authorization header with Bearer auth."
+            raise _ApiError(401, message, code="invalid_api_key")
+        operation, name = _route(self.command, raw_path.rstrip("/").removeprefix("/v1"))
+        if operation is None or not raw_path.startswith("/v1/"):
+            raise _ApiError(404, f"Invalid URL ({self.command} {raw_path})")
+        fault = self._fault.kind if self._fault else None
+        request = _Request(self._form or {}, self._files, self._query, name, fault)
         service = self.server.service
         guard: contextlib.AbstractContextManager[Any] = service.state
         if operation in _UNLOCKED:
@@ -2077,122 +1895,58 @@ class _Handler(BaseHTTPRequestHandler):
             result = operation(service, request)
             return result if isinstance(result, _Answer) else _json_answer(result)
 
-    def _parse(self, body: bytes) -> None:
-        content_type = self.headers.get("Content-Type", "")
-        if content_type.startswith("multipart/form-data"):
-            self._parsed, self._uploaded = _read_form(content_type, body)
-            sizes = {
-                name: {"filename": filename, "bytes": len(content)}
-                for name, (filename, content) in self._uploaded.items()
-            }
-            self._form = self._parsed | sizes
-            return
-        if not body:
-            return
-        try:
-            parsed = _strict_json(body)
-        except (ValueError, RecursionError):
-            raise _ApiError(400, "We could not parse the JSON body of your request.") from None
-        self._form = parsed
-        _check(isinstance(parsed, dict), "The JSON body must be an object.")
-        self._parsed = parsed
+    def _refuse(self, fault: Fault) -> _ApiError:
+        seconds = 0 if fault.kind == "429" and fault.seconds is None else fault.seconds
+        if seconds is None:
+            return _refusal(fault.kind)
+        headers = {"Retry-After": f"{seconds:g}", "retry-after-ms": f"{seconds * 1000:g}"}
+        return _refusal(fault.kind, headers)
 
-    # Faults
-
-    def _hit_before(self, fault: Fault) -> bool:
-        """Do what a fault does instead of the request; False when the request is carried out."""
-        if fault.kind in _REFUSALS:
-            refusal = _REFUSALS[fault.kind]
-            headers: tuple[tuple[str, str], ...] = ()
-            seconds = 0 if fault.kind == "429" and fault.seconds is None else fault.seconds
-            if seconds is not None:
-                headers = (
-                    ("Retry-After", f"{seconds:g}"),
-                    ("retry-after-ms", f"{seconds * 1000:g}"),
-                )
-            raise _ApiError(
-                refusal.status,
-                refusal.message,
-                code=refusal.code,
-                kind=refusal.kind,
-                headers=headers,
-            )
-        if fault.kind == "reset_before":
-            self._reset()
-        elif fault.kind == "stall":
-            self._stall(fault)
-        else:
-            return False
-        return True
-
-    def _hit_after(self, fault: Fault, answer: _Answer) -> _Answer | None:
-        """The answer a fault makes of a true one; None when there is none."""
-        if fault.kind == "500_after":
-            body = _ApiError(500, "The server had an error.", kind="server_error").body
-            return _json_answer(body, 500)
-        if fault.kind == "truncated":
-            return answer._replace(body=answer.body[: len(answer.body) // 2])
-        if fault.kind == "malformed":
-            page = b"<html><body>Bad gateway</body></html>"
-            return answer._replace(body=page, content_type="application/json")
-        if fault.kind == "reset_after":
-            self._reset()
-            return None
-        if fault.kind == "stall_after":
-            self._stall(fault)
-            return None
-        return answer
-
-    def _stall(self, fault: Fault) -> None:
+    def _vanish(self) -> None:
+        """Leave the client waiting, or hang up with an RST, as the fault says."""
+        assert self._fault is not None
         self._record(_Answer(0, b"", ""))
         self.close_connection = True
-        seconds = _STALL_SECONDS if fault.seconds is None else fault.seconds
-        self.server.service.closing.wait(seconds)
-
-    def _reset(self) -> None:
-        """Hang up with an RST. Closing the descriptor itself, for `socket.close` would wait for
-        the handler's files, and the server's own `shutdown` would send a FIN first."""
-        self._record(_Answer(0, b"", ""))
-        self.close_connection = True
+        if self._fault.kind.startswith("stall"):
+            seconds = self._fault.seconds
+            self.server.service.closing.wait(_STALL_SECONDS if seconds is None else seconds)
+            return
+        # Closing the descriptor itself, for `socket.close` would wait for the handler's files, and
+        # the server's own `shutdown` would send a FIN first.
         no_linger = struct.pack("ii", 1, 0)
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, no_linger)
         socket.close(self.connection.detach())
 
-    # Answers
-
     def _record(self, answer: _Answer) -> None:
-        if not self.server.keep_exchanges:
+        if not self.server.service.keep_exchanges:
             return
-        response: Any = None
+        request, response = self._form, None
+        if self._files:
+            sizes = {k: {"filename": n, "bytes": len(d)} for k, (n, d) in self._files.items()}
+            request = self._form | sizes
         with contextlib.suppress(ValueError):
             if answer.content_type == "application/json":
                 response = json.loads(answer.body)
             elif answer.content_type == "text/event-stream":
                 events = answer.body.decode().split("\n\n")[:-2]
                 response = [json.loads(event.removeprefix("data: ")) for event in events]
-        self.server.exchanges.append(
-            Exchange(
-                method=self.command,
-                path=self._path,
-                query=self._query,
-                request=self._form,
-                status=answer.status,
-                response=response,
-                content_type=answer.content_type,
-                fault=self._fault.kind if self._fault else None,
-            )
-        )
+        kind = self._fault.kind if self._fault else None
+        asked = (self.command, self._path, self._query, request)
+        exchange = Exchange(*asked, answer.status, response, answer.content_type, kind)
+        self.server.service.exchanges.append(exchange)
 
     def _send(self, answer: _Answer) -> None:
         self._record(answer)
         self.send_response(answer.status)
-        self.send_header("Content-Type", answer.content_type)
-        self.send_header("Content-Length", str(len(answer.body)))
-        self.send_header("x-request-id", f"req_{secrets.token_hex(12)}")
-        for name, value in answer.headers:
+        headers = {
+            "Content-Type": answer.content_type,
+            "Content-Length": str(len(answer.body)),
+            "x-request-id": f"req_{secrets.token_hex(12)}",
+            **answer.headers,
+            **({"Connection": "close"} if self.close_connection else {}),
+        }
+        for name, value in headers.items():
             self.send_header(name, value)
-        if self.close_connection:
-            self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(answer.body)
 
@@ -2220,40 +1974,34 @@ class Rehearsal:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._port = port
-        self._faults = _Faults(faults)
-        self._keep_exchanges = keep_exchanges
-        self._service = _Service(
-            latency=latency,
-            max_in_flight=max_in_flight,
-            max_file_bytes=max_file_bytes,
-            clock=clock,
-        )
+        limits = (latency, max_in_flight, keep_exchanges, max_file_bytes)
+        self._service = _Service(*limits, clock)
+        for fault in faults:
+            self.inject(fault)
         self._server: _Server | None = None
         self._threads: list[threading.Thread] = []
+        self._moves_seen = 0
 
     def start(self) -> Self:
         """Bind the port (OSError when it is taken) and begin to answer and to work."""
-        self._server = _Server(self._port, self._service, self._faults, self._keep_exchanges)
-        self._threads = [
-            threading.Thread(
-                target=self._server.serve_forever, args=(0.02,), name="rehearsal", daemon=True
-            ),
-            threading.Thread(target=self._service.run_jobs, name="rehearsal-jobs", daemon=True),
-        ]
-        for thread in self._threads:
+        server = self._server = _Server(self._port, self._service)
+        for name, run in (
+            ("rehearsal", lambda: server.serve_forever(0.02)),
+            ("rehearsal-jobs", self._service.run_jobs),
+        ):
+            thread = threading.Thread(target=run, name=name, daemon=True)
+            self._threads.append(thread)
             thread.start()
         return self
 
     def close(self) -> None:
         """End every connection, stalled ones too, and the work; a second call does nothing."""
         self._service.closing.set()
-        with self._service.state:
-            self._service.state.notify_all()
-        if self._threads and self._server is not None:
-            self._server.close()
-            for thread in self._threads:
-                thread.join(timeout=2)
-            self._threads = []
+        self.release()
+        if self._threads:
+            self._running().close()
+        while self._threads:
+            self._threads.pop().join(timeout=2)
 
     def __enter__(self) -> Self:
         return self.start()
@@ -2267,7 +2015,7 @@ class Rehearsal:
 
     @property
     def exchanges(self) -> list[Exchange]:
-        return self._running().exchanges
+        return self._running().service.exchanges
 
     def _running(self) -> _Server:
         if self._server is None:
@@ -2275,22 +2023,31 @@ class Rehearsal:
         return self._server
 
     def inject(self, fault: Fault) -> None:
-        self._faults.add(fault)
+        self._service.inject(fault)
 
     def hold(self, status: str) -> None:
         """Stop every job that is in this status or gets there, until `release`."""
-        self._service.hold(status)
+        with self._service.state:
+            self._service.held.add(status)
 
     def release(self) -> None:
         """Let all held jobs go on."""
-        self._service.release()
+        with self._service.state:
+            self._service.held.clear()
+            self._service.state.notify_all()
 
     def wait_for_progress(self, timeout: float) -> bool:
         """Wait until a job has moved on (status, step or event) since the last call.
 
         True at once if one did already; False when `timeout` seconds passed without.
         """
-        return self._service.wait_for_progress(timeout)
+        service = self._service
+        with service.state:
+            service.state.wait_for(
+                lambda: service.moves > self._moves_seen or service.closing.is_set(), timeout
+            )
+            before, self._moves_seen = self._moves_seen, service.moves
+            return self._moves_seen > before
 
 
 # --- The command line -----------------------------------------------------------------------------
@@ -2353,8 +2110,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 # --- Example dialogues ----------------------------------------------------------------------------
 
-#: The 20 items of the client's review, as KokoroChat names them (0 to 5 points each).
-_ITEMS: Final = (
+#: The client's review in both languages, as KokoroChat spells it: after the first five come the 20
+#: items (0 to 5 points each).
+_REVIEW: Final = (
+    ("評価ID", "evaluation_id"),
+    ("評価作成日時", "evaluation_created_at"),
+    ("クライアント役ID", "client_id"),
+    ("カウンセラー役ID", "counselor_id"),
+    ("点数", "score"),
     ("聴いてもらえた、わかってもらえたと感じた", "felt_heard_and_understood"),
     ("尊重されたと感じた", "felt_respected"),
     ("新しい気づきや体験があった", "gained_new_insights"),
@@ -2366,10 +2129,7 @@ _ITEMS: Final = (
     ("全体として適切でよかった", "felt_appropriate_and_satisfying"),
     ("今回の相談は価値があった", "conversation_was_valuable"),
     ("相談開始の円滑さ", "conversation_started_smoothly"),
-    (
-        "相談終了のタイミング（不必要に聴きすぎていないか）、円滑さ",
-        "conversation_ended_well",
-    ),
+    ("相談終了のタイミング（不必要に聴きすぎていないか）、円滑さ", "conversation_ended_well"),
     ("受容・共感", "showed_acceptance_and_empathy"),
     ("肯定・承認", "provided_acknowledgment_and_affirmation"),
     ("的確な質問による会話の促進", "asked_effective_questions"),
@@ -2378,6 +2138,9 @@ _ITEMS: Final = (
     ("この相談での目標の明確化", "helped_identify_goals"),
     ("次の行動につながる提案", "offered_actionable_suggestions"),
     ("勇気づけ・希望の喚起", "encouraged_and_instilled_hope"),
+    ("無理解と軽率さによる傷つけ発言", "harmful_due_to_ignorance"),
+    ("その他の倫理違反が疑われる発言", "other_potentially_unethical"),
+    ("離脱", "unwilling_to_continue"),
 )
 
 
@@ -2386,20 +2149,17 @@ def example_dialogues() -> list[dict[str, object]]:
 
     Written for this project (MIT); the people, times and scores in them are made up.
     """
-    records: list[dict[str, object]] = []
-    for block in re.split(r"^@ ", _DIALOGUES, flags=re.MULTILINE)[1:]:
-        head, *lines = block.strip().split("\n")
-        records.append(_dialogue_record(len(records) + 1, head, lines))
-    return records
+    blocks = re.split(r"^@ ", _DIALOGUES, flags=re.MULTILINE)[1:]
+    return [
+        _dialogue_record(number, *block.strip().split("\n"))
+        for number, block in enumerate(blocks, 1)
+    ]
 
 
-def _dialogue_record(number: int, head: str, lines: list[str]) -> dict[str, object]:
+def _dialogue_record(number: int, head: str, *lines: str) -> dict[str, object]:
     main_jp, main_en, sub, people, digits, left = (part.strip() for part in head.split("|"))
-    ids = re.fullmatch(r"client=(\d+) counselor=(\d+)", people)
-    assert ids is not None
-    client, counselor = map(int, ids.groups())
+    client, counselor = map(int, re.findall(r"\d+", people))
     points = [int(digit) for digit in digits]
-    walked_away = None if left == "-" else left
     moment = datetime(2026, 1, 1, 10) + timedelta(days=number - 1)
     dialogue = []
     for line in lines:
@@ -2408,31 +2168,13 @@ def _dialogue_record(number: int, head: str, lines: list[str]) -> dict[str, obje
         dialogue.append({"role": role, "time": moment.isoformat(), "utterance": utterance})
         moment += timedelta(seconds=20 + len(utterance))
     created = (moment + timedelta(minutes=10)).isoformat()
+    left_early = None if left == "-" else left
+    review = [number, created, client, counselor, sum(points), *points, None, None, left_early]
     return {
         "dialogue": dialogue,
         "topic": {"main_jp": main_jp, "main_en": main_en, "sub": sub},
-        "review_by_client_jp": {
-            "評価ID": number,
-            "評価作成日時": created,
-            "クライアント役ID": client,
-            "カウンセラー役ID": counselor,
-            "点数": sum(points),
-            **dict(zip((jp for jp, _ in _ITEMS), points, strict=True)),
-            "無理解と軽率さによる傷つけ発言": None,
-            "その他の倫理違反が疑われる発言": None,
-            "離脱": walked_away,
-        },
-        "review_by_client_en": {
-            "evaluation_id": number,
-            "evaluation_created_at": created,
-            "client_id": client,
-            "counselor_id": counselor,
-            "score": sum(points),
-            **dict(zip((en for _, en in _ITEMS), points, strict=True)),
-            "harmful_due_to_ignorance": None,
-            "other_potentially_unethical": None,
-            "unwilling_to_continue": walked_away,
-        },
+        "review_by_client_jp": dict(zip((jp for jp, _ in _REVIEW), review, strict=True)),
+        "review_by_client_en": dict(zip((en for _, en in _REVIEW), review, strict=True)),
     }
 
 

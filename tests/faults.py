@@ -15,7 +15,7 @@ from openai_sft_rehearsal import Exchange, Rehearsal
 
 JOBS = "/fine_tuning/jobs"
 JOB = f"{JOBS}/ftjob-{'?' * 24}"  # one job, and not its events or checkpoints
-FILE = f"/files/file-{'?' * 22}"  # one file, and not its content
+FILE = f"/files/file-{'?' * 24}"  # one file, and not its content
 CHAT = "/chat/completions"
 
 #: Faults after which the request has been carried out although its answer is lost.

@@ -49,7 +49,10 @@ def turns_that_answer(messages: list[dict[str, Any]]) -> list[int]:
 
 
 def evaluate(sft: OpenAISFT, count: int = 2, **options: Any) -> dict[str, Any]:
-    return sft.evaluate_model_comprehensive(MODEL, examples(count), [], **options)
+    """An evaluation that asks one question at a time, so that the order is known."""
+    return sft.evaluate_model_comprehensive(
+        MODEL, examples(count), [], **{"concurrency": 1, **options}
+    )
 
 
 # ── The choice of cases ──────────────────────────────────────────────────────────────────────
@@ -178,14 +181,17 @@ def test_a_response_says_what_was_sent_what_came_and_what_the_counsellor_said(
     make_sft: MakeSFT, endpoint: Rehearsal
 ) -> None:
     data = examples(4)
-    results = make_sft().evaluate_model_comprehensive(MODEL, data, [], max_test_cases=3, seed=5)
+    results = make_sft().evaluate_model_comprehensive(
+        MODEL, data, [], max_test_cases=3, seed=5, concurrency=1
+    )
     cases = choose_cases(data, max_cases=3, seed=5)
     responses = results["test_evaluation"]["responses"]
 
     assert len(responses) == len(posts(endpoint, CHAT)) == 3
     for response, case, asked in zip(responses, cases, posts(endpoint, CHAT), strict=True):
         assert set(response) == {
-            *("case_id", "input", "output", "reference", "usage", "latency_seconds")
+            *("case_id", "input", "output", "reference", "usage", "latency_seconds"),
+            "finish_reason",
         }
         assert response["case_id"] == case.id
         assert response["input"] == case.input == asked.request["messages"]
@@ -334,7 +340,9 @@ def test_an_error_that_every_case_would_meet_is_raised_at_the_first(
 
 def test_a_model_that_does_not_exist_is_an_error(make_sft: MakeSFT, endpoint: Rehearsal) -> None:
     with pytest.raises(openai.NotFoundError):
-        make_sft().evaluate_model_comprehensive("ft:nothing", examples(3), examples(3))
+        make_sft().evaluate_model_comprehensive(
+            "ft:nothing", examples(3), examples(3), concurrency=1
+        )
 
     assert len(posts(endpoint, CHAT)) == 1
 

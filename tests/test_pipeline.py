@@ -334,7 +334,7 @@ def test_a_negative_number_of_cases_is_refused_before_anything_is_sent(
 def test_over_the_budget_or_where_the_price_is_unknown_nothing_is_sent(
     make_sft: MakeSFT, endpoint: Rehearsal, options: dict[str, Any], asked: dict[str, Any]
 ) -> None:
-    with pytest.raises(BudgetError, match="上限.*中止しました"):
+    with pytest.raises(BudgetError, match=r"上限.*中止しました"):
         run(make_sft(confirm=lambda _: True, **options), **asked)
 
     assert posts(endpoint) == []

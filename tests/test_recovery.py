@@ -613,6 +613,8 @@ def test_a_rehearsal_is_marked_and_never_resumed_nor_the_newest_model(
     with OpenAISFT(rehearse=True, output_dir=out, verbose=False) as done:
         done.run_full_pipeline(epochs=1, max_test_cases=1)
     stopped = OpenAISFT(rehearse=True, output_dir=out, verbose=False, sleep=interrupt)
+    assert stopped.client and stopped._endpoint
+    stopped._endpoint.hold("running")
     with stopped, pytest.raises(KeyboardInterrupt):
         stopped.run_full_pipeline(epochs=50, batch_size=1, max_test_cases=1)
     runs = sorted(out.glob("run_*.json"))

@@ -938,7 +938,7 @@ def test_the_mean_stands_beside_each_item_in_the_table(
 ) -> None:
     results = evaluate([written(scores_of(5))], rated_examples(8), train_data=rated_examples(2, 1))
     head, *rows = results.tables()[0]
-    column = head.index("平均予測のMSE")
+    column = head.index("平均予測")
     by_item = {row[0]: row for row in rows}
 
     assert list(by_item)[-20:] == list(ITEMS)
