@@ -71,7 +71,7 @@ import urllib.parse
 import uuid
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date, datetime
 from pathlib import Path
@@ -692,11 +692,17 @@ class Sample(NamedTuple):
 # ── Reading ──────────────────────────────────────────────────────────────────────────────────
 
 
-def read_dialogues(source: str, *, revision: str | None = None) -> list[Dialogue]:
+def read_dialogues(
+    source: str,
+    *,
+    revision: str | None = None,
+    each: Callable[[Dialogue], None] | None = None,
+) -> list[Dialogue]:
     """Read every dialogue of ``source``: a folder, a JSON/JSONL/Parquet file, or a Hub name.
 
     A folder is read as the released KokoroChat is: every ``.json``, ``.jsonl`` and ``.parquet``
     file in it. A name that is no path is fetched from the Hub at ``revision``, all its splits.
+    ``each`` is given every dialogue as it is read, before ids that are shared are told apart.
 
     A file, line or row that can't be read or isn't a dialogue is named in the log and left out.
     Raises :class:`DataError` where these are more than 1 %, or where there is no dialogue, and
@@ -716,6 +722,8 @@ def read_dialogues(source: str, *, revision: str | None = None) -> list[Dialogue
                 unreadable.append(error)
             else:
                 dialogues.append(dialogue)
+                if each is not None:
+                    each(dialogue)
     total = len(dialogues) + len(unreadable)
     for problem in unreadable[:10]:
         logger.warning("除外: %s", problem)
@@ -1771,17 +1779,57 @@ class TokenCounter:
         separators = (tokens == self._encoding.eot_token).nonzero()[0].tolist()
         return [end - index for index, end in enumerate([*separators, len(tokens)])]
 
-    def count_all(
-        self, conversations: Iterable[Sequence[Message]], executor: Executor
-    ) -> Callable[[], list[Tokens]]:
-        """Begin to count on ``executor``; the callable that is returned waits for the counts.
 
-        Threads do, for the tokeniser works outside the interpreter's lock; a chunk a call, for
-        each call's end has to wait for that lock.
-        """
-        chunks = (executor.submit(self.count_many, chunk) for chunk in _chunks(conversations, 64))
-        futures = list(chunks)
-        return lambda: [tokens for future in futures for tokens in future.result()]
+class _Counting:
+    """Counts of examples, begun on threads as they are added, while the caller goes on.
+
+    Threads do, for the tokeniser works outside the interpreter's lock; a chunk a call, for the
+    end of each call has to wait for that lock.
+    """
+
+    CHUNK = 64
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self._vocabulary = executor.submit(load_vocabulary)  # slow to load, so it starts first
+        self._waiting: list[Example] = []
+        self._begun: list[tuple[list[str], Future[list[Tokens]]]] = []
+        self._known: set[str] = set()
+
+    @property
+    def exact(self) -> bool:
+        """Whether the vocabulary is there; waits for it."""
+        return self._vocabulary.result() is not None
+
+    def add(self, example: Example) -> None:
+        """Count ``example``, soon."""
+        self._known.add(example["id"])
+        self._waiting.append(example)
+        if len(self._waiting) == self.CHUNK:
+            self._begin()
+
+    def _begin(self) -> None:
+        chunk, self._waiting = self._waiting, []
+        conversations = [example["messages"] for example in chunk]
+        future = self._executor.submit(self._count, conversations)
+        self._begun.append(([example["id"] for example in chunk], future))
+
+    def _count(self, conversations: Sequence[Sequence[Message]]) -> list[Tokens]:
+        return TokenCounter(self._vocabulary.result()).count_many(conversations)
+
+    def finish(self) -> dict[str, Tokens]:
+        """The counts of all examples by their ids; waits for them."""
+        self._begin()
+        counts: dict[str, Tokens] = {}
+        for ids, future in self._begun:
+            counts.update(zip(ids, future.result(), strict=True))
+        return counts
+
+    def add_missing(self, examples: Iterable[Example]) -> None:
+        """Count those that were not added under their ids yet."""
+        for example in examples:
+            if example["id"] not in self._known:
+                self.add(example)
 
 
 def _billed_texts(message: Message) -> tuple[list[str], int]:
@@ -1792,12 +1840,6 @@ def _billed_texts(message: Message) -> tuple[list[str], int]:
     texts = [v for k, v in message.items() if isinstance(v, str) and k != "role"]
     texts += [_dump(value) for value in message.values() if isinstance(value, list | dict)]
     return texts, int("name" in message)
-
-
-def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    iterator = iter(items)
-    while chunk := list(itertools.islice(iterator, size)):
-        yield chunk
 
 
 def token_stats(tokens: Sequence[Tokens]) -> TokenStats:
@@ -3344,6 +3386,7 @@ class OpenAISFT:
         self._loaded: _Loaded | None = None
         self._licence_told = False
         self._made: Splits | None = None
+        self._converted: dict[str, Example] = {}
         self._resumed = False
         self._fresh_models: dict[str, float] = {}
         self._lacking: set[str] = set()
@@ -3957,26 +4000,42 @@ class OpenAISFT:
             _gc_paused(),
             ThreadPoolExecutor(workers, thread_name_prefix="openai-sft-tokens") as executor,
         ):
-            vocabulary = executor.submit(load_vocabulary)  # slow to load, so it starts first
-            splits = self._convert(self._load(selection))
+            counting = _Counting(executor)
+
+            def begin(dialogue: Dialogue) -> None:
+                example = self._make_example(dialogue)
+                if example is not None:
+                    self._converted[dialogue.id] = example
+                    counting.add(example)
+
+            # What is read is converted and counted at once, where all of it will be used.
+            everything = Selection(seed=selection.seed, group_by=selection.group_by)
+            splits = self._convert(
+                self._load(selection, begin if selection == everything else None)
+            )
+            self._converted.clear()
             self._require_examples(len(splits.train))
-            counter = TokenCounter(vocabulary.result())
-            counts: dict[str, Callable[[], list[Tokens]]] = {
-                name: counter.count_all((e["messages"] for e in part), executor)
-                for name, part in zip(SPLIT_NAMES, splits, strict=True)
-            }
+            for part in splits:
+                counting.add_missing(part)
             stamp = self._new_stamp()
             facts = self._write_datasets(stamp, splits)
-            tokens = {name: token_stats(count()) for name, count in counts.items()}
+            counts = counting.finish()
+            tokens: dict[str, TokenStats] = {
+                name: token_stats([counts[example["id"]] for example in part])
+                for name, part in zip(SPLIT_NAMES, splits, strict=True)
+            }
         for name, stats in tokens.items():
             facts["data"][name]["tokens"] = stats.total
-        self._start_run(stamp, kind=kind, plan=plan, exact_tokens=counter.exact, **facts)
+        self._start_run(stamp, kind=kind, plan=plan, exact_tokens=counting.exact, **facts)
         self._made = splits
         return splits, tokens
 
-    def _load(self, selection: Selection) -> Splits:
-        """Read, choose and split the dialogues; what was left out and leaks is logged."""
-        self._loaded = loaded = self._read_and_split(selection)
+    def _load(self, selection: Selection, each: Callable[[Dialogue], None] | None = None) -> Splits:
+        """Read, choose and split the dialogues; what was left out and leaks is logged.
+
+        ``each`` is given every dialogue as it is read.
+        """
+        self._loaded = loaded = self._read_and_split(selection, each)
         return loaded.splits
 
     def _convert(self, splits: Splits) -> Splits:
@@ -4042,7 +4101,9 @@ class OpenAISFT:
         )
         return train, test, valid
 
-    def _read_and_split(self, selection: Selection) -> _Loaded:
+    def _read_and_split(
+        self, selection: Selection, each: Callable[[Dialogue], None] | None
+    ) -> _Loaded:
         if self.dataset is None:
             from openai_sft_rehearsal import example_dialogues
 
@@ -4053,7 +4114,7 @@ class OpenAISFT:
             ]
         else:
             logger.info("データを読み込んでいます: %s", self.dataset)
-            dialogues = read_dialogues(self.dataset, revision=self.revision)
+            dialogues = read_dialogues(self.dataset, revision=self.revision, each=each)
             if not self._licence_told and (
                 "kokorochat" in self.dataset.casefold() or dialogues[0].review_en
             ):
@@ -4104,7 +4165,7 @@ class OpenAISFT:
             if not isinstance(dialogue, Dialogue):
                 name = f"{split}-{number}"
                 dialogue = parse_dialogue(row, fallback_id=name, source=f"{split}[{number}]")
-            example = task.make_example(dialogue, system_prompt=self.system_prompt)
+            example = self._converted.get(dialogue.id) or self._make_example(dialogue)
             if example is None:
                 left_out.append(dialogue.id)
             else:
@@ -4121,6 +4182,9 @@ class OpenAISFT:
         if split == "train":
             self._train_data = examples
         return examples
+
+    def _make_example(self, dialogue: Dialogue) -> Example | None:
+        return TASKS[self.task].make_example(dialogue, system_prompt=self.system_prompt)
 
     def _fit_length(self, example: Example) -> list[Example]:
         messages = example["messages"]
