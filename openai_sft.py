@@ -497,7 +497,6 @@ class TokenStats:
 
 
 class _Loaded(NamedTuple):
-    splits: Splits
     selection: Selection
     removed: dict[str, int]
     leakage: dict[str, float]
@@ -2835,9 +2834,9 @@ def parse_result_file(content: bytes) -> list[dict[str, float]]:
 # ── The run record and other files ───────────────────────────────────────────────────────────
 
 
-def write_new_file(path: Path, text: str) -> None:
+def write_new_file(path: Path, lines: str | Iterable[bytes]) -> None:
     """Write ``path`` whole or not at all; an existing file raises ``FileExistsError``."""
-    temporary = _write_temporary(path, text)
+    temporary = _write_temporary(path, lines)
     try:
         os.link(temporary, path)
     except FileExistsError:
@@ -2850,13 +2849,13 @@ def write_new_file(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _write_temporary(path: Path, text: str) -> Path:
+def _write_temporary(path: Path, lines: str | Iterable[bytes]) -> Path:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            file.writelines([lines.encode()] if isinstance(lines, str) else lines)
             file.flush()
             os.fsync(file.fileno())
     except BaseException:
@@ -4035,8 +4034,8 @@ class OpenAISFT:
 
         ``each`` is given every dialogue as it is read.
         """
-        self._loaded = loaded = self._read_and_split(selection, each)
-        return loaded.splits
+        splits, self._loaded = self._read_and_split(selection, each)
+        return splits
 
     def _convert(self, splits: Splits) -> Splits:
         parts = zip(splits, SPLIT_NAMES, strict=True)
@@ -4103,7 +4102,7 @@ class OpenAISFT:
 
     def _read_and_split(
         self, selection: Selection, each: Callable[[Dialogue], None] | None
-    ) -> _Loaded:
+    ) -> tuple[Splits, _Loaded]:
         if self.dataset is None:
             from openai_sft_rehearsal import example_dialogues
 
@@ -4146,7 +4145,7 @@ class OpenAISFT:
         if leakage:
             logger.info("%s", leakage_line(leakage))
         sources = {dialogue.id: dialogue.source for part in splits for dialogue in part}
-        return _Loaded(splits, selection, removed, leakage, sources)
+        return splits, _Loaded(selection, removed, leakage, sources)
 
     def prepare_dataset(
         self, dataset: Iterable[Dialogue | Mapping[str, Any]], split: str = "data"
@@ -4230,7 +4229,7 @@ class OpenAISFT:
         loaded = self._loaded
         sources = loaded.sources if loaded else {}
         paths: dict[str, str] = {}
-        texts: dict[str, str] = {}
+        lines: dict[str, list[bytes]] = {}
         manifest: dict[str, Any] = {
             "version": 1,
             "dataset": self.dataset or "openai_sft_rehearsal",
@@ -4242,10 +4241,10 @@ class OpenAISFT:
             "splits": {},
         }
         findings: list[Finding] = []
-        seen: dict[tuple[str, str], int] = {}
+        seen: dict[tuple[str, bytes], int] = {}
         for name, examples in zip(SPLIT_NAMES, splits, strict=True):
             path = self.output_dir / f"{name}_data_{stamp}.jsonl"
-            lines = []
+            lines[name] = []
             for number, example in enumerate(examples, 1):
                 value = {key: item for key, item in example.items() if key != "id"}
                 problems = list(find_problems(value))
@@ -4255,14 +4254,15 @@ class OpenAISFT:
                 except ValueError as error:
                     line = ""
                     problems.append(Problem("invalid_json", None, (printable(error),)))
-                lines.append(line + "\n")
-                first = seen.setdefault((name, line), number)
+                encoded = line.encode(errors="replace") + b"\n"
+                lines[name].append(encoded)
+                first = seen.setdefault((name, encoded), number)
                 if first != number:
                     problems.append(Problem("duplicate_line", None, (first,)))
-                if name == "valid" and (shared := seen.get(("train", line))):
+                if name == "valid" and (shared := seen.get(("train", encoded))):
                     problems.append(Problem("shared_conversation", None, (shared,)))
                 findings += [_finding(str(path), number, problem) for problem in problems]
-            paths[name], texts[name] = str(path), "".join(lines)
+            paths[name] = str(path)
             manifest["splits"][name] = {
                 "file": path.name,
                 "examples": len(examples),
@@ -4272,10 +4272,12 @@ class OpenAISFT:
                 ],
             }
         require_no_errors(findings)
-        for kind, text in texts.items():
-            manifest["splits"][kind]["sha256"] = hashlib.sha256(text.encode()).hexdigest()
-        for kind, text in texts.items():
-            write_new_file(Path(paths[kind]), text)
+        for kind, content in lines.items():
+            digest = hashlib.sha256()
+            for encoded in content:
+                digest.update(encoded)
+            manifest["splits"][kind]["sha256"] = digest.hexdigest()
+            write_new_file(Path(paths[kind]), content)
             count = manifest["splits"][kind]["examples"]
             logger.info("保存しました: %s（%s件）", paths[kind], f"{count:,}")
         manifest_path = self.output_dir / f"manifest_{stamp}.json"

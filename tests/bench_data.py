@@ -141,6 +141,7 @@ def main() -> None:
         if options.copies:
             copies = scratch / "copies"
             copy_ten_times(options.folder, copies)
+            os.sync()  # or writing them would still be under way
             ten = show("ten copies", [ours(copies, scratch)])
             sys.stdout.write(f"ten copies / ours = {ten / own:.2f}\n")
 
