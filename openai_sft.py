@@ -1945,14 +1945,7 @@ def choose_cases(
     ``messages``; the draws depend on the seed and the id alone, so that two runs meet on the
     same cases. Raises :class:`ConfigurationError` for a value out of range.
     """
-    if max_cases is not None and max_cases < 0:
-        raise ConfigurationError(
-            f"max_test_cases は0以上（0は全部）でなければなりません（指定: {max_cases}）。"
-        )
-    if turns not in ("last", "all") and (type(turns) is not int or turns < 1):
-        raise ConfigurationError(
-            f"eval_turns は last、all、1以上の整数のどれかです（指定: {turns}）。"
-        )
+    check_evaluation(max_cases, eval_turns=turns)
     ranked = []
     for example in examples:
         rank = random.Random(f"{seed}/{example['id']}").random()
@@ -1969,6 +1962,34 @@ def _chosen_turns(example: Example, seed: int, turns: EvalTurns) -> list[int]:
     draw = random.Random(f"{seed}/{example['id']}/turn")
     count = len(possible) if turns == "all" else min(turns, len(possible))
     return draw.sample(possible, count)
+
+
+def check_evaluation(
+    max_test_cases: int | None,
+    *,
+    eval_turns: EvalTurns = 1,
+    concurrency: int = 1,
+    temperature: float = 0.0,
+    max_tokens: int = 1,
+    **_others: Any,
+) -> None:
+    """Raise :class:`ConfigurationError` for options of an evaluation that are out of range."""
+    for name, value, ok, allowed in (
+        ("max_test_cases", max_test_cases, (max_test_cases or 0) >= 0, "0以上（0は全部）"),
+        (
+            "eval_turns",
+            eval_turns,
+            eval_turns in ("last", "all") or (type(eval_turns) is int and eval_turns >= 1),
+            "last、all、1以上の整数のどれか",
+        ),
+        ("concurrency", concurrency, concurrency >= 1, "1以上"),
+        ("temperature", temperature, 0 <= temperature <= 2, "0〜2"),
+        ("max_tokens", max_tokens, max_tokens >= 1, "1以上"),
+    ):
+        if not ok:
+            raise ConfigurationError(
+                f"{name} は{allowed}でなければなりません（指定: {printable(value)}）。"
+            )
 
 
 def _turns_to_ask(messages: Sequence[Message]) -> list[int]:
@@ -3546,6 +3567,8 @@ class OpenAISFT:
         """Take a run whose data are made on from its first unfinished step to its end."""
         plan = run.data["plan"]
         splits = self._recorded_splits(run)
+        if "job_id" not in run.data and (found := self._job_of_intent(run)):
+            run.update(job_id=found)
         if "job_id" not in run.data:
             tokens = run.data["data"]["train"]["tokens"]
             self._authorise(
@@ -3568,7 +3591,13 @@ class OpenAISFT:
             )
         if "training_recorded_at" not in run.data:
             job = self.monitor_fine_tune_job(run.data["job_id"], timeout=timeout)
-            if job.status != "succeeded" or not job.fine_tuned_model:
+            if job.status == "succeeded" and not job.fine_tuned_model:
+                self._remember(finished_at=self._now())
+                raise BrokenAnswer(
+                    f"学習は成功しましたが、エンドポイントはモデル名を返しませんでした（ジョブ "
+                    f"{printable(job.id)}）。重みはチェックポイントのファイルにあるかもしれません。"
+                )
+            if job.status != "succeeded":
                 code, message = _job_error(job)
                 raise JobFailed(job.id, job.status, code, message)
         return self._evaluate_and_save(run.data["fine_tuned_model"], splits, plan["evaluation"])
@@ -4379,7 +4408,8 @@ class OpenAISFT:
         The limit is the whole run's: what its earlier attempts have cost counts as well.
         """
         run = self._current_run
-        spent = run.data.get("cost", {}).get("total_usd", 0.0)
+        # The answers that a resumed evaluation has are in its estimate.
+        spent = run.data.get("cost", {}).get("training_usd", 0.0)
         for line in estimate.lines():
             logger.info("%s", line)
         if spent:
@@ -4436,7 +4466,7 @@ class OpenAISFT:
             file_id = self._look_for(lambda: self._find_file(facts))
         if file_id is not None:
             logger.info("アップロード済みのファイルを使います: %s（%s）", path.name, file_id)
-            facts["reused"] = True
+            facts["reused"] = file_id not in {u.get("file_id") for u in before.values()}
         else:
             logger.info("アップロードしています: %s（%.1f MB）", path, size / 1e6)
             run.update(uploads={**before, part: facts})
@@ -4575,38 +4605,56 @@ class OpenAISFT:
             kept = ("kind", "plan", "selection", "data", "files", "uploads")
             self._start_run(**{key: known[key] for key in kept if key in known})
         run = self._current_run
-        found = None
-        if "job_intent" in run.data:  # sent by an earlier attempt, perhaps
-            earlier = run.data["job_intent"]["token"]
-            found = self._look_for(lambda: self._find_job(earlier))
+        found = self._job_of_intent(run)
+        if found is not None:
+            run.update(job_id=found)
+            sent = run.data["job_intent"]["request"]
+            if any(sent.get(k) != v for k, v in request.items() if not k.endswith("_file")):
+                raise ConfigurationError(
+                    f"別の設定で送信したジョブ {printable(found)} がサービスにあります。"
+                    "--job-id で見守るか、--cancel で取り消してから、もう一度作成してください。"
+                )
+            logger.info("前に送信したジョブを引き継ぎます: %s", printable(found))
+            return found
         token = uuid.uuid4().hex
-        if found is None:
-            run.update(job_intent={"token": token, "at": self._now(), "request": request})
+        run.update(job_intent={"token": token, "at": self._now(), "request": request})
         metadata = {
             "openai_sft_run": run.data["run_id"],
             "openai_sft_data": run.data.get("data", {}).get("train", {}).get("sha256", "unknown"),
             "openai_sft_intent": token,
         }
-        if found is None:
-            jobs = self.client.fine_tuning.jobs
-            try:
-                found = self._send_once(
-                    lambda: (
-                        self._call(
-                            lambda: jobs.create(**request, metadata=metadata),
-                            patience=0,
-                            needs="id",
-                        ).id
-                    ),
-                    lambda: self._find_job(token),
-                )
-            except openai.PermissionDeniedError as error:
-                if error.code != "training_not_available":
-                    raise
-                endpoint = str(self.client.base_url)
-                raise TrainingNotAvailable(endpoint, self._delete_uploads(run)) from error
+        jobs = self.client.fine_tuning.jobs
+        try:
+            found = self._send_once(
+                lambda: (
+                    self._call(
+                        lambda: jobs.create(**request, metadata=metadata),
+                        patience=0,
+                        needs="id",
+                    ).id
+                ),
+                lambda: self._find_job(token),
+            )
+        except openai.PermissionDeniedError as error:
+            if error.code != "training_not_available":
+                raise
+            endpoint = str(self.client.base_url)
+            raise TrainingNotAvailable(endpoint, self._delete_uploads(run)) from error
         run.update(job_id=found)
         logger.info("ファインチューニングジョブを作成しました: %s", printable(found))
+        return found
+
+    def _job_of_intent(self, run: RunRecord) -> str | None:
+        """The job that an earlier attempt of ``run`` may have made without learning its id."""
+        if "job_intent" not in run.data:
+            return None
+        token = run.data["job_intent"]["token"]
+        found = self._look_for(lambda: self._find_job(token))
+        if found is None:
+            del run.data[
+                "job_intent"
+            ]  # it never arrived; the next one is written before it is sent
+            run.update()
         return found
 
     def _find_job(self, token: str) -> str | None:
@@ -4744,6 +4792,7 @@ class OpenAISFT:
             reason = ": ".join(printable(part) for part in (code, message) if part)
             reason = f"（{reason}）" if reason else ""
             logger.error("ファインチューニング失敗: %s%s", printable(job.status), reason)
+            self._record_training_cost(job)  # what was trained is billed all the same
             return
         logger.info("学習済みモデル: %s", printable(job.fine_tuned_model))
         if job.fine_tuned_model:
@@ -4856,8 +4905,13 @@ class OpenAISFT:
         errors that would meet every case (key, model, quota) are raised, and
         :class:`BudgetError` before anything is asked.
         """
-        if concurrency < 1:
-            raise ConfigurationError(f"concurrency は1以上です（指定: {concurrency}）。")
+        check_evaluation(
+            max_test_cases,
+            eval_turns=eval_turns,
+            concurrency=concurrency,
+            temperature=temperature,
+            max_tokens=max_tokens,
+        )
         generation = {"temperature": temperature, "seed": seed, "max_tokens": max_tokens}
         baseline_id = self._baseline_model(model_id, baseline)
         data = {"test": test_data, "valid": valid_data}
@@ -5194,6 +5248,8 @@ class OpenAISFT:
         going = "サービス側で続いている処理はありません。"
         if job_id and not model and facts.get("job_status") not in TERMINAL_STATUSES:
             going = f"ジョブ {printable(job_id)} はサービス側で続いていて、料金もかかります。"
+        elif "job_intent" in facts and not job_id:
+            going = "ジョブの作成を送信したところで、サービス側で作られている可能性があります。"
         elif model:
             going = f"学習済みモデル {printable(model)} はサービス側に残っています。"
         if self._run.unfinished:
@@ -5322,6 +5378,7 @@ def _split_options(
     names = SelectionOptions.__annotations__
     filters = cast("SelectionOptions", {k: v for k, v in options.items() if k in names})
     evaluation = {key: value for key, value in options.items() if key not in names}
+    check_evaluation(max_test_cases, **evaluation)
     return filters, {"max_test_cases": max_test_cases, "seed": seed, **evaluation}
 
 
