@@ -55,6 +55,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import os
 import platform
 import queue
@@ -169,7 +170,8 @@ T = TypeVar("T")
 
 DEFAULT_MODEL = "gpt-4o-mini-2024-07-18"
 DEFAULT_DATASET = "UEC-InabaLab/KokoroChat"
-OPENAI_BASE_URL = "https://api.openai.com/v1"
+OPENAI_HOST = "api.openai.com"
+OPENAI_BASE_URL = f"https://{OPENAI_HOST}/v1"
 DEFAULT_OUTPUT_DIR = "openai_sft_outputs"
 DEFAULT_YEN_PER_DOLLAR = 150.0  # an assumption, said to be one wherever yen are shown
 
@@ -255,6 +257,8 @@ TOKENS_PER_BYTE = 0.228
 VOCABULARY = "o200k_base"
 
 # https://platform.openai.com/docs/deprecations, read 2026-11-22.
+CLOSED_TO_NEW_SINCE = "2026-05-07"  # organisations that never fine-tuned
+CLOSED_TO_IDLE_SINCE = "2026-07-02"  # without inference on a tuned model in the last 60 days
 LAST_NEW_JOB_DATE = "2027-01-06"
 MODEL_SHUTDOWN_DATE = "2027-01-14"
 
@@ -393,11 +397,17 @@ class Dialogue:
 
     def group(self, by: Group) -> Hashable | None:
         """Who took part, ``None`` where the review doesn't tell."""
-        counselor = self.review_en.get("counselor_id", self.review_jp.get("カウンセラー役ID"))
-        client = self.review_en.get("client_id", self.review_jp.get("クライアント役ID"))
+        people = []
+        for english, japanese in (
+            ("counselor_id", "カウンセラー役ID"),
+            ("client_id", "クライアント役ID"),
+        ):
+            person = self.review_en.get(english, self.review_jp.get(japanese))
+            people.append(person if isinstance(person, int | str) else None)
+        counselor, client = people
         if by == "pair":
             return None if counselor is None or client is None else (client, counselor)
-        return counselor if by == "counselor" else client  # type: ignore[no-any-return]  # JSON
+        return counselor if by == "counselor" else client
 
 
 class SelectionOptions(TypedDict, total=False):
@@ -521,6 +531,11 @@ class Price:
     base_input: float | None = None
     base_output: float | None = None
 
+    def __post_init__(self) -> None:
+        for rate in (getattr(self, name) for name in self.__slots__):
+            if rate is not None and not (math.isfinite(rate) and rate >= 0):
+                raise ConfigurationError(f"単価は0以上の数です（指定: {rate}）。")
+
     def rates(self, *, tuned: bool) -> tuple[float, float] | None:
         """Input and output rate of the tuned or of the base model, ``None`` where unknown."""
         if tuned:
@@ -620,7 +635,7 @@ class DataSummary:
         """The summary as lines of Japanese text."""
         train, test, valid = (self.examples[name] for name in SPLIT_NAMES)
         tokens = self.tokens["train"]
-        lines = [f"例: 学習 {train:,}件、テスト {test:,}件、検証 {valid:,}件"]
+        lines = [f"件数: 学習 {train:,}件、テスト {test:,}件、検証 {valid:,}件"]
         if self.removed:
             lines.append(removed_line(self.removed))
         if self.leakage:
@@ -943,7 +958,7 @@ def parse_dialogue(record: object, *, fallback_id: str, source: str) -> Dialogue
         digest = hashlib.sha256(content.encode()).hexdigest()
     except (ValueError, TypeError) as error:
         raise DataError(
-            f"{source}: 対話「{dialogue_id}」に文字にならない符号（対になっていないサロゲートや"
+            f"{source}: 対話「{dialogue_id}」にUTF-8で表せない文字（対になっていないサロゲートや"
             "NaN）が含まれています。"
         ) from error
     return Dialogue(
@@ -1184,7 +1199,10 @@ def leakage_line(leakage: Mapping[str, float]) -> str:
     """:func:`measure_leakage` in Japanese."""
     labels = {"counselor": "カウンセラー", "client": "クライアント", "pair": "同じ組"}
     shares = "、".join(f"{labels[name]} {share:.1%}" for name, share in leakage.items())
-    return f"テスト対話のうち学習データにも現れる割合: {shares}（--group-by で分けられます）"
+    return (
+        f"テスト対話のうち、相手が学習データにも現れるものの割合: {shares}"
+        "（--group-by で分けられます）"
+    )
 
 
 # ── Converting ───────────────────────────────────────────────────────────────────────────────
@@ -1333,7 +1351,11 @@ PROBLEMS: dict[str, tuple[Literal["error", "warning"], str, str]] = {
     "bom": ("error", "先頭にBOMがあります", "BOMなしのUTF-8で保存し直してください"),
     "invalid_json": ("error", "JSONとして読めません（{0}）", "1行に1つのJSONを書いてください"),
     "blank_line": ("error", "空行です", "行を削除してください"),
-    "not_object": ("error", "JSONオブジェクトではありません", '{{"messages": [...]}} の形にします'),
+    "not_object": (
+        "error",
+        "JSONオブジェクトではありません",
+        '{{"messages": [...]}} の形にしてください',
+    ),
     "unknown_key": ("error", "使えないキー {0} があります", "キーを削除してください"),
     "missing_messages": ("error", "messages の配列がありません", "messages を書いてください"),
     "empty_messages": ("error", "messages が空です", "発話を書くか、行を削除してください"),
@@ -1361,13 +1383,17 @@ PROBLEMS: dict[str, tuple[Literal["error", "warning"], str, str]] = {
         "特殊トークンの文字列 {0} があります",
         "取り除いてください。1行でもあるとジョブ全体が失敗します",
     ),
-    "lone_surrogate": ("error", "文字にならない符号があります", "その文字を取り除いてください"),
+    "lone_surrogate": (
+        "error",
+        "UTF-8で表せない文字（対になっていないサロゲート）があります",
+        "その文字を取り除いてください",
+    ),
     "too_long": (
         "error",
         "{0}トークンあり、上限{1}を超えた末尾は学習されません",
         "発話の切れ目で分割してください",
     ),
-    "too_few_examples": ("error", "例が{0}件しかありません", "{1}件以上にしてください"),
+    "too_few_examples": ("error", "学習例が{0}件しかありません", "{1}件以上にしてください"),
     "file_too_large": ("error", "{0}MBあり、上限{1}MBを超えています", "ファイルを分けてください"),
     "duplicate_line": ("warning", "{0}行目と同じ内容です", "重複を削除してください"),
     "shared_conversation": (
@@ -1870,6 +1896,17 @@ def price_of(model: str) -> Price | None:
     return PRICES.get(MODEL_ALIASES.get(base, base))
 
 
+def rates_of(model: str, given: Price | None, *, tuned: bool) -> tuple[float, float] | None:
+    """Input and output rate of asking ``model``, ``None`` where unknown.
+
+    A ``given`` price is that of the evaluated model, whatever its name.
+    """
+    if given is not None:
+        return given.tuned_input, given.tuned_output
+    known = price_of(model)
+    return known.rates(tuned=tuned) if known else None
+
+
 def estimate_cost(
     training_tokens: int,
     epochs: int | Literal["auto"] | None,
@@ -1899,10 +1936,9 @@ def estimate_cost(
     elif price is not None and epochs != "auto":
         training = training_tokens * epochs * price.training / 1e6
     tuned = epochs is not None or model.startswith("ft:")
-    asked = [price.rates(tuned=tuned or given) if price else None]
+    asked = [rates_of(model, price if given else None, tuned=tuned)]
     if baseline is not None:
-        other = price_of(baseline)
-        asked.append(other.rates(tuned=baseline.startswith("ft:")) if other else None)
+        asked.append(rates_of(baseline, None, tuned=baseline.startswith("ft:")))
     evaluation: float | None = 0.0
     for rates in asked:
         if rates is None or evaluation is None:
@@ -2180,7 +2216,6 @@ def _sacrebleu_figure(
     name: str,
     label: str,
     metric: Any,
-    sentence_metric: Any,
     answers: Sequence[Answer],
     owners: Sequence[int],
     count: int,
@@ -2202,7 +2237,7 @@ def _sacrebleu_figure(
         1,
         metric.get_signature().format(),
         score,
-        [sentence_metric._compute_score_from_stats(list(row)).score for row in statistics],
+        [metric._compute_score_from_stats(list(row)).score for row in statistics],
     )
 
 
@@ -2210,7 +2245,7 @@ def _make_chrf(answers: Sequence[Answer], owners: Sequence[int], count: int) -> 
     from sacrebleu.metrics.chrf import CHRF
 
     metric = CHRF()
-    return _sacrebleu_figure("chrf", "chrF", metric, metric, answers, owners, count)
+    return _sacrebleu_figure("chrf", "chrF", metric, answers, owners, count)
 
 
 def _make_bleu_char(answers: Sequence[Answer], owners: Sequence[int], count: int) -> Figure:
@@ -2236,7 +2271,7 @@ def _make_bleu(
     # Effective order only matters where all answers are shorter than four tokens, which would
     # otherwise score 0 even when they are the references.
     metric = BLEU(tokenize=tokenize, effective_order=True)
-    return _sacrebleu_figure(name, label, metric, metric, answers, owners, count)
+    return _sacrebleu_figure(name, label, metric, answers, owners, count)
 
 
 def _make_rouge_l(answers: Sequence[Answer], owners: Sequence[int], count: int) -> Figure:
@@ -2364,7 +2399,7 @@ VERDICTS = {
     "worse": "より悪くなりました",
     "higher": "より高くなりました",
     "lower": "より低くなりました",
-    "indistinguishable": "と区別できない差です",
+    "indistinguishable": "と区別できない",
 }
 
 
@@ -2760,13 +2795,13 @@ def check_hyperparameters(
         "epochs",
         epochs,
         epochs == "auto" or whole(epochs, 1, MAX_EPOCHS),
-        f"1〜{MAX_EPOCHS}の整数か auto ",
+        f"1〜{MAX_EPOCHS}の整数または auto ",
     )
     require(
         "batch_size",
         batch_size,
         batch_size == "auto" or whole(batch_size, 1, MAX_BATCH_SIZE),
-        f"1〜{MAX_BATCH_SIZE}の整数か auto ",
+        f"1〜{MAX_BATCH_SIZE}の整数または auto ",
     )
     rate = learning_rate_multiplier
     require(
@@ -2775,7 +2810,7 @@ def check_hyperparameters(
         rate is None
         or rate == "auto"
         or (isinstance(rate, int | float) and 0 < rate < float("inf")),
-        "正の数か auto ",
+        "正の数または auto ",
     )
     require(
         "suffix",
@@ -2837,7 +2872,7 @@ def parse_result_file(content: bytes) -> list[dict[str, float]]:
     """
     if b"step" not in content.split(b"\n", 1)[0]:
         try:
-            content = base64.b64decode(content, validate=True)
+            content = base64.b64decode(b"".join(content.split()), validate=True)
         except binascii.Error as error:
             raise ValueError("CSVでもBase64でもありません") from error
     reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig")))
@@ -2919,7 +2954,12 @@ class RunRecord:
             data = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: 実行記録として読めません（{printable(error)}）。") from error
-        if not isinstance(data, dict) or data.get("version") != cls.VERSION:
+        if (
+            not isinstance(data, dict)
+            or data.get("version") != cls.VERSION
+            or not isinstance(data.get("run_id"), str)
+            or not isinstance(data.get("settings"), dict)
+        ):
             raise DataError(f"{path}: この版では読めない実行記録です。")
         return cls(path, data)
 
@@ -3370,6 +3410,7 @@ class OpenAISFT:
         self.model: str = setting(model, "OPENAI_SFT_MODEL", DEFAULT_MODEL) or DEFAULT_MODEL
         self.dataset = setting(dataset, "OPENAI_SFT_DATASET", None if rehearse else DEFAULT_DATASET)
         self.base_url = None if rehearse else setting(base_url, "OPENAI_BASE_URL", OPENAI_BASE_URL)
+        self._base_url_given = base_url
         self.output_dir = Path(output_dir)
         self.poll_interval = poll_interval
         self.rehearse = rehearse
@@ -3408,6 +3449,7 @@ class OpenAISFT:
         self._made: Splits | None = None
         self._converted: dict[str, Example] = {}
         self._resumed = False
+        self._evaluated_model = ""
         self._fresh_models: dict[str, float] = {}
         self._lacking: set[str] = set()
         if verbose and not logger.hasHandlers():
@@ -3427,7 +3469,7 @@ class OpenAISFT:
             )
         for name in ("model", "dataset", "system_prompt"):
             if not _is_text(getattr(self, name)):
-                raise ConfigurationError(f"{name} に文字にならない符号が含まれています。")
+                raise ConfigurationError(f"{name} にUTF-8で表せない文字が含まれています。")
         if self.base_url is not None and not _is_http_url(self.base_url):
             raise ConfigurationError(
                 "base_url は http:// か https:// で始まるURLです"
@@ -3610,6 +3652,7 @@ class OpenAISFT:
         Returns its results, or ``None`` where there is nothing to do. Raises
         :class:`ConfigurationError` for a run that isn't here or that another process drives.
         """
+        self._refuse_rehearsal("再開")
         record = self._find_unfinished(run)
         if record is None:
             logger.info("再開する実行はありません。")
@@ -3623,7 +3666,11 @@ class OpenAISFT:
         if self._run is not None:
             self._run.release()
         record.lock()
-        logger.info("再開します: %s", record.path)
+        logger.info(
+            "再開します: %s（設定は記録したもの、接続先 %s）",
+            record.path,
+            record.data["settings"].get("base_url"),
+        )
         self._run = record
         if model := record.data.get("fine_tuned_model"):
             self._fresh_models[model] = self._clock() + MODEL_LOADING_SECONDS
@@ -3633,6 +3680,12 @@ class OpenAISFT:
         if record.data["kind"] == "evaluation":
             return self._continue_evaluation(record)
         return self._continue_pipeline(record, timeout)
+
+    def _refuse_rehearsal(self, deed: str) -> None:
+        if self.rehearse:
+            raise ConfigurationError(
+                f"リハーサルの中では{deed}できません。--rehearse を外してください。"
+            )
 
     def _find_unfinished(self, name: str | None) -> RunRecord | None:
         if name is None:
@@ -3668,6 +3721,7 @@ class OpenAISFT:
         A job of an unfinished run here is taken through to the run's results; of any other the
         SDK's job object is returned.
         """
+        self._refuse_rehearsal("監視")
         for run in read_runs(self.output_dir):
             if run.data.get("job_id") == job_id and run.unfinished:
                 results = self.resume(run.path.stem, timeout=timeout)
@@ -3713,10 +3767,15 @@ class OpenAISFT:
 
         Without a key (``offline``) or where the endpoint lists no jobs, the runs alone.
         """
+        import openai
+
         jobs: dict[str, FineTuningJob] | None = None
         if self._api_key or self._client:
-            listed = self._optional("ジョブの一覧", lambda: list(self._all_jobs()))
-            jobs = None if listed is None else {job.id: job for job in listed}
+            try:
+                listed = self._optional("ジョブの一覧", lambda: list(self._all_jobs(patience=10.0)))
+                jobs = None if listed is None else {job.id: job for job in listed}
+            except (openai.APIError, BrokenAnswer) as error:
+                logger.warning("ジョブの一覧を取得できません: %s", explain_api_error(error))
         rows = []
         for run in read_runs(self.output_dir):
             job_id = run.data.get("job_id")
@@ -3737,7 +3796,7 @@ class OpenAISFT:
         for job in (jobs or {}).values():
             if job.id in known:
                 continue
-            started = datetime.fromtimestamp(job.created_at).astimezone()
+            started = datetime.fromtimestamp(job.created_at or 0).astimezone()
             rows.append(
                 RunRow(
                     run_id=(job.metadata or {}).get("openai_sft_run"),
@@ -3750,8 +3809,11 @@ class OpenAISFT:
             )
         return sorted(rows, key=lambda row: row.started_at or "", reverse=True)
 
-    def _all_jobs(self, **options: Any) -> Iterator[FineTuningJob]:
-        page = self._call(lambda: self.client.fine_tuning.jobs.list(limit=100, **options))
+    def _all_jobs(
+        self, *, patience: float = RETRY_SECONDS, **options: Any
+    ) -> Iterator[FineTuningJob]:
+        jobs = self.client.fine_tuning.jobs
+        page = self._call(lambda: jobs.list(limit=100, **options), patience=patience)
         seen: set[str] = set()
         while True:
             fresh = [job for job in page.data if job.id not in seen]
@@ -3759,7 +3821,7 @@ class OpenAISFT:
             seen.update(job.id for job in fresh)
             if not fresh or not page.has_next_page():
                 return
-            page = self._call(page.get_next_page)
+            page = self._call(page.get_next_page, patience=patience)
 
     def check(self) -> list[CheckItem]:
         """Whether a run can work today: key, endpoint, model, dates, disk, vocabulary.
@@ -3799,14 +3861,17 @@ class OpenAISFT:
         remedy = "" if level == "ok" else "不要なファイルを削除してください"
         yield CheckItem("ディスク", level, f"空き {free / 2**30:.1f}GB", remedy)
         today = datetime.fromtimestamp(self._clock()).date()
-        if not self.rehearse and self._host == "api.openai.com":
+        if not self.rehearse and self._host == OPENAI_HOST:
             left = (date.fromisoformat(LAST_NEW_JOB_DATE) - today).days
-            text = f"OpenAIの新規ジョブの受付は{LAST_NEW_JOB_DATE}まで"
-            if left > 0:
-                yield CheckItem("受付終了日", "ok", f"{text}（あと{left}日）")
-            else:
-                remedy = "--base-url で別のエンドポイントを使ってください"
-                yield CheckItem("受付終了日", "warn", f"{text}でした", remedy)
+            until = f"あと{left}日" if left > 0 else "終了"
+            yield CheckItem(
+                "OpenAIの新規ジョブ",
+                "warn",
+                f"経験のない組織は{CLOSED_TO_NEW_SINCE}、直近60日に学習済みモデルを使っていない組織は"
+                f"{CLOSED_TO_IDLE_SINCE}に受付終了。ほかは{LAST_NEW_JOB_DATE}まで（{until}）。"
+                f"GPT-4o miniと学習済みモデルは{MODEL_SHUTDOWN_DATE}に停止",
+                "受け付けられない場合は --base-url で別のエンドポイントを使ってください",
+            )
         age = (today - date.fromisoformat(f"{PRICES_AS_OF}-01")).days
         text = f"{PRICES_AS_OF}時点（{age}日前）"
         if self.price is not None:
@@ -3862,6 +3927,8 @@ class OpenAISFT:
             return
         yield CheckItem("エンドポイント", "ok", f"{address} につながりました")
         shutdown = _shutdown_date(model)
+        if shutdown is None and self._host == OPENAI_HOST and price_of(self.model):
+            shutdown = date.fromisoformat(MODEL_SHUTDOWN_DATE)
         if shutdown is None:
             yield CheckItem("モデル", "ok", f"{self.model}（停止日の情報なし）")
             return
@@ -3880,7 +3947,7 @@ class OpenAISFT:
 
     def _check_versions(self) -> CheckItem:
         versions = " ".join(f"{name} {version}" for name, version in _versions().items())
-        return CheckItem("版", "ok", versions)
+        return CheckItem("バージョン", "ok", versions)
 
     def prepare_data(
         self,
@@ -3934,6 +4001,7 @@ class OpenAISFT:
         if run is not None and "selection" in run.data:
             given = {"max_samples": max_samples, "seed": seed, **filters}
             self._require_same_split(run, given)
+            self._use_endpoint_of(run)
             self.task = run.data["settings"].get("task") or "response"
             evaluation["seed"] = run.data["selection"]["seed"]
         else:
@@ -3964,6 +4032,17 @@ class OpenAISFT:
         model, evaluation = plan["model_id"], plan["evaluation"]
         self._authorise(self.estimate(splits, None, model=model, **_about_cases(evaluation)))
         return self._evaluate_and_save(model, splits, evaluation)
+
+    def _use_endpoint_of(self, run: RunRecord) -> None:
+        """A tuned model answers where it was tuned, unless another place is asked for."""
+        recorded = run.data["settings"].get("base_url")
+        if self._base_url_given or not self._owns_client or recorded in (None, self.base_url):
+            return
+        logger.info("記録したエンドポイントを使います: %s", recorded)
+        self.base_url = recorded
+        if self._client is not None:
+            self._client.close()
+            self._client = None
 
     def _require_same_split(self, run: RunRecord, given: Mapping[str, Any]) -> None:
         recorded = {"task": "response", **run.data["selection"], **run.data["settings"]}
@@ -4038,10 +4117,12 @@ class OpenAISFT:
 
             # What is read is converted and counted at once, where all of it will be used.
             everything = Selection(seed=selection.seed, group_by=selection.group_by)
-            splits = self._convert(
-                self._load(selection, begin if selection == everything else None)
-            )
-            self._converted.clear()
+            try:
+                splits = self._convert(
+                    self._load(selection, begin if selection == everything else None)
+                )
+            finally:
+                self._converted.clear()
             self._require_examples(len(splits.train))
             for part in splits:
                 counting.add_missing(part)
@@ -4550,7 +4631,9 @@ class OpenAISFT:
             # A refusal for the rate tells that nothing happened; of any other failure only the
             # service knows whether the request was carried out.
             if getattr(failure, "status_code", None) != 429:
-                logger.info("応答が失われました。サービス側に届いたかを確かめます。")
+                logger.info(
+                    "応答を受け取れませんでした。リクエストがサービスに届いたかを確認します。"
+                )
                 found = self._look_for(find)
                 if found is not None:
                     return found
@@ -4708,7 +4791,11 @@ class OpenAISFT:
                         bar.show(event)
                     if job.status != status:
                         status = job.status
-                        waiting = "" if status in KNOWN_STATUSES else "（知らない状態。待ちます）"
+                        waiting = (
+                            ""
+                            if status in KNOWN_STATUSES
+                            else "（未知の状態です。このまま待ちます）"
+                        )
                         logger.info("ジョブ %s の状態: %s%s", job_id, printable(status), waiting)
                         self._remember(job_status=status)
                     if status in TERMINAL_STATUSES:
@@ -4741,7 +4828,7 @@ class OpenAISFT:
                 if began is None:
                     began = self._clock()
                     logger.warning(
-                        "ジョブの状態を取得できません。つながるまで待ちます: %s",
+                        "ジョブの状態を取得できません。回復するまで待ちます: %s",
                         explain_api_error(error),
                     )
                 delay = retry_delay(attempt, _retry_after(error), random.random())
@@ -4751,7 +4838,7 @@ class OpenAISFT:
                 self._sleep(delay)
             else:
                 if began is not None:
-                    logger.info("つながりました（中断は%.0f秒）。", self._clock() - began)
+                    logger.info("接続が回復しました（%.0f秒間中断）。", self._clock() - began)
                 return answer
         raise AssertionError("unreachable")
 
@@ -4810,7 +4897,7 @@ class OpenAISFT:
         checkpoints = page.data if page is not None else []
         for checkpoint in checkpoints:
             logger.info(
-                "チェックポイント: %s（step %d）",
+                "チェックポイント: %s（step %s）",
                 printable(checkpoint.fine_tuned_model_checkpoint),
                 checkpoint.step_number,
             )
@@ -4924,6 +5011,7 @@ class OpenAISFT:
             if fault := task.find_fault(case.reference):
                 raise DataError(f"{case.id}: task={self.task} のデータではありません（{fault}）。")
         train_data = self._scored_train_data(model_id, train_data)
+        self._evaluated_model = model_id
         models = [model_id, *([baseline_id] if baseline_id else [])]
         results = EvaluationResults(model_id=model_id, evaluation_timestamp=self._now())
         answers: dict[tuple[str, str], list[Answer]] = {}
@@ -5056,11 +5144,9 @@ class OpenAISFT:
             for name, part in answers.items()
         }
 
-    def _rates(self, model: str) -> tuple[float, float] | None:
-        price = price_of(model)
-        if self.price is not None and (price is None or model.startswith("ft:")):
-            return self.price.tuned_input, self.price.tuned_output
-        return price.rates(tuned=model.startswith("ft:")) if price else None
+    def _rates(self, model: str, tuned_model: str) -> tuple[float, float] | None:
+        given = self.price if model == tuned_model else None
+        return rates_of(model, given, tuned=model.startswith("ft:"))
 
     def _require_evaluation_budget(
         self, models: Sequence[str], cases: Mapping[str, Sequence[Case]], journal: _Journal
@@ -5069,9 +5155,9 @@ class OpenAISFT:
             return
         counter = TokenCounter(load_vocabulary())
         dollars = self._current_run.data.get("cost", {}).get("training_usd", 0.0)
-        dollars += self._cost_of(journal.usage_by_model()) or 0.0
+        dollars += self._cost_of(journal.usage_by_model(), models[0]) or 0.0
         for model, (name, part) in itertools.product(models, cases.items()):
-            rates = self._rates(model)
+            rates = self._rates(model, models[0])
             if rates is None:
                 raise BudgetError(f"{model} の単価が不明で、上限を守れるか判断できません。")
             for case in part:
@@ -5084,12 +5170,22 @@ class OpenAISFT:
                 "ため、評価の前に中止しました。学習済みモデルは残っています。"
             )
 
-    def _cost_of(self, usage: Mapping[str, Mapping[str, int]]) -> float | None:
+    def _stop_over_budget(self, spent: float | None) -> None:
+        """Raise :class:`BudgetError` where the answers so far have passed the limit."""
+        before = self._current_run.data.get("cost", {}).get("training_usd", 0.0)
+        if self.max_cost_usd is not None and spent and before + spent > self.max_cost_usd:
+            raise BudgetError(
+                f"料金が ${before + spent:,.4f} になり、上限 ${self.max_cost_usd:,.4f} を超えた"
+                "ため、評価を止めました。それまでの応答は残っています。上限を上げて --resume すると"
+                "続けられます。"
+            )
+
+    def _cost_of(self, usage: Mapping[str, Mapping[str, int]], tuned_model: str) -> float | None:
         if self.rehearse:
             return None
         dollars = 0.0
         for model, tokens in usage.items():
-            rates = self._rates(model)
+            rates = self._rates(model, tuned_model)
             if rates is None:
                 return None
             dollars += tokens["prompt_tokens"] * rates[0] / 1e6
@@ -5097,12 +5193,12 @@ class OpenAISFT:
         return dollars
 
     def _record_evaluation_cost(self, results: EvaluationResults) -> None:
-        dollars = self._cost_of(results["usage"]["by_model"])
+        dollars = self._cost_of(results["usage"]["by_model"], results["model_id"])
         if dollars is None:
             return
         self._add_cost(evaluation_usd=dollars)
         results["cost"] = dict(self._current_run.data["cost"])
-        logger.info("評価の実費: $%.4f", dollars)
+        logger.info("評価の実費: $%.4f（キャッシュ割引を除いた上限）", dollars)
 
     def _journal(
         self, model_id: str, baseline_id: str | None, generation: Mapping[str, Any]
@@ -5165,7 +5261,8 @@ class OpenAISFT:
                 journal.add(model_id, name, response)
                 responses[response["case_id"]] = response
                 failed += "error" in response
-                spent = self._cost_of(journal.usage_by_model())
+                spent = self._cost_of(journal.usage_by_model(), self._evaluated_model)
+                self._stop_over_budget(spent)
                 bar.set_postfix(
                     {"失敗": failed, **({"$": f"{spent:.4f}"} if spent is not None else {})},
                     refresh=False,
@@ -5257,8 +5354,16 @@ class OpenAISFT:
         if job_id and not model:
             quoted = shlex.quote(printable(job_id))
             place = "" if self.base_url == OPENAI_BASE_URL else f" --base-url {self.base_url}"
-            return f"{going}見守りに戻るには: openai-sft --job-id {quoted}{place}{folder}"
+            return f"{going}監視を再開するには: openai-sft --job-id {quoted}{place}{folder}"
         return going
+
+    @property
+    def goes_on_remotely(self) -> bool:
+        """Whether this run has left something at the service to come back to."""
+        run = self._run
+        if run is None or self.rehearse or not ({"job_id", "job_intent"} & run.data.keys()):
+            return False
+        return run.unfinished or run.data.get("job_status") not in TERMINAL_STATUSES
 
     def _remember(self, **facts: Any) -> None:
         self._current_run.update(**facts)
@@ -5267,7 +5372,7 @@ class OpenAISFT:
         """Write one more file of the run, in a new run where this one has it already."""
         run = self._current_run
         path = self.output_dir / f"{kind}_{run.stamp}{suffix}"
-        if path.exists() and self._resumed:
+        if path.exists() and self._resumed and "finished_at" not in run.data:
             path.unlink()  # written just before the program died, and not yet in the record
         elif path.exists():
             run = self._start_run(kind="steps")
@@ -5312,7 +5417,7 @@ class OpenAISFT:
                 return None
             self._lacking.add(part)
             logger.info(
-                "このエンドポイントは%sに対応していません（HTTP %d）。省いて続けます。",
+                "このエンドポイントは%sに対応していません（HTTP %d）。この処理を省略して続けます。",
                 part,
                 error.status_code,
             )
@@ -5351,7 +5456,10 @@ class OpenAISFT:
             delay = retry_delay(attempt, _retry_after(failure), random.random())
             if not is_transient(failure) or self._clock() + delay - started > patience:
                 raise failure
-            logger.debug("%.1f秒後にやり直します: %s", delay, printable(failure))
+            level = logging.INFO if attempt == 0 and patience > 60 else logging.DEBUG
+            logger.log(
+                level, "最大%d分やり直します: %s", patience // 60, explain_api_error(failure)
+            )
             self._sleep(delay)
         raise AssertionError("unreachable")
 

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import logging
+import math
 import re
 import shutil
 import signal
@@ -50,7 +51,7 @@ EXAMPLES = """\
   openai-sft --max-samples 20 --epochs 1   少量で本番を試す
   openai-sft                               全データで学習して評価する
   openai-sft --evaluate-only               最後に学習したモデルを評価する
-  openai-sft --resume                      途中で止まった実行を再開する
+  openai-sft --resume                      中断した実行を再開する
 
 終了コード: 0 完了、1 サービスの失敗、2 入力・設定・予算、130/143 中断"""
 
@@ -59,12 +60,17 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, brought to the same place as Ctrl-C."""
 
 
+# What a line is broken between: ASCII words, katakana words, and single characters that keep
+# what may not begin a line.
+WORDS = r"[!-~]+ ?|[ァ-ヺー]+[）、。」]*|.[ぁぃぅぇぉっゃゅょ）、。」]*"
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Wraps by what a terminal shows: a full-width character takes two columns."""
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         lines, line = [], ""
-        for word in re.findall(r"[!-~]+ ?|.[）、。」]*", text):
+        for word in re.findall(WORDS, text):
             if line and columns(line + word.rstrip()) > width:
                 lines.append(line.rstrip())
                 line = ""
@@ -81,7 +87,7 @@ class Parser(argparse.ArgumentParser):
     """Speaks Japanese about a wrong command line; exit code 2."""
 
     MESSAGES = (
-        (r"unrecognized arguments: (.*)", r"知らない指定です: \1"),
+        (r"unrecognized arguments: (.*)", r"不明なオプションです: \1"),
         (r"argument (\S+): expected one argument", r"\1 には値が1つ必要です"),
         (r"argument (\S+): expected at least one argument", r"\1 には値が必要です"),
         (r"argument (\S+): invalid choice: (.*) \(choose from (.*)\)", r"\1 は \3 のどれかです"),
@@ -105,7 +111,10 @@ def number(kind: Callable[[str], Any], name: str, *, auto: bool = False) -> Call
         if auto and text == "auto":
             return text
         try:
-            return kind(text)
+            value = kind(text)
+            if not math.isfinite(value):
+                raise ValueError(text)
+            return value
         except ValueError:
             allowed = f"{name}か auto " if auto else name
             raise argparse.ArgumentTypeError(
@@ -132,7 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
         add_help=False,
         allow_abbrev=False,
     )
-    mode = parser.add_argument_group("すること（指定がなければ最初から最後まで）")
+    mode = parser.add_argument_group("実行する処理（指定しなければ全工程）")
     only = mode.add_mutually_exclusive_group()
     only.add_argument(
         "--data-only", action="store_true", help="データの作成と料金の計算だけをする（キー不要）"
@@ -143,12 +152,18 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="?",
         const="",
         metavar="RUN",
-        help="途中の実行を続きから再開する（既定: 最新のもの）",
+        help="中断した実行を続きから再開する（既定: 最新のもの）",
     )
-    only.add_argument("--job-id", metavar="ID", help="ジョブを見守る（ほかで作ったものでもよい）")
+    only.add_argument(
+        "--job-id", metavar="ID", help="ジョブの完了を待つ（ほかで作成したジョブも可）"
+    )
     only.add_argument("--cancel", metavar="ID", help="ジョブを取り消す")
-    only.add_argument("--list", action="store_true", help="ここの実行とサービスのジョブを並べる")
-    only.add_argument("--check", action="store_true", help="今日使えるかを確かめる（料金なし）")
+    only.add_argument(
+        "--list", action="store_true", help="保存先の実行記録とサービスのジョブを一覧表示する"
+    )
+    only.add_argument(
+        "--check", action="store_true", help="いま実行できる状態かを確認する（料金なし）"
+    )
     only.add_argument(
         "--check-file", metavar="PATH", help="JSONLファイルの問題をすべて挙げる（キー不要）"
     )
@@ -261,7 +276,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="?",
         const=True,
         metavar="MODEL",
-        help="同じ件を元のモデル（かMODEL）にも聞いて比べる",
+        help="同じケースを元のモデル（またはMODEL）にも解かせて比べる",
     )
     evaluation.add_argument(
         "--eval-turns",
@@ -271,7 +286,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="対話ごとに評価する発話: 件数、last（最後）、all（全部）（既定: 1）",
     )
     evaluation.add_argument(
-        "--concurrency", type=integer, default=8, metavar="N", help="同時に聞く数（既定: 8）"
+        "--concurrency",
+        type=integer,
+        default=8,
+        metavar="N",
+        help="同時に送るリクエスト数（既定: 8）",
     )
 
     money = parser.add_argument_group("料金")
@@ -279,7 +298,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-cost-usd", type=real, metavar="X", help="見積もりがこの額（ドル）を超えたら中止する"
     )
     money.add_argument(
-        "--yen-per-dollar", type=real, default=150.0, metavar="X", help="円換算の仮定（既定: 150）"
+        "--yen-per-dollar",
+        type=real,
+        default=150.0,
+        metavar="X",
+        help="円換算に使う1ドルあたりの円（仮定、既定: 150）",
     )
     for flag, text in (
         ("--price-training", "学習"),
@@ -317,7 +340,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without ✓ shows ? instead
-    options = build_parser().parse_args(argv)
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    for given, flag, needed, modes in (
+        (options.model_id, "--model-id", options.evaluate_only, "--evaluate-only"),
+        (options.fix, "--fix", options.check_file, "--check-file"),
+        (
+            options.json,
+            "--json",
+            options.check or options.check_file or options.list,
+            "--check、--check-file、--list のどれか",
+        ),
+    ):
+        if given and not needed:
+            parser.error(f"{flag} は {modes} と一緒に指定してください")
     if options.check_file:
         return check(options)
     sft: OpenAISFT | None = None
@@ -350,18 +386,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         tell("中断しました。" + (sft.describe_remote_state() if sft else ""))
         return 143 if isinstance(interrupt, Terminated) else 130
     except OpenAISFTError as error:
-        tell(f"エラー: {error}")
+        fail(str(error), sft)
         return error.exit_code
     except OSError as error:
-        tell(f"エラー: ファイルを読み書きできません（{printable(error)}）。")
+        fail(f"ファイルを読み書きできません（{printable(error)}）。", sft)
         return 1
     except Exception as error:
         # The SDK's errors end in one line too; it isn't imported here to name them, for then
         # even --help would wait for it. Anything else is a defect and keeps its traceback.
         if not is_sdk_error(error):
             raise
-        tell(f"エラー: {explain_api_error(error)}")
+        fail(explain_api_error(error), sft)
         return 1
+
+
+def fail(reason: str, sft: OpenAISFT | None) -> None:
+    """The error, and how to come back where something goes on at the service."""
+    tell(f"エラー: {reason}")
+    if sft is not None and sft.goes_on_remotely:
+        tell(sft.describe_remote_state())
 
 
 def run(sft: OpenAISFT, options: argparse.Namespace) -> int:
@@ -491,6 +534,8 @@ def show_results(results: dict[str, Any]) -> None:
     for name, label in (("test", "テスト"), ("valid", "検証")):
         part = results[f"{name}_evaluation"]
         void = f"、うち{part['invalid_cases']}件は無効" if part["invalid_cases"] else ""
+        if part["cut_cases"]:
+            void += f"、うち{part['cut_cases']}件は途中で切れています（finish_reason: length）"
         show(
             [
                 f"{label}: {part['evaluated_cases']}件に応答{void}、{part['failed_cases']}件失敗"

@@ -811,7 +811,9 @@ def test_the_baselines_questions_count_against_the_budget(
     with Counsellor(lambda _: "はい") as counsellor:
         alone = make_at(counsellor.url).estimate(Splits([], data, []), None, model=TUNED)
         assert alone.evaluation_usd
-        sft = make_at(counsellor.url, max_cost_usd=1.25 * alone.evaluation_usd)
+        # The service counts more tokens than were estimated, so there has to be some room.
+        room = 1.25 if stops else 10
+        sft = make_at(counsellor.url, max_cost_usd=room * alone.evaluation_usd)
         if stops:  # the base model costs half as much again
             with pytest.raises(BudgetError):
                 sft.evaluate_model_comprehensive(TUNED, data, [], baseline=baseline)

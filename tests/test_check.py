@@ -53,7 +53,7 @@ def test_all_that_is_well_is_ticked_and_nothing_is_paid(
 
     assert all(item.level != "fail" for item in items)
     assert {"APIキー", "エンドポイント", "モデル", "料金表", "ディスク", "保存先"} <= names
-    assert {"トークンの語彙", "版"} <= names
+    assert {"トークンの語彙", "バージョン"} <= names
     assert endpoint.url in named(items, "エンドポイント").text
     assert posts(endpoint) == []
 

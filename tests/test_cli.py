@@ -223,7 +223,9 @@ def test_an_evaluation_alone_trains_nothing(
     cli: Callable[..., Ended], online: tuple[str, ...], endpoint: Rehearsal
 ) -> None:
     Path("out").mkdir()
-    RunRecord.create(Path("out"), "20260101_000000", fine_tuned_model="gpt-4o-2024-08-06")
+    RunRecord.create(
+        Path("out"), "20260101_000000", settings={}, fine_tuned_model="gpt-4o-2024-08-06"
+    )
     newest = cli(*online, "--evaluate-only")
     named = cli(*online, "--evaluate-only", "--model-id", "gpt-4o-mini-2024-07-18")
 

@@ -569,8 +569,8 @@ def test_a_watch_outlasts_an_outage_of_hours(
 
     assert ended.status == "succeeded"
     assert clock.now - started > 2 * 3600
-    assert sum("つながるまで待ちます" in line for line in log()) == 1
-    assert sum("つながりました（中断は" in line for line in log()) == 1
+    assert sum("回復するまで待ちます" in line for line in log()) == 1
+    assert sum("接続が回復しました（" in line for line in log()) == 1
 
 
 def test_any_other_call_is_given_up_after_ten_minutes(

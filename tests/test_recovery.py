@@ -792,8 +792,8 @@ def test_an_outage_of_any_length_is_survived_and_logged_once_with_its_length_and
     job_id = start(sft, file)
     endpoint.inject(Fault("503", "GET", path, times=40))
     ended = sft.monitor_fine_tune_job(job_id)
-    began = [line for line in log() if "つながるまで待ちます" in line]
-    over = [line for line in log() if "つながりました" in line]
+    began = [line for line in log() if "回復するまで待ちます" in line]
+    over = [line for line in log() if "接続が回復しました" in line]
 
     assert ended.status == "succeeded"
     assert clock.now - clock.began > 1200
@@ -813,7 +813,7 @@ def test_an_outage_that_outlasts_the_wait_is_logged_once_and_does_not_lengthen_i
 
     assert caught.value.job_id == job_id
     assert clock.now - clock.began <= 101
-    assert sum("つながるまで待ちます" in line for line in log()) == 1
+    assert sum("回復するまで待ちます" in line for line in log()) == 1
 
 
 def test_a_wait_that_runs_out_carries_the_job_and_leaves_it_alone(

@@ -311,14 +311,14 @@ def test_the_leakage_is_told_unless_groups_are_kept_together(
     path = write_jsonl(clean_environment / "a.jsonl", rows)
     sft = OpenAISFT(offline=True, dataset=str(path), verbose=False)
     loose = sft.prepare_data()
-    told = [line for line in log() if "学習データにも現れる割合" in line]
+    told = [line for line in log() if "学習データにも現れるものの割合" in line]
     tight = sft.prepare_data(group_by="counselor")
 
     assert loose.leakage == {"counselor": 1.0, "client": 0.0, "pair": 0.0}
     assert "カウンセラー 100.0%、クライアント 0.0%、同じ組 0.0%" in told[0]
     assert told[0] in loose.lines()
     assert tight.leakage == {}
-    assert [line for line in log() if "学習データにも現れる割合" in line] == told
+    assert [line for line in log() if "学習データにも現れるものの割合" in line] == told
 
 
 # ── KokoroChat itself ────────────────────────────────────────────────────────────────────────
