@@ -474,3 +474,35 @@ def test_quiet_shows_the_results_alone_and_verbose_more_than_usual(dataset: Path
     assert quiet.err == ""
     assert "保存しました" in usual.err
     assert quiet.out.splitlines()[:4] == usual.out.splitlines()[:4]
+
+
+# ── Flags that belong together ───────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("flags", "needed"),
+    [
+        (("--model-id", "ft:x"), "--evaluate-only"),
+        (("--fix",), "--check-file"),
+        (("--json",), "--list"),
+        (("--timeout", "nan"), "数"),
+        (("--poll-interval", "inf"), "数"),
+        (("--rehearse", "--resume"), "リハーサル"),
+        (("--rehearse", "--job-id", "ftjob-1"), "リハーサル"),
+        (("--concurrency", "0"), "concurrency"),
+        (("--eval-turns", "0"), "eval_turns"),
+        (("--price-training", "-1", "--price-input", "1", "--price-output", "1"), "単価"),
+    ],
+)
+def test_what_makes_no_sense_together_ends_with_2_before_anything_is_sent(
+    cli: Callable[..., Ended],
+    online: tuple[str, ...],
+    endpoint: Rehearsal,
+    flags: tuple[str, ...],
+    needed: str,
+) -> None:
+    ended = cli(*online, *flags)
+
+    assert ended.code == 2
+    assert needed in ended.err
+    assert endpoint.exchanges == []

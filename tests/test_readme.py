@@ -39,7 +39,8 @@ def test_every_flag_the_readme_names_exists():
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
     known = {flag for action in build_parser()._actions for flag in action.option_strings}
 
-    assert flags - known <= {"--port", "--fault"}  # those are the rehearsal server's
+    server, benchmark = {"--port", "--fault"}, {"--rounds", "--features", "--copies"}
+    assert flags - known <= server | benchmark
 
 
 @pytest.mark.parametrize("marker", ["rehearse-command", "test-command"])

@@ -34,13 +34,24 @@ from faults import (
     made,
     until,
 )
-from helpers import PROJECT, Script, examples, job, posts, read_json, training_file
+from helpers import (
+    PROJECT,
+    Script,
+    examples,
+    job,
+    posts,
+    read_json,
+    records,
+    training_file,
+    write_jsonl,
+)
 from tqdm import tqdm
 
 import openai_sft_example
 from openai_sft import (
     BudgetError,
     ConfigurationError,
+    DataError,
     OpenAISFT,
     OpenAISFTError,
     Price,
@@ -1049,3 +1060,53 @@ def test_an_unknown_price_stops_a_limited_run_before_anything_is_sent(
         sft.run_full_pipeline(**SHORT)
 
     assert posts(endpoint) == []
+
+
+# ── What a second look found ─────────────────────────────────────────────────────────────────
+
+
+def test_a_job_sent_with_other_settings_is_never_taken_for_the_one_that_is_asked(
+    timed: MakeSFT, endpoint: Rehearsal, file: Path
+) -> None:
+    with timed() as sft:
+        file_id = sft.upload_training_file(file)
+        endpoint.inject(Fault("reset_after", "POST", JOBS))
+        endpoint.inject(Fault("401", "GET", JOBS))
+        with pytest.raises(openai.AuthenticationError):
+            sft.create_fine_tune_job(file_id, epochs=1)
+        with pytest.raises(ConfigurationError, match="別の設定で送信したジョブ"):
+            sft.create_fine_tune_job(file_id, epochs=3)
+
+    assert made(endpoint, JOBS) == 1
+
+
+def test_the_tokens_of_a_job_that_failed_are_a_cost_too(
+    timed: MakeSFT, endpoint: Rehearsal, file: Path
+) -> None:
+    def trained(asked: Asked, answer: Answer) -> Answer:
+        if "/ftjob-" not in asked.path or answer.json.get("object") != "fine_tuning.job":
+            return answer
+        return answer.saying({**answer.json, "trained_tokens": 1_000_000})
+
+    endpoint.inject(Fault("job_failed", "POST", JOBS))
+    with (
+        Bent(endpoint, trained) as bent,
+        timed(base_url=bent.url, client=None) as sft,
+    ):
+        job = sft.monitor_fine_tune_job(start(sft, file))
+        cost = sft._current_run.data["cost"]
+
+    assert job.status == "failed"
+    assert cost["training_usd"] == pytest.approx(3.0)
+
+
+def test_a_correction_after_a_failed_preparation_is_what_is_converted(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [*records(12), {"dialogue": [{"role": "x"}]}])
+    sft = OpenAISFT(offline=True, dataset=str(path), output_dir=tmp_path / "out")
+    with pytest.raises(DataError):
+        sft.prepare_data()
+    write_jsonl(path, records(12))
+    sft.system_prompt = "新しい指示"
+    train, _, _ = sft.load_and_split_dataset()
+
+    assert all(e["messages"][0]["content"] == "新しい指示" for e in sft.prepare_dataset(train))
