@@ -2997,9 +2997,11 @@ class RunRecord:
         Raises :class:`ConfigurationError` while another process holds it. Windows has no
         ``fcntl``; there the lock is left out.
         """
+        path = _lock_path(self.path.parent, self.stamp)
+        if fcntl is None:
+            path.unlink(missing_ok=True)
         if fcntl is None or self._release is not None:
             return
-        path = self.path.with_name(f".{self.path.stem}.lock")
         if path.is_symlink():
             raise ConfigurationError(f"{path} がリンクです。取り除いてください。")
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
@@ -3022,6 +3024,10 @@ class RunRecord:
         if self._release is not None:
             self._release()
             self._release = None
+
+
+def _lock_path(folder: Path, stamp: str) -> Path:
+    return folder / f".run_{stamp}.lock"
 
 
 def _unlock(path: Path, descriptor: int) -> None:
@@ -3263,12 +3269,22 @@ class _Pool:
                     answers.put(error)
                     self.close()  # it would meet every other case too
 
-        for number in range(min(self._size, len(cases))):
-            name = f"openai-sft-ask-{number}"
-            threading.Thread(target=work, name=name, daemon=True).start()
+        threads = [
+            threading.Thread(target=work, name=f"openai-sft-ask-{number}", daemon=True)
+            for number in range(min(self._size, len(cases)))
+        ]
+        for thread in threads:
+            thread.start()
         for _ in cases:
             answer = answers.get()
             if isinstance(answer, BaseException):
+                # What the others were asking is paid for as well: it is kept before the end.
+                for thread in threads:
+                    thread.join(timeout=30.0)
+                while not answers.empty():
+                    late = answers.get()
+                    if not isinstance(late, BaseException):
+                        yield late
                 raise answer
             yield answer
 
@@ -4336,6 +4352,13 @@ class OpenAISFT:
 
     def _write_datasets(self, stamp: str, splits: Splits) -> dict[str, Any]:
         """Check and write the files of the data stages; return what the record says of them."""
+        try:
+            return self._check_and_write(stamp, splits)
+        except BaseException:
+            _lock_path(self.output_dir, stamp).unlink(missing_ok=True)
+            raise
+
+    def _check_and_write(self, stamp: str, splits: Splits) -> dict[str, Any]:
         loaded = self._loaded
         sources = loaded.sources if loaded else {}
         paths: dict[str, str] = {}
@@ -4402,14 +4425,17 @@ class OpenAISFT:
         }
 
     def _new_stamp(self) -> str:
-        """A stamp of now, or of the next second that no file of the folder carries yet."""
+        """Claim a stamp of now, or of the next second that is free, by its lock file."""
         folder = self._existing_folder()
         now = self._clock()
-        stamps = (
-            datetime.fromtimestamp(now + second).strftime("%Y%m%d_%H%M%S")
-            for second in itertools.count()
-        )
-        return next(stamp for stamp in stamps if not any(folder.glob(f"*_{stamp}.*")))
+        for second in itertools.count():
+            stamp = datetime.fromtimestamp(now + second).strftime("%Y%m%d_%H%M%S")
+            if any(folder.glob(f"*_{stamp}.*")):
+                continue
+            with contextlib.suppress(FileExistsError):  # another process has just claimed it
+                _lock_path(folder, stamp).touch(0o600, exist_ok=False)
+                return stamp
+        raise AssertionError("unreachable")
 
     def _start_run(self, stamp: str | None = None, **facts: Any) -> RunRecord:
         """Begin a run record, under ``stamp`` or a new one, and make it the current one."""

@@ -9,12 +9,13 @@ import re
 import stat
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-from helpers import posts, read_json, record, records, write_jsonl
+from helpers import examples, posts, read_json, record, records, write_jsonl
 
 from openai_sft import (
     BudgetError,
@@ -502,3 +503,14 @@ def test_after_an_interruption_it_is_said_what_goes_on_and_how_to_come_back(
     assert "料金" in during
     assert ended.fine_tuned_model
     assert ended.fine_tuned_model in later.describe_remote_state()
+
+
+def test_two_that_save_in_the_same_second_never_share_a_stamp(make_sft: MakeSFT) -> None:
+    def save(sft: OpenAISFT) -> dict[str, str]:
+        return sft.save_all_datasets(examples(10), examples(1), [])
+
+    both = [make_sft(clock=lambda: 1_800_000_000.0) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        paths = [Path(path).name for saved in pool.map(save, both) for path in saved.values()]
+
+    assert len(set(paths)) == 12
