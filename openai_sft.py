@@ -4011,13 +4011,14 @@ class OpenAISFT:
                 f"評価するモデルがありません。{folder} に学習済みモデルの記録がないため、"
                 "--model-id（model_id=）で指定してください。"
             )
+        if run is not None:
+            self._use_endpoint_of(run)
         self._require_ready()
         if run is not None:
             model_id = model_id or run.data["fine_tuned_model"]
         if run is not None and "selection" in run.data:
             given = {"max_samples": max_samples, "seed": seed, **filters}
             self._require_same_split(run, given)
-            self._use_endpoint_of(run)
             self.task = run.data["settings"].get("task") or "response"
             evaluation["seed"] = run.data["selection"]["seed"]
         else:
