@@ -707,10 +707,7 @@ class Sample(NamedTuple):
 
 
 def read_dialogues(
-    source: str,
-    *,
-    revision: str | None = None,
-    each: Callable[[Dialogue], None] | None = None,
+    source: str, *, revision: str | None = None, each: Callable[[Dialogue], None] | None = None
 ) -> list[Dialogue]:
     """Read every dialogue of ``source``: a folder, a JSON/JSONL/Parquet file, or a Hub name.
 
@@ -1966,11 +1963,7 @@ def estimate_cost(
 
 
 def choose_cases(
-    examples: Iterable[Example],
-    *,
-    max_cases: int | None = 10,
-    seed: int = 42,
-    turns: EvalTurns = 1,
+    examples: Iterable[Example], *, max_cases: int | None = 10, seed: int = 42, turns: EvalTurns = 1
 ) -> list[Case]:
     """Draw turns to answer from across the dialogues, at most ``max_cases`` (0 or ``None``: all).
 
@@ -2213,12 +2206,7 @@ def _ratio_figure(
 
 
 def _sacrebleu_figure(
-    name: str,
-    label: str,
-    metric: Any,
-    answers: Sequence[Answer],
-    owners: Sequence[int],
-    count: int,
+    name: str, label: str, metric: Any, answers: Sequence[Answer], owners: Sequence[int], count: int
 ) -> Figure:
     # The statistics of each segment, which corpus_score() sums up itself, are wanted one by one.
     outputs = [answer.output for answer in answers]
@@ -4738,9 +4726,7 @@ class OpenAISFT:
             found = self._send_once(
                 lambda: (
                     self._call(
-                        lambda: jobs.create(**request, metadata=metadata),
-                        patience=0,
-                        needs="id",
+                        lambda: jobs.create(**request, metadata=metadata), patience=0, needs="id"
                     ).id
                 ),
                 lambda: self._find_job(token),
@@ -5232,11 +5218,7 @@ class OpenAISFT:
     ) -> _Journal:
         """The answers so far of a resumed evaluation, or a new journal."""
         run = self._current_run
-        asked = {
-            "model_id": model_id,
-            "baseline": baseline_id,
-            "generation": dict(generation),
-        }
+        asked = {"model_id": model_id, "baseline": baseline_id, "generation": dict(generation)}
         known = run.data.get("evaluation", {})
         resumes = self._resumed and {key: known.get(key) for key in asked} == asked
         if not resumes and "journal" in run.data.get("files", {}):
@@ -5451,11 +5433,7 @@ class OpenAISFT:
             return None
 
     def _call(
-        self,
-        request: Callable[[], T],
-        *,
-        patience: float = RETRY_SECONDS,
-        needs: str | None = None,
+        self, request: Callable[[], T], *, patience: float = RETRY_SECONDS, needs: str | None = None
     ) -> T:
         """``request()``; transient failures are repeated for up to ``patience`` seconds.
 
