@@ -50,7 +50,6 @@ import functools
 import gc
 import hashlib
 import html
-import importlib.metadata
 import io
 import itertools
 import json
@@ -63,7 +62,6 @@ import random
 import re
 import shlex
 import shutil
-import statistics
 import sys
 import threading
 import time
@@ -2568,7 +2566,7 @@ def _measure(name: str, predicted: Any, real: Any, owners: Sequence[int], weight
 def mean_scores(train_data: Iterable[Example]) -> dict[str, float]:
     """The mean of each item over the training examples: what a model has to beat."""
     scores = list(filter(None, map(_scores_of, train_data)))
-    return {item: statistics.fmean(row[item] for row in scores) for item in SCORE_ITEMS}
+    return {item: math.fsum(row[item] for row in scores) / len(scores) for item in SCORE_ITEMS}
 
 
 def _scores_of(example: Example) -> dict[str, int] | None:
@@ -5569,6 +5567,8 @@ def _shutdown_date(model: object) -> date | None:
 
 @functools.lru_cache(maxsize=1)
 def _versions() -> dict[str, str]:
+    import importlib.metadata
+
     names = ("openai", "datasets", "tiktoken", "psutil", "tqdm", "python-dotenv")
     found = {name: importlib.metadata.version(name) for name in names}
     return {"openai_sft": __version__, "python": platform.python_version(), **found}
