@@ -1488,14 +1488,17 @@ def _find_text_problems(line: str) -> Iterator[Problem]:
         yield Problem("lone_surrogate")
 
 
-def find_length_problem(
-    messages: Sequence[Message], size: int, counter: TokenCounter, limit: int
-) -> Iterator[Problem]:
-    """``too_long``, for ``messages`` of ``size`` bytes; no token is shorter than a byte."""
-    if size > limit - 4 * len(messages) - 3:
-        tokens = counter.count(messages).total
-        if tokens > limit:
-            yield Problem("too_long", None, (f"{tokens:,}", f"{limit:,}"))
+def find_length_problem(messages: object, size: int, limit: int) -> Problem | None:
+    """``too_long``, for the ``messages`` of a line of ``size`` bytes.
+
+    No token is shorter than a byte, so that only lines over ``limit`` need the vocabulary.
+    """
+    if size <= limit or not isinstance(messages, list):
+        return None
+    if not all(isinstance(message, dict) for message in messages):
+        return None
+    tokens = TokenCounter(load_vocabulary()).count(messages).total
+    return Problem("too_long", None, (f"{tokens:,}", f"{limit:,}")) if tokens > limit else None
 
 
 def check_file(
@@ -1535,14 +1538,8 @@ def check_file(
         messages = value.get("messages") if isinstance(value, dict) else None
         if trained and (shared := trained.get(_conversation_digest(messages))):
             report(number, Problem("shared_conversation", None, (shared,)))
-        if (
-            len(raw) > max_tokens
-            and isinstance(messages, list)
-            and all(isinstance(message, dict) for message in messages)
-        ):
-            counter = TokenCounter(load_vocabulary())
-            for problem in find_length_problem(messages, len(raw), counter, max_tokens):
-                report(number, problem)
+        if too_long := find_length_problem(messages, len(raw), max_tokens):
+            report(number, too_long)
     needed = MIN_TRAINING_EXAMPLES if kind == "training" else 1
     if count < needed:
         report(None, Problem("too_few_examples", None, (count, needed)))
@@ -1625,7 +1622,9 @@ def fix_file(path: str | os.PathLike[str]) -> tuple[str, str, int, int]:
     path = Path(path)
     examples: dict[str, None] = {}  # an ordered set: a repeated line is dropped
     rejects = []
-    counter: TokenCounter | None = None
+    outputs = [path.with_name(f"{path.stem}.{name}.jsonl") for name in ("fixed", "rejects")]
+    for output in filter(Path.exists, outputs):
+        raise DataError(f"{output} がすでにあります。移動するか削除してからやり直してください。")
     for number, raw, value, problems in _read_checked(path):
         if any(problem.code == "blank_line" for problem in problems):
             continue
@@ -1633,14 +1632,13 @@ def fix_file(path: str | os.PathLike[str]) -> tuple[str, str, int, int]:
         remaining = [*find_problems(mended), *_find_text_problems(_dump(mended))]
         codes = [p.code for p in (problems if value is None else remaining) if _is_error(p)]
         parts = [mended]
-        if not codes and len(raw) > MAX_EXAMPLE_TOKENS:
-            counter = counter or TokenCounter(load_vocabulary())
-            if counter.count(mended["messages"]).total > MAX_EXAMPLE_TOKENS:
-                try:
-                    named = cast("Example", {"id": f"{path}:{number}", **mended})
-                    parts = list(split_long_example(named, counter, MAX_EXAMPLE_TOKENS))
-                except DataError:
-                    codes = ["too_long"]
+        if not codes and find_length_problem(mended["messages"], len(raw), MAX_EXAMPLE_TOKENS):
+            named = cast("Example", {"id": f"{path}:{number}", **mended})
+            counter = TokenCounter(load_vocabulary())
+            try:
+                parts = list(split_long_example(named, counter, MAX_EXAMPLE_TOKENS))
+            except DataError:
+                codes = ["too_long"]
         if not codes:
             try:
                 examples.update(dict.fromkeys(map(example_line, parts)))
@@ -1649,16 +1647,9 @@ def fix_file(path: str | os.PathLike[str]) -> tuple[str, str, int, int]:
         if codes:
             text = raw.decode(errors="backslashreplace").rstrip("\r\n")
             rejects.append(_encode_json({"line": number, "codes": codes, "raw": text}))
-    outputs = []
-    for name, lines in (("fixed", list(examples)), ("rejects", rejects)):
-        output = path.with_name(f"{path.stem}.{name}.jsonl")
-        if output.exists():
-            raise DataError(
-                f"{output} がすでにあります。移動するか削除してからやり直してください。"
-            )
+    for output, lines in zip(outputs, (examples, rejects), strict=True):
         write_new_file(output, "".join(line + "\n" for line in lines))
-        outputs.append(str(output))
-    return outputs[0], outputs[1], len(examples), len(rejects)
+    return str(outputs[0]), str(outputs[1]), len(examples), len(rejects)
 
 
 def _mend(value: Any) -> Any:
@@ -2318,7 +2309,12 @@ def is_backchannel(text: str) -> bool:
 
 
 def compare_answers(
-    tuned: Sequence[Answer], baseline: Sequence[Answer], *, seed: int = 42
+    tuned: Sequence[Answer],
+    baseline: Sequence[Answer],
+    *,
+    seed: int = 42,
+    make: Callable[[Sequence[Answer]], tuple[list[Figure], list[str]]] | None = None,
+    cases: int | None = None,
 ) -> dict[str, Any]:
     """Compare two models on the cases that both answered, figure by figure.
 
@@ -2326,19 +2322,18 @@ def compare_answers(
     interval over dialogues, wins (where the tuned model is better), losses and ties over cases
     with the two-sided sign test's ``p_value``, ``verdict`` (``better``, ``worse``, ``higher``,
     ``lower`` or ``indistinguishable``) and ``sentence``. A verdict needs both: the interval
-    excludes 0, and p < .05 in the same direction.
+    excludes 0, and p < .05 in the same direction. ``make`` gives the figures (by default those
+    of the response task); ``cases`` is how many were asked, by default those with an answer.
     """
-    pairs = _paired(tuned, baseline)
-    cases = len({answer.case_id for answer in (*tuned, *baseline)})
-    return compare_figures(*pairs, make=make_figures, seed=seed, cases=cases)
-
-
-def _paired(
-    tuned: Sequence[Answer], baseline: Sequence[Answer]
-) -> tuple[list[Answer], list[Answer]]:
     others = {answer.case_id: answer for answer in baseline}
     both = [answer for answer in tuned if answer.case_id in others]
-    return both, [others[answer.case_id] for answer in both]
+    return compare_figures(
+        both,
+        [others[answer.case_id] for answer in both],
+        make=make or make_figures,
+        seed=seed,
+        cases=len({a.case_id for a in tuned} | others.keys()) if cases is None else cases,
+    )
 
 
 def compare_figures(
@@ -4788,7 +4783,7 @@ class OpenAISFT:
         :class:`WaitTimeout` and leaves the job alone. The outcome, with the tuned model, its
         checkpoints, the metrics and the cost, is saved in the run record.
         """
-        self._current_run.update(job_id=job_id)
+        self._turn_to_run_of(job_id)
         deadline = None if timeout is None else self._clock() + timeout
         seen: set[str] = set()
         status = ""
@@ -4818,6 +4813,18 @@ class OpenAISFT:
                 self._sleep(delay)
         self._record_outcome(job, bar.rows)
         return job
+
+    def _turn_to_run_of(self, job_id: str) -> None:
+        """Make the record of this job the current one; no job takes over another's."""
+        if self._current_run.data.get("job_id", job_id) != job_id:
+            for run in read_runs(self.output_dir):
+                if run.data.get("job_id") == job_id:
+                    self._current_run.release()
+                    run.lock()
+                    self._run = run
+                    return
+            self._start_run(kind="job")
+        self._current_run.update(job_id=job_id)
 
     def _poll(self, job_id: str, seen: set[str]) -> tuple[FineTuningJob, list[FineTuningJobEvent]]:
         """One look at a job: how it stands, and its events that are not in ``seen``."""
@@ -5073,8 +5080,9 @@ class OpenAISFT:
         if baseline_id is not None:
             results["baseline"] = {"model_id": baseline_id, **asked[baseline_id]}
             results["comparison"] = {"baseline_model": baseline_id} | {
-                name: compare_figures(
-                    *_paired(answers[model_id, name], answers[baseline_id, name]),
+                name: compare_answers(
+                    answers[model_id, name],
+                    answers[baseline_id, name],
                     make=task.make_figures,
                     seed=seed,
                     cases=len(cases[name]),

@@ -761,3 +761,15 @@ def test_the_librarys_own_errors_have_one_root() -> None:
     assert issubclass(BrokenAnswer, OpenAISFTError)
     assert issubclass(DataError, OpenAISFTError)
     assert issubclass(DataError, ValueError)
+
+
+def test_jobs_that_are_watched_in_another_order_than_made_keep_their_own_records(
+    sft: OpenAISFT, file: Path
+) -> None:
+    first, second = start(sft, file), start(sft, file)
+    ended = [sft.monitor_fine_tune_job(job_id) for job_id in (first, second)]
+    kept = [read_json(path) for path in sorted(sft.output_dir.glob("run_*.json"))]
+
+    assert {one["job_id"]: one["fine_tuned_model"] for one in kept} == {
+        job.id: job.fine_tuned_model for job in ended
+    }
