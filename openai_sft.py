@@ -101,7 +101,7 @@ if TYPE_CHECKING:
 
     from openai_sft_rehearsal import Rehearsal
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "GROUPS",
     "PRICES",
@@ -5609,3 +5609,9 @@ def _read_dotenv() -> Mapping[str, str | None]:
     from dotenv import dotenv_values, find_dotenv
 
     return dotenv_values(find_dotenv(usecwd=True))
+
+
+if __name__ == "__main__":
+    from openai_sft_example import main
+
+    raise SystemExit(main())

@@ -31,6 +31,7 @@ from openai_sft import (
     Price,
     RunOptions,
     RunRow,
+    __version__,
     check_file,
     explain_api_error,
     fix_file,
@@ -181,7 +182,10 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="ローカルの模擬エンドポイントで全体を試す（キーも料金も不要）",
     )
-    mode.add_argument("--help", action="help", help="この説明を表示する")
+    mode.add_argument(
+        "--version", action="version", version=__version__, help="バージョンを表示する"
+    )
+    mode.add_argument("-h", "--help", action="help", help="この説明を表示する")
 
     data = parser.add_argument_group("データ")
     data.add_argument(

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from openai_sft_rehearsal import Fault, Rehearsal
 pytestmark = pytest.mark.usefixtures("clean_environment")
 
 HELP = Path(__file__).with_name("help.txt")
+CHANGELOG = PROJECT / "CHANGELOG.md"
 SCRIPT = str(PROJECT / "openai_sft_example.py")
 JOBS = "/fine_tuning/jobs"
 HEAVY = ("openai", "datasets", "tiktoken", "pyarrow", "psutil", "tqdm", "dotenv", "numpy")
@@ -65,12 +66,14 @@ def online(
     )
 
 
-def shell(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
+def shell(
+    *arguments: str | Path, program: Sequence[str] = (SCRIPT,), **options: Any
+) -> subprocess.Popen[str]:
     """The command line in a process of its own, warnings being errors there too."""
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONWARNINGS": "error"}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
     return subprocess.Popen(
-        [sys.executable, SCRIPT, *map(str, arguments)],
+        [sys.executable, *program, *map(str, arguments)],
         **(streams | options),
         env=environment,
         encoding="utf-8",
@@ -91,7 +94,7 @@ def test_the_help_is_word_for_word_as_agreed_however_wide_the_terminal(
 ) -> None:
     monkeypatch.setenv("COLUMNS", columns)
 
-    assert cli("--help") == Ended(0, HELP.read_text("utf-8"), "")
+    assert cli("--help") == cli("-h") == Ended(0, HELP.read_text("utf-8"), "")
 
 
 def test_no_line_of_the_help_is_wider_than_a_terminal() -> None:
@@ -112,6 +115,23 @@ def test_the_help_names_every_flag_that_was_agreed() -> None:
     )
 
     assert set(agreed.split()) <= set(re.findall(r"--[a-z-]+", HELP.read_text("utf-8")))
+
+
+def test_the_version_is_the_changelogs_newest(cli: Callable[..., Ended]) -> None:
+    newest = re.search(r"^## \[(\d.*?)\] - \d{4}-\d\d-\d\d$", CHANGELOG.read_text("utf-8"), re.M)
+
+    assert newest is not None
+    assert cli("--version") == Ended(0, newest[1] + "\n", "")
+
+
+def test_the_library_run_as_a_module_is_the_command_line() -> None:
+    def run(*arguments: str) -> Ended:
+        return wait(shell(*arguments, program=("-m", "openai_sft"), cwd=PROJECT))
+
+    wrong = run("--epoch", "3")
+
+    assert run("-h") == Ended(0, HELP.read_text("utf-8"), "")
+    assert (wrong.code, wrong.out, len(wrong.errors)) == (2, "", 1)
 
 
 def test_the_help_is_there_at_once() -> None:
