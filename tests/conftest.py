@@ -32,7 +32,8 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder in which tiktoken finds ``o200k_base``, here and in the processes tests start."""
     folder = tmp_path_factory.mktemp("vocabulary")
     package = importlib.util.find_spec("bpe_openai")  # found, not imported: it parses for a second
-    assert package is not None and package.origin is not None
+    assert package is not None
+    assert package.origin is not None
     packed = Path(package.origin).with_name("data") / "o200k_base.tiktoken.gz"
     (folder / O200K_FILE).write_bytes(gzip.decompress(packed.read_bytes()))
     with pytest.MonkeyPatch.context() as patch:

@@ -120,7 +120,8 @@ def test_the_days_of_the_platforms_end_are_shown_where_it_is_openais(
     others = make_sft(clock=at("2026-12-07")).check()
     text = "\n".join(map(str, openais))
 
-    assert "2027-01-06" in text and "あと30日" in text
+    assert "2027-01-06" in text
+    assert "あと30日" in text
     assert "2027-01-14" in text
     assert "2027-01-06" not in "\n".join(map(str, others))
 
@@ -150,7 +151,8 @@ def test_a_model_the_endpoint_does_not_know_fails(make_sft: MakeSFT) -> None:
     item = named(make_sft(model="gpt-nothing").check(), "モデル")
 
     assert item.level == "fail"
-    assert "gpt-nothing" in item.text and "--model" in item.remedy
+    assert "gpt-nothing" in item.text
+    assert "--model" in item.remedy
 
 
 @pytest.mark.parametrize("fault", ["503", "reset_before", "malformed", "403"])

@@ -122,7 +122,8 @@ def test_a_problem_is_named_with_its_line_and_message(
     assert (finding.code, finding.line, finding.message_index) == (code, number, message_index)
     assert finding.path == str(path)
     assert finding.severity == ("warning" if code == "blank_content" else "error")
-    assert finding.text and finding.remedy
+    assert finding.text
+    assert finding.remedy
     assert f"{path}:{number}" in str(finding)
     assert str(finding).isprintable()
 
@@ -160,7 +161,8 @@ def test_too_few_examples_count_for_training_and_one_is_enough_for_validation(
     (finding,) = check_file(nine)
 
     assert (finding.code, finding.line, finding.severity) == ("too_few_examples", None, "error")
-    assert "9件" in finding.text and "10件" in finding.remedy
+    assert "9件" in finding.text
+    assert "10件" in finding.remedy
     assert check_file(nine, kind="validation") == []
     assert codes(check_file(none, kind="validation")) == ["too_few_examples"]
 
@@ -348,9 +350,10 @@ def test_what_is_fixed_passes_the_check_the_rejects_hold_the_rest_and_the_origin
         if number not in bad and raw.strip():
             assert json.loads(raw) in saved
     for one in lost:
-        assert one["codes"] and set(one["codes"]) <= set(PROBLEMS)
+        assert one["codes"]
+        assert set(one["codes"]) <= set(PROBLEMS)
         raw = lines[one["line"] - 1].rstrip(b"\r\n").decode(errors="backslashreplace")
-        assert one["raw"].removeprefix("\ufeff") == raw
+        assert one["raw"] in (raw, "\ufeff" + raw)
 
 
 def test_what_can_be_mended_is_mended_and_nothing_else_is_changed(tmp_path: Path) -> None:
@@ -444,8 +447,10 @@ def test_the_findings_are_json_on_stdout_and_nothing_else(
     assert set(json.loads(out)[0]) == {
         *("path", "line", "message_index", "code", "severity", "text", "remedy")
     }
-    assert "examples-12.fixed.jsonl" in err and "11件" in err
-    assert "examples-12.rejects.jsonl" in err and "1件" in err
+    assert "examples-12.fixed.jsonl" in err
+    assert "11件" in err
+    assert "examples-12.rejects.jsonl" in err
+    assert "1件" in err
 
 
 @pytest.mark.parametrize("case", ["missing", "fixed before", "no room for the name"])
@@ -461,7 +466,8 @@ def test_what_cannot_be_checked_or_written_is_one_line(
 
     assert code in (1, 2)
     assert out == ""
-    assert err.startswith("エラー: ") and err.count("\n") == 1
+    assert err.startswith("エラー: ")
+    assert err.count("\n") == 1
 
 
 # ── Before anything is saved or sent ─────────────────────────────────────────────────────────
@@ -538,7 +544,11 @@ def test_the_parts_of_a_conversation_fit_end_with_the_assistant_and_lose_nothing
     try:
         parts = split_long_example(whole, COUNTER, limit)
     except DataError as error:
-        assert "d1" in str(error)
+        refusal = str(error)
+    else:
+        refusal = None
+    if refusal is not None:
+        assert "d1" in refusal
         return
     bodies = [part["messages"][len(head) :] for part in parts]
 

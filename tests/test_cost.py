@@ -345,7 +345,8 @@ def test_a_system_prompt_is_paid_for_in_every_example(encoding: Any) -> None:
     plain, prompted = to_example(dialogue), to_example(dialogue, system_prompt="hello")
     counter = TokenCounter(encoding)
 
-    assert plain and prompted
+    assert plain
+    assert prompted
     assert total(counter, [prompted["messages"]]) == total(counter, [plain["messages"]]) + 3 + 1 + 1
 
 
@@ -404,8 +405,10 @@ def test_prices_can_be_given_on_the_command_line_for_any_model(
     partly, _, error = prepared(capsys, *asked, *GIVEN[:2])
 
     assert (unknown, known, partly) == (0, 0, 2)
-    assert "合計: 不明" in without and "--price-training" in without
-    assert "合計: $" in given_out and "指定された単価" in given_out
+    assert "合計: 不明" in without
+    assert "--price-training" in without
+    assert "合計: $" in given_out
+    assert "指定された単価" in given_out
     assert "--price-output" in error
 
 
@@ -425,4 +428,5 @@ def test_the_data_stage_shows_the_spread_and_the_price_of_the_other_format(
     assert stats.per_turn_format == sum(counter.count(said).per_turn_format for said in written)
     assert f"5% {stats.p5:,} | 中央 {stats.p50:,} | 95% {stats.p95:,} | 最大 {stats.max:,}" in out
     dollars = stats.per_turn_format * 3 * 3e-6
-    assert f"{stats.per_turn_format:,}トークン" in out and f"学習 ${dollars:,.2f}" in out
+    assert f"{stats.per_turn_format:,}トークン" in out
+    assert f"学習 ${dollars:,.2f}" in out

@@ -285,18 +285,22 @@ def test_a_dialogue_of_blank_utterances_goes_through_a_dataset_and_is_left_out(
     assert any("d99" in line for line in log())
 
 
-@pytest.mark.parametrize("key", ["topic", "review_by_client_jp", "review_by_client_en"])
-def test_a_topic_or_review_that_is_plain_text_does_not_crash_the_split(
+def test_a_topic_that_is_plain_text_is_read(clean_environment: Path) -> None:
+    path = write_jsonl(Path("a.jsonl"), [{**row, "topic": "仕事"} for row in records(12)])
+
+    parts = OpenAISFT(offline=True, dataset=str(path)).load_and_split_dataset()
+
+    assert sum(map(len, parts)) == 12
+
+
+@pytest.mark.parametrize("key", ["review_by_client_jp", "review_by_client_en"])
+def test_a_review_that_is_plain_text_is_refused_with_its_line(
     clean_environment: Path, key: str
 ) -> None:
     path = write_jsonl(Path("a.jsonl"), [{**row, key: "仕事"} for row in records(12)])
 
-    try:
-        parts = OpenAISFT(offline=True, dataset=str(path)).load_and_split_dataset()
-    except DataError as error:
-        assert "a.jsonl:1" in str(error)
-    else:
-        assert sum(map(len, parts)) == 12
+    with pytest.raises(DataError, match=rf"a\.jsonl:1: {key} はオブジェクト"):
+        OpenAISFT(offline=True, dataset=str(path)).load_and_split_dataset()
 
 
 # ── Data in the service's own form ───────────────────────────────────────────────────────────
@@ -373,7 +377,8 @@ def test_a_system_prompt_is_put_before_chats_that_have_none(clean_environment: P
     plain = to_example(parse(chat(1)), system_prompt="傾聴して")
     own = to_example(parse(called(1)), system_prompt="傾聴して")
 
-    assert plain and own
+    assert plain
+    assert own
     assert plain["messages"] == [
         {"role": "system", "content": "傾聴して"},
         *chat(1)["messages"],
@@ -614,7 +619,8 @@ def test_a_system_prompt_comes_first_and_there_is_none_by_default() -> None:
     prompted = to_example(dialogue, system_prompt="傾聴してください。")
     plain = to_example(dialogue)
 
-    assert prompted and plain
+    assert prompted
+    assert plain
     assert prompted["messages"][0] == {"role": "system", "content": "傾聴してください。"}
     assert prompted["messages"][1:] == plain["messages"]
 
@@ -771,7 +777,8 @@ def test_a_script_without_a_guard_is_executed_once(clean_environment: Path) -> N
 
     assert (done.returncode, done.stderr) == (0, "")
     assert lines[:1] == ["executed __main__"]
-    assert len(lines) == 2 and int(lines[1]) > 0
+    assert len(lines) == 2
+    assert int(lines[1]) > 0
 
 
 # ── KokoroChat itself ────────────────────────────────────────────────────────────────────────

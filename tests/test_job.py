@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -404,7 +404,9 @@ def test_a_message_of_the_service_can_neither_break_a_line_nor_colour_the_termin
     (line,) = (line for line in log() if line.startswith("ファインチューニング失敗"))
 
     assert line.isprintable()
-    assert "one" in line and "two" in line and "three" in line
+    assert "one" in line
+    assert "two" in line
+    assert "three" in line
 
 
 # ── Watch: events ────────────────────────────────────────────────────────────────────────────
@@ -705,19 +707,19 @@ def test_the_columns_of_another_endpoint_in_another_order_are_read_too() -> None
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("content", "reason"),
     [
-        b"",
-        b"<html>Bad gateway</html>",
-        b"\xff\xfe\x00step",
-        base64.b64encode(b"<html>"),
-        b"step,train_loss\n1,much\n",
-        b'step,train_loss\n1,"' + b"9" * 200_000 + b'"\n',
+        (b"", "step の列がありません"),
+        (b"<html>Bad gateway</html>", "CSVでもBase64でもありません"),
+        (b"\xff\xfe\x00step", "0xff"),
+        (base64.b64encode(b"<html>"), "step の列がありません"),
+        (b"step,train_loss\n1,much\n", "much"),
+        (b'step,train_loss\n1,"' + b"9" * 200_000 + b'"\n', "limit"),
     ],
     ids=["empty", "html", "bytes", "base64 html", "no number", "endless cell"],
 )
-def test_what_is_no_result_file_is_a_value_error(content: bytes) -> None:
-    with pytest.raises(ValueError):
+def test_what_is_no_result_file_is_a_value_error(content: bytes, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
         parse_result_file(content)
 
 
@@ -725,14 +727,14 @@ def test_what_is_no_result_file_is_a_value_error(content: bytes) -> None:
 
 
 @pytest.fixture
-def failures(sft: OpenAISFT, endpoint: Rehearsal) -> Iterator[Callable[[str], Exception]]:
+def failures(sft: OpenAISFT, endpoint: Rehearsal) -> Callable[[str], Exception]:
     def fail(fault: str) -> Exception:
         endpoint.inject(Fault(fault, "GET", "/models"))
         with pytest.raises(openai.OpenAIError) as caught:
             sft.client.models.list()
         return caught.value
 
-    yield fail
+    return fail
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,8 @@ def kill_at(
             endpoint.inject(moment.fault)
         if moment.held:
             endpoint.hold(moment.held)
-        assert mother.stdin and mother.stdout
+        assert mother.stdin
+        assert mother.stdout
         order = {"url": endpoint.url, "dataset": str(dataset), "out": str(out)}
         mother.stdin.write(json.dumps(order | {"halt": moment.halt}) + "\n")
         mother.stdin.flush()

@@ -119,10 +119,15 @@ def test_the_first_line_comes_at_the_start_and_the_next_30_seconds_later(
 
 
 def test_the_thread_ends_with_the_block_also_when_it_ends_in_an_error() -> None:
-    before = list(threads())
-    with pytest.raises(ZeroDivisionError), SystemMonitor(sampler=lambda: CALM):
-        running = list(threads())
-        raise ZeroDivisionError
+    before, running = list(threads()), []
+
+    def fail() -> None:
+        with SystemMonitor(sampler=lambda: CALM):
+            running.extend(threads())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
 
     assert len(running) == len(before) + 1
     assert list(threads()) == before

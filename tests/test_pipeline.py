@@ -372,7 +372,8 @@ def test_the_price_is_shown_and_confirmed_before_anything_is_sent(
     assert estimate.epochs == 4
     assert estimate.exact_tokens
     assert estimate.training_usd == pytest.approx(estimate.training_tokens * 4 * 3e-6)
-    assert estimate.total_usd and estimate.total_usd > estimate.training_usd > 0
+    assert estimate.total_usd
+    assert estimate.total_usd > estimate.training_usd > 0
 
 
 def test_an_evaluation_alone_is_paid_too_and_asked_about(

@@ -478,7 +478,8 @@ def test_a_refused_job_leaves_no_upload_behind_and_says_what_still_works(
     assert len(caught.value.deleted) == 2
     for word in ("training_not_available", "2027-01-06", "2027-01-14", "組織", "--base-url"):
         assert word in text
-    assert "評価" in text and "JSONL" in text
+    assert "評価" in text
+    assert "JSONL" in text
     assert made(endpoint, JOBS) == 0
 
 
@@ -624,7 +625,8 @@ def test_a_rehearsal_is_marked_and_never_resumed_nor_the_newest_model(
     with OpenAISFT(rehearse=True, output_dir=out, verbose=False) as done:
         done.run_full_pipeline(epochs=1, max_test_cases=1)
     stopped = OpenAISFT(rehearse=True, output_dir=out, verbose=False, sleep=interrupt)
-    assert stopped.client and stopped._endpoint
+    assert stopped.client
+    assert stopped._endpoint
     stopped._endpoint.hold("running")
     with stopped, pytest.raises(KeyboardInterrupt):
         stopped.run_full_pipeline(epochs=50, batch_size=1, max_test_cases=1)
@@ -764,7 +766,8 @@ def test_runs_and_jobs_are_listed_side_by_side_with_orphans_both_ways(
     rows = {row.job_id: row for row in timed().list_runs()}
 
     assert rows[ours].orphan is None
-    assert rows[ours].run_id and rows[ours].status == "validating_files"
+    assert rows[ours].run_id
+    assert rows[ours].status == "validating_files"
     assert rows[foreign].orphan == "no record"
     assert rows["ftjob-gone"].orphan == "no job"
     assert rows[None].orphan is None

@@ -236,12 +236,14 @@ def test_an_example_is_the_task_the_marked_dialogue_and_the_scores() -> None:
     assert all(item in system["content"] for item in ITEMS)
     positions = [system["content"].index(f"- {item}") for item in ITEMS]
     assert positions == sorted(positions)
-    assert "0" in system["content"] and "5" in system["content"]
+    assert "0" in system["content"]
+    assert "5" in system["content"]
     assert "JSON" in system["content"]
     assert user["content"].startswith("クライアント: 相談1です。眠れません。\nカウンセラー: 眠れ")
     assert user["content"].endswith("\nカウンセラー: どうぞお大事に。")
     assert user["content"].count("カウンセラー: ") == 4
-    assert "client" not in user["content"] and "counselor" not in user["content"]
+    assert "client" not in user["content"]
+    assert "counselor" not in user["content"]
     assert list(json.loads(assistant["content"]).items()) == list(scores_of(0, 5, 1).items())
     assert "\\u" not in assistant["content"]
 
@@ -316,7 +318,9 @@ def test_a_dialogue_without_complete_scores_is_left_out_and_counted(
 
     assert [one["id"] for one in made] == ["d1", "d3"]
     (line,) = [line for line in log() if "除きました" in line]
-    assert "1件" in line and "d2" in line and "20項目" in line
+    assert "1件" in line
+    assert "d2" in line
+    assert "20項目" in line
 
 
 def test_neither_a_missing_item_nor_a_missing_review_is_filled_in(
@@ -508,7 +512,8 @@ def test_another_task_than_the_recorded_one_ends_with_2_before_anything_is_asked
     else:
         assert code == 2
         assert [line for line in said.err.splitlines() if line.startswith("エラー: ")]
-        assert "task" in said.err and "score" in said.err
+        assert "task" in said.err
+        assert "score" in said.err
         assert not [e for e in finished.endpoint.exchanges[before:] if e.method == "POST"]
 
 
@@ -759,7 +764,8 @@ def test_a_correlation_with_a_constant_is_not_there_and_no_warning(constant: flo
     real = list(range(60))
     found = measured([constant] * 60, real)
 
-    assert math.isnan(found["pearson"]) and math.isnan(found["spearman"])
+    assert math.isnan(found["pearson"])
+    assert math.isnan(found["spearman"])
     assert math.isnan(measured(real, [constant] * 60)["pearson"])
     assert found["mse"] > 0
 
@@ -961,7 +967,8 @@ def test_the_lower_error_is_the_better_one_and_the_higher_accuracy() -> None:
     good, bad = compared(real, [0] * 8, real), compared([0] * 8, real, real)
 
     for name in ("mse", "rmse", "mae", "accuracy", "accuracy_within_1"):
-        assert f"overall.{name}" in good and f"total.{name}" in good
+        assert f"overall.{name}" in good
+        assert f"total.{name}" in good
     for name in ("overall.mse", "overall.mae", "total.mse", "overall.accuracy"):
         assert (good[name]["verdict"], bad[name]["verdict"]) == ("better", "worse")
         assert (good[name]["wins"], good[name]["losses"]) == (8, 0)
@@ -1009,7 +1016,8 @@ def test_both_references_are_told_in_a_plain_sentence(
         assert figure["baseline"] == pytest.approx((untuned - 3) ** 2 / 20)
         assert figure["verdict"] == verdict
         assert "MSE" in figure["sentence"]
-        assert name in figure["sentence"] and word in figure["sentence"]
+        assert name in figure["sentence"]
+        assert word in figure["sentence"]
     assert comparison["baseline_model"] == results["baseline"]["model_id"]
     assert results["baseline"]["test_evaluation"]["metrics"]["coverage"]["valid"] == 8
 
@@ -1125,7 +1133,8 @@ def test_the_command_line_ends_with_the_table_of_twenty_items(clean_environment:
     metrics = results["test_evaluation"]["metrics"]
 
     assert ended.returncode == 0, ended.stderr
-    assert "Warning" not in ended.stderr and "Traceback" not in ended.stderr
+    assert "Warning" not in ended.stderr
+    assert "Traceback" not in ended.stderr
     assert [row[0] for row in rows] == ["全項目", "合計点", *ITEMS]
     for row, group in zip(rows, ("overall", "total", *ITEMS), strict=True):
         assert row[1] == f"{metrics[group]['mse']['score']:.2f}"
