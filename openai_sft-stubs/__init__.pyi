@@ -19,7 +19,6 @@ from typing import NotRequired
 from typing import Self
 from typing import TypedDict
 from typing import Unpack
-import functools
 import os
 
 __version__: str
@@ -213,7 +212,6 @@ def find_length_problem(messages: object, size: int, limit: int) -> Problem | No
 def check_file(path: str | os.PathLike[str], *, kind: Literal['training', 'validation']='training', compare_with: str | os.PathLike[str] | None=None, max_tokens: int=..., max_bytes: int=...) -> list[Finding]: ...
 def fix_file(path: str | os.PathLike[str]) -> tuple[str, str, int, int]: ...
 def require_no_errors(findings: Iterable[Finding]) -> None: ...
-@functools.lru_cache(maxsize=1)
 def load_vocabulary(timeout: float=20.0) -> Any | None: ...
 class TokenCounter:
     exact: bool

@@ -15,6 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 SOURCE, STUB = ROOT / "openai_sft.py", ROOT / "openai_sft-stubs" / "__init__.pyi"
 HEADER = "# Made from openai_sft.py by `python tests/stubs.py`. Don't edit.\n"
+# A type checker forgets the parameters of what these wrap.
+CACHES = ("cache", "lru_cache", "functools.cache", "functools.lru_cache")
 
 Parameters = dict[str, str]
 
@@ -131,7 +133,9 @@ class Stub:
         return {name: kind for name, kind in found.items() if not name.startswith("_")}
 
     def _function(self, node: ast.FunctionDef, indent: str) -> Iterator[str]:
-        yield from (f"{indent}@{ast.unparse(one)}" for one in node.decorator_list)
+        for decorator in map(ast.unparse, node.decorator_list):
+            if decorator.partition("(")[0] not in CACHES:
+                yield f"{indent}@{decorator}"
         given = node.args
         given.defaults = list(map(brief, given.defaults))
         given.kw_defaults = [one and brief(one) for one in given.kw_defaults]

@@ -13,6 +13,7 @@ def test_the_stubs_are_those_of_the_source() -> None:
 
 MODULE = '''
 import collections
+import functools
 from typing import Any, Literal, NamedTuple
 from dataclasses import dataclass, field
 __version__ = "1"
@@ -44,6 +45,7 @@ class Thing:
 class _Helper(NamedTuple):
     a: int
 
+@functools.lru_cache(maxsize=1)
 def make(helper: _Helper, size: int = 3) -> Thing:
     def inner() -> None: ...
     return Thing(None)
