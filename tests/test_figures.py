@@ -118,6 +118,16 @@ def test_sacrebleus_own_signature_stands_beside_its_figures() -> None:
     assert "tok:char" in found["bleu_char"]["signature"]
 
 
+def test_bleu_of_japanese_words_is_what_sacrebleu_says() -> None:
+    pytest.importorskip("MeCab", reason="the extra `all` isn't installed")
+    outputs, references = [a for a, _ in SAID], [[b for _, b in SAID]]
+    bleu = BLEU(tokenize="ja-mecab", effective_order=True)
+    expected = bleu.corpus_score(outputs, references).score
+
+    assert scores(*SAID)["bleu_ja_mecab"] == pytest.approx(expected)
+    assert 0 < expected < 100
+
+
 def test_every_figure_says_where_its_formula_comes_from() -> None:
     found = figures(answers(*SAID))
 
