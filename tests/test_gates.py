@@ -222,7 +222,7 @@ def fails_today(reason: str) -> pytest.MarkDecorator:
 
 
 LONG_FUNCTIONS = fails_today("4 functions over 60 lines, the longest 128")
-LONG_COMMAND = fails_today("2 functions over 60 lines, the longest 204")
+LONG_COMMAND = fails_today("2 functions over 60 lines, the longest 207")
 LONG_CLASS = fails_today("OpenAISFT has 2,139 lines")
 
 
