@@ -65,7 +65,7 @@ def test_a_rehearsal_runs_from_end_to_end_without_a_key(clean_environment: Path,
 
     assert results["rehearsal"] is True
     assert ":rehearsal:" in results["model_id"]
-    assert results["summary"]["total_cases_evaluated"] == 6
+    assert results["summary"]["total_cases_evaluated"] == 4
     assert all(response["output"] for response in results["test_evaluation"]["responses"])
     assert read_json(saved) == results
     assert read_json(sft.files["record"])["rehearsal"] is True

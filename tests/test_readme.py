@@ -31,7 +31,7 @@ def test_the_step_by_step_code_runs_as_written(
     exec(compile(block("step-by-step"), "README.md", "exec"), names)
 
     assert names["job"].status == "succeeded"
-    assert names["results"]["summary"]["test_cases_evaluated"] == 5
+    assert names["results"]["summary"]["test_cases_evaluated"] == 2
     assert len(list((tmp_path / "openai_sft_outputs").glob("comprehensive_evaluation_*.json"))) == 1
 
 

@@ -74,7 +74,7 @@ def dialogue_files() -> tuple[bytes, bytes]:
         while messages[-1]["role"] != "assistant":
             messages.pop()
         records.append({"messages": messages})
-    return jsonl(*records[8:]), jsonl(*records[:8])
+    return jsonl(*records[4:]), jsonl(*records[:4])
 
 
 def client_of(endpoint: Rehearsal, **options: Any) -> openai.OpenAI:
@@ -139,7 +139,7 @@ def trained() -> Iterator[tuple[Rehearsal, openai.OpenAI, Any]]:
             validation_file=upload(connected, validation),
             suffix="kokoro",
             metadata={"purpose": "test"},
-            method=hyperparameters(n_epochs=4, batch_size=8),
+            method=hyperparameters(n_epochs=4, batch_size=4),
         )
         yield running, connected, finish(running, connected, job)
         assert judge.check_exchanges(running.exchanges) == []
@@ -302,7 +302,7 @@ def test_a_job_ends_with_a_model_and_what_it_took(
     assert re.fullmatch(rf"ft:{BASE}:rehearsal:kokoro:\w{{8}}", job.fine_tuned_model)
     assert job.trained_tokens == 4 * characters
     assert job.hyperparameters.n_epochs == 4
-    assert job.method.supervised.hyperparameters.batch_size == 8
+    assert job.method.supervised.hyperparameters.batch_size == 4
     assert job.hyperparameters.learning_rate_multiplier == 1.0
     assert job.finished_at >= job.created_at
     assert client.models.retrieve(job.fine_tuned_model).id == job.fine_tuned_model
@@ -1547,7 +1547,7 @@ def test_the_example_dialogues_have_kokorochats_form() -> None:
     dialogues: list[Any] = example_dialogues()
     utterances = [turn for dialogue in dialogues for turn in dialogue["dialogue"]]
 
-    assert len(dialogues) == 48
+    assert len(dialogues) == 24
     assert {turn["role"] for turn in utterances} == {"counselor", "client"}
     assert any("\n" in turn["utterance"] for turn in utterances)
     assert not any("\\n" in turn["utterance"] for turn in utterances)
