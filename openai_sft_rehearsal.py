@@ -17,12 +17,13 @@ What is real here and what is not:
   contents times the epochs; ``usage`` counts characters too.
 - A tuned model answers out of what it learned; a base model has learned nothing and says so.
   Tools are accepted and have no influence.
-- ``response_format`` is obeyed. A model tuned on JSON objects of whole numbers (scores) fills in
-  what it predicts from the last user text (`ScoreModel`, the same at every checkpoint); wherever
-  nothing was learned stands the value that says nothing: see `_filled`.
+- ``response_format`` is obeyed where it asks for scores: see `_wanted_scores`. A model tuned on
+  JSON objects of whole numbers fills in what it predicts from the last user text (`ScoreModel`, the
+  same at every checkpoint); where nothing was learned stands the lowest number allowed.
+- A chat completion is one whole answer. What isn't rehearsed (more choices, streams, other schemas)
+  is refused with a 400; sampling parameters other than those in `_CHAT_RULES` have no influence.
 - A checkpoint answers once its job has succeeded. Its counts are an exact fraction of the final
   ones (each epoch learns the same texts once more), so a snapshot is one number.
-- Moderation is a list of words in this file. It is not OpenAI's judgement.
 - Faults (`Fault`) make requests go wrong on purpose.
 
 In reading order: records, checks, the judgement of files, the models, structured answers, the
@@ -51,7 +52,6 @@ import struct
 import sys
 import threading
 import time
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -81,20 +81,16 @@ MAX_PART_BYTES: Final = 64 * MIB
 MAX_UPLOAD_BYTES: Final = 8192 * MIB
 UPLOAD_SECONDS: Final = 3600
 MIN_EXAMPLES: Final = {"training": 10, "validation": 1}
-EMBEDDING_MODEL: Final = "text-embedding-3-small"
-EMBEDDING_SIZE: Final = 1536
 
 TUNABLE_SHUTDOWN: Final = "2027-01-14"  # OpenAI's deprecations page, announced 2026-10-14
-BASE_MODELS: Final[dict[str, str | None]] = {
-    "gpt-4o-mini-2024-07-18": TUNABLE_SHUTDOWN,
-    "gpt-4o-mini": TUNABLE_SHUTDOWN,
-    "gpt-4o-2024-08-06": TUNABLE_SHUTDOWN,
-    "gpt-4.1-2025-04-14": TUNABLE_SHUTDOWN,
-    "gpt-4.1-mini-2025-04-14": TUNABLE_SHUTDOWN,
-    "gpt-4.1-nano-2025-04-14": TUNABLE_SHUTDOWN,
-    "omni-moderation-latest": None,
-    EMBEDDING_MODEL: None,
-}
+BASE_MODELS: Final = (
+    "gpt-4o-mini-2024-07-18",
+    "gpt-4o-mini",
+    "gpt-4o-2024-08-06",
+    "gpt-4.1-2025-04-14",
+    "gpt-4.1-mini-2025-04-14",
+    "gpt-4.1-nano-2025-04-14",
+)
 MODEL_ALIASES: Final = {"gpt-4o-mini": "gpt-4o-mini-2024-07-18"}
 FILE_PURPOSES: Final = frozenset({"assistants", "batch", "fine-tune", "vision", "user_data"})
 TERMINAL: Final = frozenset({"succeeded", "failed", "cancelled"})
@@ -192,8 +188,8 @@ class Exchange:
     """One request and its answer; recorded just before the answer is sent.
 
     `request` is the parsed JSON body or the form's fields (a file as its name and size); `response`
-    the parsed JSON answer, or the list of chunks of an event stream. `status` is 0 and `response`
-    None where no answer was sent. `fault` names the fault that hit, if one did.
+    the parsed JSON answer. `status` is 0 and `response` None where no answer was sent. `fault`
+    names the fault that hit, if one did.
     """
 
     method: str
@@ -292,12 +288,7 @@ def _list(item: Callable[[Any], bool] = lambda _: True, *, empty: bool = False) 
     )
 
 
-def _one_of(*options: str) -> _Rule:
-    return _Rule(lambda v: isinstance(v, str) and v in options, f"one of {', '.join(options)}")
-
-
 _OBJECT: Final = _Rule(lambda v: isinstance(v, dict), "an object")
-_BOOLEAN: Final = _Rule(lambda v: isinstance(v, bool), "true or false")
 
 
 def _check(condition: object, message: str, param: str | None = None) -> None:
@@ -350,28 +341,15 @@ _HYPERPARAMETER_RULES: Final = {
 _CHAT_RULES: Final = {
     "model": _string(needed=True),
     "messages": _list()._replace(needed=True),
-    "n": _whole(1, 128),
+    "n": _whole(1, 1),
+    "stream": _Rule(lambda v: v is False, "false"),
     "temperature": _number(0, 2),
     "top_p": _number(0, 1),
     "max_tokens": _whole(1, 1_000_000),
     "max_completion_tokens": _whole(1, 1_000_000),
     "seed": _whole(-(2**63), 2**63 - 1),
-    "stream": _BOOLEAN,
-    "stream_options": _OBJECT,
-    "stop": _Rule(
-        lambda v: (
-            isinstance(v, str)
-            or (isinstance(v, list) and len(v) <= 4 and all(map(_string().fits, v)))
-        ),
-        "a string or up to 4 strings",
-    ),
     "tools": _list(empty=True),
     "response_format": _OBJECT,
-}
-_EMBEDDING_RULES: Final = {
-    "model": _string(needed=True),
-    "dimensions": _whole(1, EMBEDDING_SIZE),
-    "encoding_format": _one_of("float", "base64"),
 }
 
 
@@ -753,159 +731,54 @@ def fit_scores(examples: list[Example]) -> ScoreModel | None:
     return ScoreModel(rows) if rows else None
 
 
-# --- Structured answers ---------------------------------------------------------------------------
-
-_MOST_NESTED: Final = 10
-_LARGEST: Final = 1e15
-_FAR: Final = 2 * _LARGEST  # no limit
-_SCHEMA_TYPES: Final = ("object", "array", "string", "number", "integer", "boolean", "null")
-_SCALAR: Final = _Rule(lambda v: isinstance(v, str | int | float | None), "a scalar")
-#: The keywords that this endpoint can answer by. The service knows more of them.
-_SCHEMA_RULES: Final = {
-    "type": _Rule(
-        lambda v: bool(v) and all(t in _SCHEMA_TYPES for t in _types({"type": v})), "known types"
-    ),
-    "properties": _OBJECT,
-    "required": _list(lambda key: isinstance(key, str), empty=True),
-    "additionalProperties": _Rule(lambda v: isinstance(v, bool | dict), "a schema or false"),
-    "items": _OBJECT,
-    "anyOf": _list(),
-    "enum": _list(_SCALAR.fits),
-    "const": _SCALAR,
-    "title": _string(0),
-    "description": _string(0),
-    **dict.fromkeys(
-        ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), _number(-_LARGEST, _LARGEST)
-    ),
-    **dict.fromkeys(("minItems", "maxItems"), _whole(0, 1000)),
-}
-_FORMAT_RULES: Final = {
-    "name": _Rule(
-        lambda v: isinstance(v, str) and re.fullmatch("[a-zA-Z0-9_-]{1,64}", v) is not None,
-        "1 to 64 of a-z, A-Z, 0-9, _ and -",
-        needed=True,
-    ),
-    "strict": _BOOLEAN,
-}
+# --- Scores as structured answers -----------------------------------------------------------------
 
 
-def _types(schema: Json) -> list[Any]:
-    given = schema.get("type")
-    return given if isinstance(given, list) else [given]
+def _wanted_scores(body: Json) -> dict[str, list[int]] | None:
+    """The whole numbers that each score may be, if a ``response_format`` asks for scores.
 
-
-def _check_format(given: Json) -> None:
-    """400 for a ``response_format`` that the service refuses, or that this endpoint can't obey."""
-    kinds = _one_of("text", "json_object", "json_schema")
-    _check(kinds.fits(given.get("type")), "Invalid 'response_format'.", "response_format")
-    if given["type"] != "json_schema":
-        return
-    where = "response_format.json_schema"
-    wanted = given.get("json_schema")
-    if not isinstance(wanted, dict):
-        raise _ApiError(400, f"Missing required parameter: '{where}'.", where)
-    _check_fields(wanted, _FORMAT_RULES, f"{where}.")
-    schema, strict = wanted.get("schema"), bool(wanted.get("strict"))
-    if schema is None and not strict:
-        return
-    why = _schema_problem(schema, (), strict)
-    if (
-        not why
-        and isinstance(schema, dict)
-        and (schema.get("type") != "object" or "anyOf" in schema)
-    ):
-        why = "schema must be a JSON Schema of 'type: \"object\"'."
-    message = f"Invalid schema for response_format '{wanted['name']}': {why}"
-    _check(not why, message, "response_format")
-
-
-def _schema_problem(schema: Any, path: tuple[str, ...], strict: bool) -> str | None:
-    """The first thing wrong with a schema, in the service's words where they are known."""
-    here = f"In context={path}, "
-    if not isinstance(schema, dict) or not schema.keys() & {"type", "anyOf", "enum", "const"}:
-        return f"{here}schema must have a 'type' key."
-    for key, value in schema.items():
-        if key not in _SCHEMA_RULES:
-            return f"{here}'{key}' is not permitted (or not rehearsed here)."
-        if not _SCHEMA_RULES[key].fits(value):
-            return f"{here}'{key}' must be {_SCHEMA_RULES[key].wanted}."
-    if len(path) > 2 * _MOST_NESTED:
-        return f"the schema has more than {_MOST_NESTED} levels of nesting."
-    properties, required, types = (
-        schema.get("properties", {}),
-        schema.get("required"),
-        _types(schema),
-    )
-    if missing := set(required or ()) - properties.keys():
-        return f"{here}'required' has the extra key {min(missing)!r}."
-    if strict and "object" in types:
-        if schema.get("additionalProperties") is not False:
-            return f"{here}'additionalProperties' is required to be supplied and to be false."
-        if required is None or properties.keys() - set(required):
-            return (
-                f"{here}'required' is required to be supplied and to be an array including "
-                "every key in properties."
-            )
-    if "array" in types and "items" not in schema:
-        return f"{here}array schema missing items."
-    low, high = _bounds(schema)
-    if low > high:
-        return f"{here}no number is within the limits."
-    inner = [(f"properties.{key}", value) for key, value in properties.items()]
-    inner += [("items", schema["items"])] if "items" in schema else []
-    inner += [(f"anyOf.{i}", option) for i, option in enumerate(schema.get("anyOf", ()))]
-    problems = (_schema_problem(value, (*path, name), strict) for name, value in inner)
-    return next(filter(None, problems), None)
-
-
-def _bounds(schema: Json) -> tuple[float, float]:
-    """The least and the greatest number a schema allows, whole ones where it wants those."""
-    above, below = schema.get("exclusiveMinimum", -_FAR), schema.get("exclusiveMaximum", _FAR)
-    low = max(schema.get("minimum", -_FAR), math.nextafter(above, math.inf))
-    high = min(schema.get("maximum", _FAR), math.nextafter(below, -math.inf))
-    if "number" in _types(schema):
-        return low, high
-    return math.ceil(low), math.floor(high)
-
-
-def _json_text(wanted: Json, scores: dict[str, float]) -> str:
-    """An answer by a ``response_format``; without a schema, the scores as they were learned."""
-    schema = wanted.get("json_schema", {}).get("schema")
-    value: Any = {key: round(score) for key, score in scores.items()}
-    if schema is not None:
-        names = schema.get("required", ())
-        value = {name: _filled(schema["properties"][name], scores.get(name)) for name in names}
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-def _filled(schema: Json, score: float | None = None) -> Any:
-    """A value that a schema allows: the nearest to `score`, rounded; without one, no information.
-
-    That is the lowest number allowed (0 where there is no lower limit), "", false, null, as few
-    items as allowed, the least number or the first value of an enum, the first schema of anyOf, and
-    an object of such values.
+    Only one form of it is rehearsed, that of the score task: a strict schema of an object with
+    nothing but integers, each with its ``enum``.
     """
-    if "const" in schema:
-        return schema["const"]
-    if "enum" in schema:
-        numbers = [value for value in schema["enum"] if type(value) in (int, float)]
-        if not numbers:
-            return schema["enum"][0]
-        return min(numbers) if score is None else min(numbers, key=lambda n: abs(n - score))
-    if "anyOf" in schema:
-        return _filled(schema["anyOf"][0], score)
-    types = _types(schema)
-    if {"integer", "number"} & set(types) and (score is not None or "null" not in types):
-        low, high = _bounds(schema)
-        if score is None:
-            return low if low >= -_LARGEST else min(0, high)
-        return min(max(round(score), low), high)
-    kind = "null" if "null" in types else types[0]
-    if kind == "object":
-        return {key: _filled(schema["properties"][key]) for key in schema.get("required", ())}
-    if kind == "array":
-        return [_filled(schema["items"])] * schema.get("minItems", 0)
-    return {"string": "", "boolean": False}.get(kind)
+    given = body.get("response_format") or {"type": "text"}
+    if given == {"type": "text"}:
+        return None
+    try:
+        name, schema = given["json_schema"]["name"], given["json_schema"]["schema"]
+        scores = {key: item["enum"] for key, item in schema["properties"].items()}
+    except (AttributeError, KeyError, TypeError):
+        raise _unknown_format("it isn't a schema of scores") from None
+    understood = {
+        "type": "object",
+        "properties": {key: {"type": "integer", "enum": scores[key]} for key in scores},
+        "required": list(scores),
+        "additionalProperties": False,
+    }
+    wanted = {"name": name, "strict": True, "schema": understood}
+    if given != {"type": "json_schema", "json_schema": wanted}:
+        raise _unknown_format("it isn't a strict schema of integers with an enum, all required")
+    if not isinstance(name, str) or not re.fullmatch("[a-zA-Z0-9_-]{1,64}", name):
+        raise _unknown_format("its name isn't 1 to 64 of a-z, A-Z, 0-9, _ and -")
+    if not all(
+        _list(lambda number: type(number) is int).fits(values) for values in scores.values()
+    ):
+        raise _unknown_format("an enum isn't a list of integers")
+    return scores
+
+
+def _unknown_format(why: str) -> _ApiError:
+    return _ApiError(
+        400, f"Invalid 'response_format', or not rehearsed here: {why}.", "response_format"
+    )
+
+
+def _score_text(wanted: dict[str, list[int]], predicted: dict[str, float]) -> str:
+    """The nearest number allowed to each predicted score; the lowest where there is none."""
+    value = {
+        key: min(numbers, key=lambda number: abs(number - predicted.get(key, min(numbers))))
+        for key, numbers in wanted.items()
+    }
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 # --- The service: what it keeps -------------------------------------------------------------------
@@ -1048,7 +921,7 @@ class _Service:
             "object": "model",
             "created": self.started if owner == "rehearsal" else self._now(),
             "owned_by": owner,
-            "shutdown_date": BASE_MODELS.get(name, TUNABLE_SHUTDOWN),
+            "shutdown_date": TUNABLE_SHUTDOWN,
         }
 
     def list_models(self, request: _Request) -> Json:
@@ -1059,13 +932,6 @@ class _Service:
         if request.id in BASE_MODELS:
             return self._model(request.id, "rehearsal")
         return self._tuned_model(request.id).shown
-
-    def delete_model(self, request: _Request) -> Json:
-        if request.id in BASE_MODELS:
-            raise _ApiError(403, f"The model '{request.id}' is not yours to delete.", "model")
-        self._tuned_model(request.id)
-        del self.tuned[request.id]
-        return {"id": request.id, "object": "model", "deleted": True}
 
     def _tuned_model(self, name: str) -> _Tuned:
         message = f"The model `{name}` does not exist or you do not have access to it."
@@ -1078,13 +944,7 @@ class _Service:
         name, data = request.files["file"]
         purpose = str(request.body.get("purpose"))
         self._check_file(name, purpose, len(data), self.max_file_bytes)
-        more = {}
-        key = "expires_after[seconds]"
-        if seconds := str(request.body.get(key, "")):
-            ok = seconds.isdecimal() and 3600 <= int(seconds) <= 2592000
-            _check(ok, f"Invalid '{key}': expected an integer from 3600 to 2592000.", key)
-            more = {"expires_at": self._now() + int(seconds)}
-        return self._add_file(name, purpose, data, **more).shown
+        return self._add_file(name, purpose, data).shown
 
     def _check_file(self, name: str, purpose: Any, size: int, limit: int) -> None:
         _check_fields({"purpose": purpose}, {"purpose": _UPLOAD_RULES["purpose"]})
@@ -1097,8 +957,8 @@ class _Service:
         if size > limit:
             raise _ApiError(413, f"File exceeds the limit of {limit} bytes.", "file")
 
-    def _add_file(self, name: str, purpose: str, data: bytes, **more: Any) -> _File:
-        more |= {"bytes": len(data), "filename": name, "purpose": purpose, "status": "processed"}
+    def _add_file(self, name: str, purpose: str, data: bytes) -> _File:
+        more = {"bytes": len(data), "filename": name, "purpose": purpose, "status": "processed"}
         shown = self._new("file-", "file", **more)
         file = self.files[shown["id"]] = _File(shown, data)
         return file
@@ -1177,8 +1037,6 @@ class _Service:
         size = upload.shown["bytes"]
         message = f"The parts have {len(data)} bytes, the upload {size}."
         _check(len(data) == size, message, "part_ids")
-        digest = hashlib.md5(data, usedforsecurity=False).hexdigest()
-        _check(request.body.get("md5") in (None, digest), "The md5 does not match.", "md5")
         file = self._add_file(upload.shown["filename"], upload.shown["purpose"], data)
         return self._end_upload(upload, "completed", file=file.shown)
 
@@ -1196,7 +1054,7 @@ class _Service:
         _check_fields(metadata or {}, values, "metadata.")
         name = str(body["model"])
         base = MODEL_ALIASES.get(name, name)
-        if BASE_MODELS.get(base) is None:
+        if base not in BASE_MODELS:
             message = f"Model {name} is not available for fine-tuning."
             raise _ApiError(400, message, "model", "model_not_available")
         training = self._training_file(body, "training_file")
@@ -1241,12 +1099,10 @@ class _Service:
     def list_jobs(self, request: _Request) -> Json:
         found = re.compile(r"metadata\[(.*)\]").fullmatch
         wanted = {match[1]: text for key, text in request.query.items() if (match := found(key))}
-        without = request.query.get("metadata") == "null"
         jobs = [
             job.shown
             for job in reversed(self.jobs.values())
             if wanted.items() <= (job.shown["metadata"] or {}).items()
-            and not (without and job.shown["metadata"])
         ]
         return _page(jobs, request.query)
 
@@ -1448,37 +1304,25 @@ class _Service:
 
     # Answers of models
 
-    def chat(self, request: _Request) -> Json | _Answer:
+    def chat(self, request: _Request) -> Json:
         body = request.body
         _check_chat(body)
         name, messages = body["model"], body["messages"]
         with self.state:
-            tuned = None if BASE_MODELS.get(name) else self._tuned_model(name)
-        prompt = json.dumps(messages, sort_keys=True)  # not the name: runs can be compared
-        choices: list[Json] = []
-        for index in range(body.get("n") or 1):
-            seed = body.get("seed")
-            if seed is None and body.get("temperature") != 0:
-                seed = secrets.token_hex(8)
-            rng = random.Random(hashlib.sha256(f"{seed} {index} {prompt}".encode()).digest())
-            choices.append({"index": index, **_choice(body, tuned, rng, request.fault)})
-
-        written = sum(len(c["message"]["content"] or "") for c in choices)
-        asked = sum(len(_text(m)) for m in messages)
+            tuned = None if name in BASE_MODELS else self._tuned_model(name)
+        choice = _choice(body, tuned, request.fault)
+        written = len(choice["message"]["content"] or "")
+        asked = sum(map(len, map(_text, messages)))
         usage = {"prompt_tokens": asked, "completion_tokens": written}
-        completion = {
+        return {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "object": "chat.completion",
             "created": self._now(),
             "model": name,
-            "choices": choices,
+            "choices": [choice],
             "usage": usage | {"total_tokens": asked + written},
             "system_fingerprint": "fp_rehearsal",
         }
-        if not body.get("stream"):
-            return completion
-        with_usage = bool((body.get("stream_options") or {}).get("include_usage"))
-        return _event_stream(completion, with_usage)
 
     @contextlib.contextmanager
     def chat_slot(self) -> Iterator[None]:
@@ -1494,41 +1338,6 @@ class _Service:
         finally:
             with self.state:
                 self.in_flight -= 1
-
-    def moderate(self, request: _Request) -> Json:
-        given = request.body.get("input")
-        if given == [] or not isinstance(given, str | list):
-            raise _ApiError(400, "Invalid 'input'.", "input")
-        texts: list[Any] = [given] if isinstance(given, str) else given
-        if not all(isinstance(item, str) for item in texts):
-            ok = all(_is_part(part) and part["type"] in ("text", "image_url") for part in texts)
-            _check(ok, "Invalid 'input': expected strings or content parts.", "input")
-            texts = ["\n".join(part["text"] for part in texts if part["type"] == "text")]
-        return {
-            "id": f"modr-{secrets.token_hex(12)}",
-            "model": "rehearsal-word-list",
-            "results": [_judge_words(text) for text in texts],
-        }
-
-    def embed(self, request: _Request) -> Json:
-        body = request.body
-        _check_fields(body, _EMBEDDING_RULES)
-        name = body["model"]
-        if name != EMBEDDING_MODEL:
-            message = f"The model `{name}` does not exist."
-            raise _ApiError(404, message, "model", "model_not_found")
-        texts = _embedding_inputs(body.get("input"))
-        size = body.get("dimensions") or EMBEDDING_SIZE
-        data = []
-        for index, text in enumerate(texts):
-            packed = struct.pack(f"<{size}f", *_text_vector(text, size))
-            vector: Any = base64.b64encode(packed).decode()
-            if body.get("encoding_format") != "base64":
-                vector = list(struct.unpack(f"<{size}f", packed))
-            data.append({"object": "embedding", "index": index, "embedding": vector})
-        used = sum(map(len, texts))
-        usage = {"prompt_tokens": used, "total_tokens": used}
-        return {"object": "list", "data": data, "model": name, "usage": usage}
 
 
 def _resolve(asked: Json, examples: int) -> Json:
@@ -1574,28 +1383,26 @@ def _check_chat(body: Json) -> None:
         where = f"messages[{index}]"
         why = _message_problem(message, CHAT_KEYS, CHAT_ROLES)
         _check(why is None, f"Invalid '{where}': {why}", where)
-    if body.get("stream_options") is not None:
-        message = "Invalid 'stream_options': only for a stream."
-        _check(body.get("stream"), message, "stream_options")
-    if body.get("response_format") is not None:
-        _check_format(body["response_format"])
 
 
-def _choice(body: Json, tuned: _Tuned | None, rng: random.Random, fault: str | None) -> Json:
+def _choice(body: Json, tuned: _Tuned | None, fault: str | None) -> Json:
     """One answer to a chat request, in the shape of a choice."""
     users = [_text(m) for m in body["messages"] if m["role"] == "user"]
     user_text = users[-1] if users else ""
-    wanted = body.get("response_format") or {"type": "text"}
+    wanted = _wanted_scores(body)
     text, reason = UNTRAINED_ANSWER, "stop"
-    if wanted["type"] != "text":
-        scores = tuned.scores.predict(user_text) if tuned and tuned.scores else {}
-        text = _json_text(wanted, scores)
+    if wanted is not None:
+        text = _score_text(
+            wanted, tuned.scores.predict(user_text) if tuned and tuned.scores else {}
+        )
     elif tuned is not None:
         warmth = 1.0 if body.get("temperature") is None else float(body["temperature"])
+        seed = body.get("seed")
+        if seed is None and warmth:
+            seed = secrets.token_hex(8)
+        prompt = json.dumps(body["messages"], sort_keys=True)  # not the name: runs can be compared
+        rng = random.Random(hashlib.sha256(f"{seed} {prompt}".encode()).digest())
         text = tuned.model.answer(user_text, rng, temperature=warmth, share=tuned.share)
-    stops = body.get("stop") or []
-    for stop in [stops] if isinstance(stops, str) else stops:
-        text = text.partition(stop)[0]
     limit = body.get("max_completion_tokens") or body.get("max_tokens") or len(text)
     if fault == "empty_answer":
         text = ""
@@ -1606,80 +1413,7 @@ def _choice(body: Json, tuned: _Tuned | None, rng: random.Random, fault: str | N
     message: Json = {"role": "assistant", "content": text, "refusal": None}
     if fault == "refusal":
         message |= {"content": None, "refusal": "I'm sorry, I can't help with that."}
-    return {"message": message, "logprobs": None, "finish_reason": reason}
-
-
-def _event_stream(completion: Json, with_usage: bool) -> _Answer:
-    """A completion as server-sent events, a few characters each."""
-    shared = {k: completion[k] for k in ("id", "created", "model", "system_fingerprint")}
-    shared["object"] = "chat.completion.chunk"
-    chunks: list[Json] = []
-
-    def add(index: int, delta: Json, reason: str | None = None) -> None:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
-        chunks.append(shared | {"choices": [choice]})
-
-    for choice in completion["choices"]:
-        index, message = choice["index"], choice["message"]
-        key = "refusal" if message["refusal"] else "content"
-        text = message[key] or ""
-        add(index, {"role": "assistant", "content": "" if key == "content" else None})
-        for start in range(0, len(text), 4):
-            add(index, {key: text[start : start + 4]})
-        add(index, {}, choice["finish_reason"])
-    if with_usage:
-        chunks.append(shared | {"choices": [], "usage": completion["usage"]})
-    lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks]
-    return _Answer(200, "".join([*lines, "data: [DONE]\n\n"]).encode(), "text/event-stream")
-
-
-_FLAGGED_WORDS: Final[dict[str, tuple[str, ...]]] = {
-    "harassment": ("死ね", "くたばれ", "shut up, idiot"),
-    "harassment/threatening": ("殺してやる", "i will hurt you"),
-    "hate": ("人種は劣って", "inferior race"),
-    "hate/threatening": (),
-    "illicit": ("麻薬を売", "sell drugs"),
-    "illicit/violent": ("爆弾を作", "build a bomb"),
-    "self-harm": ("死にたい", "自殺", "自傷", "リストカット", "消えてしまいたい", "suicide"),
-    "self-harm/intent": ("死にたい", "自殺したい", "消えてしまいたい", "want to die"),
-    "self-harm/instructions": ("自殺の方法", "how to kill myself"),
-    "sexual": ("性行為", "explicit sex"),
-    "sexual/minors": (),
-    "violence": ("殺す", "殺してやる", "暴力を振る", "i will hurt you"),
-    "violence/graphic": ("血まみれ", "covered in blood"),
-}
-
-
-def _judge_words(text: str) -> Json:
-    """Which words of the list occur. A score is 1 - 1/2^hits: 0 without, 0.5 with one."""
-    lowered = text.lower()
-    hits = {kind: sum(map(lowered.count, words)) for kind, words in _FLAGGED_WORDS.items()}
-    return {
-        "flagged": any(hits.values()),
-        "categories": {kind: count > 0 for kind, count in hits.items()},
-        "category_scores": {kind: 1 - 0.5**count for kind, count in hits.items()},
-        "category_applied_input_types": {kind: ["text"] for kind in hits},
-    }
-
-
-def _embedding_inputs(given: Any) -> list[str]:
-    """The inputs as texts; a list of token numbers is taken as a text of those numbers."""
-    whole = _list(lambda number: type(number) is int).fits
-    items = [given] if isinstance(given, str) or whole(given) else given
-    _check(isinstance(items, list) and 0 < len(items) <= 2048, "Invalid 'input'.", "input")
-    texts = [" ".join(map(str, item)) if whole(item) else item for item in items]
-    _check(all(isinstance(text, str) and text for text in texts), "Invalid 'input'.", "input")
-    return texts
-
-
-def _text_vector(text: str, size: int) -> list[float]:
-    """A unit vector of signed hashes of the characters and their pairs."""
-    vector = [0.0] * size
-    for piece in [*text, *_pairs(text)]:
-        code = zlib.crc32(piece.encode("utf-8", "surrogatepass"))
-        vector[(code >> 1) % size] += 1.0 if code & 1 else -1.0
-    length = math.hypot(*vector) or 1.0
-    return [value / length for value in vector]
+    return {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
 
 
 # --- HTTP -----------------------------------------------------------------------------------------
@@ -1688,7 +1422,6 @@ _Operation = Callable[[_Service, _Request], "Json | _Answer"]
 _ROUTES: Final[dict[str, _Operation]] = {
     "GET /models": _Service.list_models,
     "GET /models/*": _Service.retrieve_model,
-    "DELETE /models/*": _Service.delete_model,
     "POST /files": _Service.create_file,
     "GET /files": _Service.list_files,
     "GET /files/*": lambda service, request: service.file(request).shown,
@@ -1711,11 +1444,7 @@ _ROUTES: Final[dict[str, _Operation]] = {
         service.job(request).checkpoints[::-1], request.query, usual=10
     ),
     "POST /chat/completions": _Service.chat,
-    "POST /moderations": _Service.moderate,
-    "POST /embeddings": _Service.embed,
 }
-#: These compute for a while and touch no shared state (or guard it themselves).
-_UNLOCKED: Final = frozenset({_Service.chat, _Service.moderate, _Service.embed})
 
 
 def _route(method: str, path: str) -> tuple[_Operation | None, str]:
@@ -1888,9 +1617,8 @@ class _Handler(BaseHTTPRequestHandler):
         request = _Request(self._form or {}, self._files, self._query, name, fault)
         service = self.server.service
         guard: contextlib.AbstractContextManager[Any] = service.state
-        if operation in _UNLOCKED:
-            chatting = operation is _Service.chat
-            guard = service.chat_slot() if chatting else contextlib.nullcontext()
+        if operation is _Service.chat:  # it computes for a while, and touches no shared state
+            guard = service.chat_slot()
         with guard:
             result = operation(service, request)
             return result if isinstance(result, _Answer) else _json_answer(result)
@@ -1927,9 +1655,6 @@ class _Handler(BaseHTTPRequestHandler):
         with contextlib.suppress(ValueError):
             if answer.content_type == "application/json":
                 response = json.loads(answer.body)
-            elif answer.content_type == "text/event-stream":
-                events = answer.body.decode().split("\n\n")[:-2]
-                response = [json.loads(event.removeprefix("data: ")) for event in events]
         kind = self._fault.kind if self._fault else None
         asked = (self.command, self._path, self._query, request)
         exchange = Exchange(*asked, answer.status, response, answer.content_type, kind)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import csv
-import hashlib
 import http.client
 import io
 import itertools
@@ -27,7 +26,6 @@ import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from openai.types import ModerationTextInputParam
 
 from openai_sft_rehearsal import (
     Fault,
@@ -151,25 +149,18 @@ def trained() -> Iterator[tuple[Rehearsal, openai.OpenAI, Any]]:
 def test_models_are_listed_with_the_day_they_shut_down(client: openai.OpenAI) -> None:
     names = {model.id for model in client.models.list()}
     tunable: Any = client.models.retrieve(BASE)
-    other: Any = client.models.retrieve("text-embedding-3-small")
 
-    assert {BASE, "gpt-4o-mini", "gpt-4.1-nano-2025-04-14", "omni-moderation-latest"} <= names
+    assert {BASE, "gpt-4o-mini", "gpt-4.1-nano-2025-04-14"} <= names
     assert (tunable.owned_by, tunable.shutdown_date) == ("rehearsal", "2027-01-14")
-    assert other.shutdown_date is None
 
 
 def test_a_file_comes_back_as_it_was_sent(client: openai.OpenAI) -> None:
     data = examples(3) + b"\r\n--not-the-boundary\r\n\r\n\x00"
-    file = client.files.create(
-        file=("訓練 1%.jsonl", data),
-        purpose="fine-tune",
-        expires_after={"anchor": "created_at", "seconds": 3600},
-    )
+    file = client.files.create(file=("訓練 1%.jsonl", data), purpose="fine-tune")
 
     assert client.files.content(file.id).content == data
     assert client.files.retrieve(file.id).filename == "訓練 1%.jsonl"
     assert (file.bytes, file.status) == (len(data), "processed")
-    assert file.expires_at == file.created_at + 3600
 
 
 def test_files_are_listed_in_pages_by_purpose_and_order(client: openai.OpenAI) -> None:
@@ -233,9 +224,7 @@ def test_parts_become_a_file_in_the_order_of_completion(client: openai.OpenAI) -
     upload_id = begin_upload(client, 6)
     last = client.uploads.parts.create(upload_id, data=b"def").id
     first = client.uploads.parts.create(upload_id, data=b"abc").id
-    done = client.uploads.complete(
-        upload_id, part_ids=[first, last], md5=hashlib.md5(b"abcdef").hexdigest()
-    )
+    done = client.uploads.complete(upload_id, part_ids=[first, last])
 
     assert done.status == "completed"
     assert done.file is not None
@@ -425,7 +414,6 @@ def test_jobs_are_found_by_their_metadata(endpoint: Rehearsal, client: openai.Op
     assert [job.id for job in jobs.list(limit=1)] == [bare.id, other.id, mine.id]
     assert [job.id for job in jobs.list(metadata={"run": "a b&c"})] == [mine.id]
     assert [job.id for job in jobs.list(metadata={"run": "a b&c", "k": "x"})] == []
-    assert [job.id for job in jobs.list(extra_query={"metadata": "null"})] == [bare.id]
 
 
 def test_a_held_job_stays_until_released(endpoint: Rehearsal, client: openai.OpenAI) -> None:
@@ -523,7 +511,6 @@ def test_a_job_is_cancelled_at_any_time(
         ("metadata.k", {"metadata": {"k": 1}}),
         ("training_file", {"training_file": "file-unknown"}),
         ("validation_file", {"validation_file": "file-unknown"}),
-        ("model", {"model": "text-embedding-3-small"}),
         ("model", {"model": "gpt-2"}),
         ("trainingType", {"extra_body": {"trainingType": "Standard"}}),
     ],
@@ -753,50 +740,22 @@ def test_a_seed_repeats_an_answer_and_none_varies_it(
 
     assert len(answers(seed=3)) == 1
     assert len(answers()) > 1
-    assert len({c.message.content for c in ask(client, job.fine_tuned_model, n=12).choices}) > 1
 
 
-def test_an_answer_is_cut_at_the_limit_or_before_a_stop(client: openai.OpenAI) -> None:
+def test_an_answer_is_cut_at_the_limit(client: openai.OpenAI) -> None:
     cut = ask(client, "gpt-4o-mini", max_completion_tokens=3).choices[0]
     also = ask(client, "gpt-4o-mini", max_tokens=3).choices[0]
-    stopped = ask(client, "gpt-4o-mini", stop=["まだ", "未学習"]).choices[0]
 
     assert (len(cut.message.content), cut.finish_reason) == (3, "length")
     assert cut.message.content == also.message.content
-    assert stopped.message.content == "（リハーサル用の"
-    assert stopped.finish_reason == "stop"
 
 
-def test_a_stream_spells_out_the_same_answer(
-    trained: tuple[Rehearsal, openai.OpenAI, Any],
-) -> None:
-    _, client, job = trained
-    whole = ask(client, job.fine_tuned_model, temperature=0, n=2)
-    chunks = list(
-        ask(
-            client,
-            job.fine_tuned_model,
-            temperature=0,
-            n=2,
-            stream=True,
-            stream_options={"include_usage": True},
-        )
-    )
-    pieces = [chunk.choices[0] for chunk in chunks if chunk.choices]
-
-    for choice in whole.choices:
-        text = "".join(p.delta.content or "" for p in pieces if p.index == choice.index)
-        assert text == choice.message.content
-    assert chunks[-1].usage == whole.usage
-    assert [p.finish_reason for p in pieces if p.finish_reason] == ["stop", "stop"]
-
-
-def test_tools_and_response_formats_and_parts_are_accepted(client: openai.OpenAI) -> None:
+def test_tools_and_parts_and_a_format_of_text_are_accepted(client: openai.OpenAI) -> None:
     answer = ask(
         client,
         "gpt-4o-mini",
         tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}],
-        response_format={"type": "json_object"},
+        response_format={"type": "text"},
         messages=[
             {"role": "developer", "content": "d"},
             {"role": "user", "content": [{"type": "text", "text": "四文字だ"}]},
@@ -813,12 +772,11 @@ def test_tools_and_response_formats_and_parts_are_accepted(client: openai.OpenAI
         ("messages[0]", {"messages": [{"role": "counselor", "content": "x"}]}),
         ("messages[0]", {"messages": [ANSWER | {"weight": 1}]}),
         ("messages[1]", {"messages": [USER, "x"]}),
-        ("n", {"n": 0}),
+        ("n", {"n": 2}),
+        ("stream", {"stream": True}),
         ("temperature", {"temperature": 2.5}),
         ("max_tokens", {"max_tokens": 0}),
         ("seed", {"seed": "x"}),
-        ("stop", {"stop": ["a"] * 5}),
-        ("stream_options", {"stream_options": {"include_usage": True}}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -831,26 +789,12 @@ def test_a_chat_outside_the_limits_is_refused(
     assert caught.value.param == param
 
 
-@pytest.mark.parametrize("name", ["ft:gpt-4o-mini:rehearsal::unknown1", "text-embedding-3-small"])
+@pytest.mark.parametrize("name", ["ft:gpt-4o-mini:rehearsal::unknown1", "gpt-2"])
 def test_a_model_that_cannot_chat_is_not_found(client: openai.OpenAI, name: str) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         ask(client, name)
 
     assert caught.value.code == "model_not_found"
-
-
-def test_a_tuned_model_can_be_deleted_and_a_base_model_cannot(
-    endpoint: Rehearsal, client: openai.OpenAI
-) -> None:
-    name = finish(endpoint, client, start_job(client)).fine_tuned_model
-
-    assert client.models.delete(name).deleted
-    with pytest.raises(openai.NotFoundError):
-        ask(client, name)
-    with pytest.raises(openai.NotFoundError):
-        client.models.delete(name)
-    with pytest.raises(openai.PermissionDeniedError):
-        client.models.delete(BASE)
 
 
 def test_more_chats_than_the_limit_get_429() -> None:
@@ -921,7 +865,7 @@ def ask_json(client: openai.OpenAI, model: str, wanted: Any, text: str = "眠れ
     return json.loads(answer.choices[0].message.content)
 
 
-POINTS = {"type": "integer", "minimum": 0, "maximum": 5}
+POINTS = {"type": "integer", "enum": [0, 1, 2, 3, 4, 5]}
 
 
 @pytest.fixture(scope="module")
@@ -970,136 +914,66 @@ def test_the_losses_of_a_score_job_are_the_character_models_and_fall(
     assert sum(losses[4:]) < sum(losses[:4])
 
 
-def test_predicted_scores_stay_within_the_schema_and_what_was_seen(
+def test_predicted_scores_stay_within_the_enum_and_what_was_seen(
     scoring: tuple[Rehearsal, openai.OpenAI, Any],
 ) -> None:
     _, client, job = scoring
-    wanted = json_schema(
-        {
-            "長さ": {"type": "integer", "minimum": 7},
-            "一": {"type": ["number", "null"]},
-            "質問": {"enum": ["?", 1, 3]},
-            "雑音": {"type": "integer", "exclusiveMaximum": 1},
-            "新しい": {"type": "integer", "minimum": -2},
-        }
-    )
+    allowed = {"雑音": [-9, 1], "一": [0, 3, 9], "長さ": [7], "新しい": [2, -2]}
+    wanted = json_schema({key: POINTS | {"enum": numbers} for key, numbers in allowed.items()})
     answer = ask_json(client, job.fine_tuned_model, wanted, "？" * 1000)
     (checkpoint, *_) = client.fine_tuning.jobs.checkpoints.list(job.id)
 
-    assert list(answer) == ["長さ", "一", "質問", "雑音", "新しい"]
-    assert (answer["長さ"], answer["一"], answer["雑音"], answer["新しい"]) == (7, 4, 0, -2)
-    assert answer["質問"] in (1, 3)
-    learned = ask_json(client, job.fine_tuned_model, {"type": "json_object"})
-    assert list(learned) == ["長さ", "質問", "雑音", "一"]
-    assert learned["一"] == 4
+    assert list(answer) == list(allowed)
+    assert (answer["雑音"], answer["一"], answer["長さ"], answer["新しい"]) == (1, 3, 7, -2)
     name = checkpoint.fine_tuned_model_checkpoint
-    assert ask_json(client, name, {"type": "json_object"}) == learned
+    assert ask_json(client, name, wanted, "？" * 1000) == answer
 
 
-def test_a_model_that_never_saw_scores_fills_a_schema_in_without_information(
+def test_a_model_that_never_saw_scores_gives_the_lowest_allowed(
     trained: tuple[Rehearsal, openai.OpenAI, Any],
 ) -> None:
     _, client, job = trained
-    inner = json_schema({"b": {"type": "boolean"}, "a": {"type": "number", "minimum": 0.5}})
-    properties = {
-        "整数": {"type": "integer", "minimum": 2, "maximum": 4},
-        "無制限": {"type": "integer"},
-        "上限": {"type": "number", "maximum": -1.5},
-        "間": {"type": "integer", "exclusiveMinimum": 0, "exclusiveMaximum": 2},
-        "文字": {"type": "string", "description": "d"},
-        "真偽": {"type": "boolean"},
-        "列": {"type": "array", "items": {"type": "string"}},
-        "二つ": {"type": "array", "items": {"type": "integer"}, "minItems": 2},
-        "無": {"type": ["string", "null"]},
-        "選択": {"type": "integer", "enum": [5, 3, 4]},
-        "語": {"type": "string", "enum": ["中", "低"]},
-        "定数": {"const": "x"},
-        "どれか": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
-        "内": inner["json_schema"]["schema"],
-    }
-    expected = {
-        "整数": 2, "無制限": 0, "上限": -1.5, "間": 1, "文字": "", "真偽": False, "列": [],
-        "二つ": [0, 0], "無": None, "選択": 3, "語": "中", "定数": "x", "どれか": 0,
-        "内": {"b": False, "a": 0.5},
-    }  # fmt: skip
+    wanted = json_schema({"整数": POINTS | {"enum": [5, 3, 4]}, "零": POINTS})
+
     for model in (BASE, job.fine_tuned_model):
-        answer = ask_json(client, model, json_schema(properties))
-
-        assert answer == expected
-        assert list(answer) == list(expected)
-        assert ask_json(client, model, {"type": "json_object"}) == {}
-        assert ask_json(client, model, {"type": "json_schema", "json_schema": {"name": "n"}}) == {}
+        assert ask_json(client, model, wanted) == {"整数": 3, "零": 0}
 
 
-def test_a_schema_that_is_not_strict_may_leave_keys_out(client: openai.OpenAI) -> None:
-    schema = {"type": "object", "properties": {"a": POINTS, "b": POINTS}, "required": ["b"]}
-    wanted = {"type": "json_schema", "json_schema": {"name": "loose", "schema": schema}}
-
-    assert ask_json(client, BASE, wanted) == {"b": 0}
-    assert ask_json(client, BASE, json_schema({})) == {}
-    assert (
-        "未学習" in ask(client, BASE, response_format={"type": "text"}).choices[0].message.content
-    )
+def renamed(name: Any, **more: Any) -> dict[str, Any]:
+    wanted = json_schema({"a": POINTS})
+    wanted["json_schema"] |= {"name": name, **more}
+    return wanted
 
 
 @pytest.mark.parametrize(
-    ("param", "wanted"),
+    "wanted",
     [
-        ("response_format", {"type": "xml"}),
-        ("response_format.json_schema", {"type": "json_schema"}),
-        ("response_format.json_schema.name", {"type": "json_schema", "json_schema": {}}),
-        (
-            "response_format.json_schema.name",
-            {"type": "json_schema", "json_schema": {"name": "点数", "schema": {}}},
-        ),
-        (
-            "response_format.json_schema.strict",
-            {"type": "json_schema", "json_schema": {"name": "n", "strict": 1}},
-        ),
-        (
-            "response_format",
-            {"type": "json_schema", "json_schema": {"name": "n", "strict": True}},
-        ),
-        *(
-            ("response_format", wanted)
-            for wanted in (
-                json_schema({"a": POINTS}, additionalProperties=True),
-                json_schema({"a": POINTS}, additionalProperties={"type": "string"}),
-                json_schema({"a": POINTS}, required=[]),
-                json_schema({"a": POINTS}, required=["a", "b"]),
-                json_schema({"a": POINTS}, type="array"),
-                json_schema({"a": POINTS}, anyOf=[POINTS]),
-                json_schema({"a": {"type": "object", "properties": {}, "required": []}}),
-                json_schema({"a": {"type": "array"}}),
-                json_schema({"a": {"anyOf": [{"type": "array", "items": 1}]}}),
-                json_schema({"a": {"type": "int"}}),
-                json_schema({"a": {}}),
-                json_schema({"a": 1}),
-                json_schema({"a": {"enum": []}}),
-                json_schema({"a": {"type": "integer", "minimum": "0"}}),
-                json_schema({"a": {"type": "integer", "minimum": 3, "maximum": 2}}),
-                json_schema({"a": {"type": "string", "pattern": "x"}}),
-            )
-        ),
+        {"type": "xml"},
+        {"type": "json_object"},
+        {"type": "json_schema"},
+        {"type": "json_schema", "json_schema": {"name": "n"}},
+        {"type": "json_schema", "json_schema": {"name": "n", "schema": {"properties": []}}},
+        renamed("点数"),
+        renamed(None),
+        renamed("n", strict=False),
+        json_schema({"a": POINTS}, additionalProperties=True),
+        json_schema({"a": POINTS}, required=[]),
+        json_schema({"a": POINTS}, required=["a", "b"]),
+        json_schema({"a": POINTS}, type="array"),
+        json_schema({"a": POINTS}, anyOf=[POINTS]),
+        json_schema({"a": 1}),
+        json_schema({"a": {"type": "string"}}),
+        json_schema({"a": {"type": "integer"}}),
+        json_schema({"a": POINTS | {"enum": []}}),
+        json_schema({"a": POINTS | {"enum": [1, "2"]}}),
+        json_schema({"a": POINTS | {"minimum": 0}}),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_response_format_the_service_refuses_is_refused(
-    endpoint: Rehearsal, param: str, wanted: Any
-) -> None:
+def test_a_response_format_other_than_scores_is_refused(endpoint: Rehearsal, wanted: Any) -> None:
     body = {"model": BASE, "messages": [USER], "response_format": wanted}
     status, answer = raw(endpoint, "POST", "/chat/completions", json.dumps(body).encode())
 
-    assert (status, answer["error"]["param"]) == (400, param)
-
-
-def test_a_schema_nested_without_end_is_refused(endpoint: Rehearsal) -> None:
-    schema: Any = POINTS
-    for _ in range(100):
-        schema = {"type": "array", "items": schema}
-    body = {"model": BASE, "messages": [USER], "response_format": json_schema({"a": schema})}
-
-    assert raw(endpoint, "POST", "/chat/completions", json.dumps(body).encode())[0] == 400
+    assert (status, answer["error"]["param"]) == (400, "response_format")
 
 
 @pytest.mark.parametrize(
@@ -1113,52 +987,6 @@ def test_answers_that_are_not_all_scores_are_learned_as_text_only(
     job = finish(endpoint, client, start_job(client, data))
 
     assert ask_json(client, job.fine_tuned_model, json_schema({"a": POINTS})) == {"a": 0}
-
-
-# --- Moderation and embeddings --------------------------------------------------------------------
-
-
-def test_moderation_is_a_word_list_and_says_so(client: openai.OpenAI) -> None:
-    answer = client.moderations.create(input=["今日は晴れです", "もう死にたいです"])
-    parts = client.moderations.create(
-        model="omni-moderation-latest",
-        input=[ModerationTextInputParam(type="text", text="消えてしまいたい")],
-    )
-
-    assert answer.model == "rehearsal-word-list"
-    assert [result.flagged for result in answer.results] == [False, True]
-    assert answer.results[1].categories.self_harm_intent
-    assert not answer.results[1].categories.violence
-    assert [result.flagged for result in parts.results] == [True]
-
-
-def test_both_embedding_encodings_agree(client: openai.OpenAI) -> None:
-    def embed(**options: Any) -> list[list[float]]:
-        settings: dict[str, Any] = {"input": ["眠れない夜", "眠れない夜です", "abc"], **options}
-        answer = client.embeddings.create(model="text-embedding-3-small", **settings)
-        return [item.embedding for item in answer.data]
-
-    default, plain = embed(), embed(encoding_format="float")
-    encoded: Any = embed(encoding_format="base64", dimensions=8)
-
-    assert default == plain
-    assert [len(vector) for vector in plain] == [1536] * 3
-    assert math.fsum(x * x for x in plain[0]) == pytest.approx(1, abs=1e-5)
-    near, far = (math.fsum(map(float.__mul__, plain[0], plain[n])) for n in (1, 2))
-    assert near > 0.5 > far
-    assert [len(base64.b64decode(vector)) for vector in encoded] == [32] * 3
-
-
-def test_token_numbers_are_embedded_and_nothing_is_not(client: openai.OpenAI) -> None:
-    model = "text-embedding-3-small"
-
-    assert len(client.embeddings.create(model=model, input=[1, 2]).data) == 1
-    assert len(client.embeddings.create(model=model, input=[[1], [2, 3]]).data) == 2
-    for nothing in ("", [], [""]):
-        with pytest.raises(openai.BadRequestError):
-            client.embeddings.create(model=model, input=nothing)
-    with pytest.raises(openai.BadRequestError):
-        client.embeddings.create(model=model, input="x", dimensions=1537)
 
 
 # --- Bare HTTP ------------------------------------------------------------------------------------
@@ -1244,10 +1072,8 @@ def test_a_broken_form_is_refused(endpoint: Rehearsal, body: bytes) -> None:
 
 def test_a_lone_surrogate_is_mirrored_and_not_fatal(endpoint: Rehearsal) -> None:
     body = rb'{"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "\ud800"}]}'
-    embed = rb'{"model": "text-embedding-3-small", "input": "\ud800"}'
 
     assert raw(endpoint, "POST", "/chat/completions", body)[0] == 200
-    assert raw(endpoint, "POST", "/embeddings", embed)[0] == 200
     assert raw(endpoint, "POST", "/chat/completions", rb'{"model": "\ud800"}')[0] == 400
 
 
@@ -1379,14 +1205,6 @@ def test_chat_faults_empty_refuse_and_cut(endpoint: Rehearsal, client: openai.Op
     assert refused.message.content is None
     assert refused.message.refusal
     assert cut.finish_reason == "length"
-
-
-def test_a_refusal_is_streamed_too(endpoint: Rehearsal, client: openai.OpenAI) -> None:
-    endpoint.inject(Fault("refusal"))
-    deltas = [chunk.choices[0].delta for chunk in ask(client, "gpt-4o-mini", stream=True)]
-
-    assert "".join(delta.refusal or "" for delta in deltas).startswith("I'm sorry")
-    assert not any(delta.content for delta in deltas)
 
 
 @pytest.mark.parametrize(
@@ -1522,15 +1340,14 @@ def test_a_taken_port_ends_with_2(endpoint: Rehearsal) -> None:
 def test_the_judge_sees_what_is_wrong() -> None:
     with Rehearsal(keep_exchanges=True) as endpoint, client_of(endpoint) as client:
         client.models.list()
-        ask(client, "gpt-4o-mini", stream=True).close()
+        ask(client, "gpt-4o-mini")
         raw(endpoint, "GET", "/nothing")
         models, chat, missing = endpoint.exchanges
-    chunk = chat.response[0] | {"object": "chat.completion"}
     wrong = [
         replace(models, response=models.response | {"object": "array"}),
         replace(models, response=None),
         replace(models, path="/nothing"),
-        replace(chat, response=[chunk]),
+        replace(chat, response=chat.response | {"object": "chat.completion.chunk"}),
         replace(chat, request=chat.request | {"n": 0}),
         replace(chat, content_type="text/plain"),
         replace(missing, response={"error": "not found"}),
