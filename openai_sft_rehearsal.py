@@ -24,7 +24,9 @@ What is real here and what is not:
   is refused with a 400; sampling parameters other than those in `_CHAT_RULES` have no influence.
 - A checkpoint answers once its job has succeeded. Its counts are an exact fraction of the final
   ones (each epoch learns the same texts once more), so a snapshot is one number.
-- Faults (`Fault`) make requests go wrong on purpose.
+
+Every request passes `Rehearsal.answer` and every job's work `Rehearsal.work`: a subclass can watch
+and disturb both.
 
 In reading order: records, checks, the judgement of files, the models, structured answers, the
 service behind the endpoint, HTTP, `Rehearsal`, the command line, and the example dialogues.
@@ -33,10 +35,9 @@ service behind the endpoint, HTTP, `Rehearsal`, the command line, and the exampl
 from __future__ import annotations
 
 import argparse
-import base64
 import contextlib
 import csv
-import fnmatch
+import functools
 import hashlib
 import io
 import json
@@ -48,7 +49,6 @@ import secrets
 import signal
 import socket
 import socketserver
-import struct
 import sys
 import threading
 import time
@@ -56,15 +56,19 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Final, Literal, NamedTuple, NoReturn, Self, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 __all__ = [
-    "Exchange",
-    "Fault",
+    "Answer",
+    "ApiError",
     "FileProblem",
+    "Job",
     "Rehearsal",
+    "Request",
+    "SentFile",
     "example_dialogues",
     "judge_training_file",
     "main",
@@ -116,91 +120,6 @@ UNTRAINED_ANSWER: Final = (
 
 # --- Records --------------------------------------------------------------------------------------
 
-_INVALID: Final = "invalid_request_error"
-_SERVER: Final = "server_error"
-_NO_QUOTA: Final = "You exceeded your current quota, please check your plan and billing details."
-_NO_TRAINING: Final = "Fine-tuning is no longer available for your organization."
-#: Faults answered instead of doing what was asked: status, message, code, type.
-_REFUSALS: Final[dict[str, tuple[int, str, str | None, str]]] = {
-    "400": (400, "Injected fault: bad request.", None, _INVALID),
-    "401": (401, "Incorrect API key provided.", "invalid_api_key", _INVALID),
-    "403": (403, "You have insufficient permissions.", None, _INVALID),
-    "404": (404, "Injected fault: not found.", None, _INVALID),
-    "405": (405, "Injected fault: method not allowed.", None, _INVALID),
-    "408": (408, "Injected fault: request timeout.", None, _SERVER),
-    "409": (409, "Injected fault: conflict.", None, _SERVER),
-    "429": (429, "Rate limit reached for requests.", "rate_limit_exceeded", "requests"),
-    "500": (500, "The server had an error.", None, _SERVER),
-    "501": (501, "Injected fault: not implemented.", None, _SERVER),
-    "502": (502, "Bad gateway.", None, _SERVER),
-    "503": (503, "The engine is currently overloaded.", None, _SERVER),
-    "insufficient_quota": (429, _NO_QUOTA, "insufficient_quota", "insufficient_quota"),
-    "training_not_available": (403, _NO_TRAINING, "training_not_available", _INVALID),
-}
-#: Faults of the connection or the answer, on any request.
-_WIRE_KINDS: Final = frozenset(
-    {"500_after", "reset_before", "reset_after", "stall", "stall_after", "truncated", "malformed"}
-)
-#: Faults that only one kind of request can have.
-_LOCAL_KINDS: Final = {
-    "base64_result": ("GET", "/files/*/content"),
-    **dict.fromkeys(("empty_answer", "refusal", "length"), ("POST", "/chat/completions")),
-    **dict.fromkeys(("flagged", "job_failed", "paused_job"), ("POST", "/fine_tuning/jobs")),
-}
-FAULT_KINDS: Final = (*_REFUSALS, *sorted(_WIRE_KINDS), *_LOCAL_KINDS)
-_STALL_SECONDS: Final = 60.0
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Something that goes wrong with matching requests.
-
-    `path` is an fnmatch pattern on the path after ``/v1``; the first `skip` matching requests pass,
-    the next `times` are hit (None: all of them). `seconds` is the length of a stall (60 unless
-    told) or the ``Retry-After`` of a refusal worth retrying (429: 0 unless told; others: no header
-    unless told).
-    """
-
-    kind: str
-    method: str = "*"
-    path: str = "*"
-    times: int | None = 1
-    skip: int = 0
-    seconds: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.kind not in FAULT_KINDS:
-            kinds = "、".join(FAULT_KINDS)
-            raise ValueError(f"障害の種類 {self.kind!r} はありません。使えるもの: {kinds}")
-        if self.times is not None and self.times < 1:
-            raise ValueError(f"障害の回数は1以上にしてください: {self.times}")
-
-    def matches(self, method: str, path: str) -> bool:
-        wanted = ((self.method.upper(), self.path), _LOCAL_KINDS.get(self.kind, ("*", "*")))
-        return all(
-            fnmatch.fnmatchcase(method, methods) and fnmatch.fnmatchcase(path, paths)
-            for methods, paths in wanted
-        )
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """One request and its answer; recorded just before the answer is sent.
-
-    `request` is the parsed JSON body or the form's fields (a file as its name and size); `response`
-    the parsed JSON answer. `status` is 0 and `response` None where no answer was sent. `fault`
-    names the fault that hit, if one did.
-    """
-
-    method: str
-    path: str
-    query: dict[str, str]
-    request: Any
-    status: int
-    response: Any
-    content_type: str
-    fault: str | None = None
-
 
 class FileProblem(NamedTuple):
     """Why a file was refused; `line` counts from 1 and is None where no single line is to blame."""
@@ -210,30 +129,59 @@ class FileProblem(NamedTuple):
     line: int | None
 
 
-class _Request(NamedTuple):
-    body: Json
-    files: dict[str, tuple[str, bytes]]  # form field: (file name, content)
-    query: dict[str, str]
-    id: str  # the one in the path
-    fault: str | None
+class SentFile(NamedTuple):
+    """A file in a form."""
+
+    name: str
+    data: bytes
 
 
-class _Answer(NamedTuple):
+@dataclass(frozen=True)
+class Request:
+    """A request as it arrived."""
+
+    method: str
+    target: str  # as it was sent, such as "/v1/files?limit=2"
+    headers: Message
+    content: bytes
+    connection: socket.socket
+
+    @functools.cached_property
+    def path(self) -> str:
+        """What follows ``/v1``, readable."""
+        return unquote(urlsplit(self.target).path.rstrip("/")).removeprefix("/v1")
+
+    @functools.cached_property
+    def query(self) -> dict[str, str]:
+        """What follows the question mark."""
+        return dict(parse_qsl(urlsplit(self.target).query, keep_blank_values=True))
+
+    @functools.cached_property
+    def body(self) -> Json:
+        """The JSON object, or a form's fields and files; `ApiError` where it can't be read."""
+        content_type = self.headers.get("Content-Type", "")
+        if content_type.startswith("multipart/form-data"):
+            return _read_form(content_type, self.content)
+        try:
+            body = _strict_json(self.content) if self.content else {}
+        except (ValueError, RecursionError):
+            raise ApiError(400, "We could not parse the JSON body of your request.") from None
+        if not isinstance(body, dict):
+            raise ApiError(400, "The JSON body must be an object.")
+        return body
+
+
+class Answer(NamedTuple):
+    """An answer as it is sent."""
+
     status: int
     body: bytes
     content_type: str = "application/json"
     headers: Mapping[str, str] = {}
 
 
-def _json_answer(
-    value: Any, status: int = 200, headers: Mapping[str, str] | None = None
-) -> _Answer:
-    # ASCII escapes, so that even a lone surrogate that a client sent can be mirrored back.
-    return _Answer(status, json.dumps(value).encode("ascii"), headers=headers or {})
-
-
-class _ApiError(Exception):
-    """An answer in the API's error shape."""
+class ApiError(Exception):
+    """A refusal in the API's error shape: `answer`."""
 
     def __init__(
         self,
@@ -241,17 +189,18 @@ class _ApiError(Exception):
         message: str,
         param: str | None = None,
         code: str | None = None,
-        kind: str = _INVALID,
+        kind: str = "invalid_request_error",
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        """`kind` is the error's ``type``."""
         super().__init__(message)
         error = {"message": message, "type": kind, "param": param, "code": code}
         self.answer = _json_answer({"error": error}, status, headers)
 
 
-def _refusal(kind: str, headers: Mapping[str, str] | None = None) -> _ApiError:
-    status, message, code, error_type = _REFUSALS[kind]
-    return _ApiError(status, message, None, code, error_type, headers)
+def _json_answer(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Answer:
+    # ASCII escapes, so that even a lone surrogate that a client sent can be mirrored back.
+    return Answer(status, json.dumps(value).encode("ascii"), headers=headers or {})
 
 
 # --- Checks ---------------------------------------------------------------------------------------
@@ -293,7 +242,7 @@ _OBJECT: Final = _Rule(lambda v: isinstance(v, dict), "an object")
 
 def _check(condition: object, message: str, param: str | None = None) -> None:
     if not condition:
-        raise _ApiError(400, message, param)
+        raise ApiError(400, message, param)
 
 
 def _check_fields(body: Json, rules: Mapping[str, _Rule], where: str = "") -> None:
@@ -306,7 +255,7 @@ def _check_fields(body: Json, rules: Mapping[str, _Rule], where: str = "") -> No
 def _check_no_others(body: Json, known: Mapping[str, object], where: str = "") -> None:
     if unknown := body.keys() - known.keys():
         name = min(unknown)
-        raise _ApiError(400, f"Unknown parameter: '{where}{name}'.", where.rstrip(".") or name)
+        raise ApiError(400, f"Unknown parameter: '{where}{name}'.", where.rstrip(".") or name)
 
 
 _UPLOAD_RULES: Final = {
@@ -766,8 +715,8 @@ def _wanted_scores(body: Json) -> dict[str, list[int]] | None:
     return scores
 
 
-def _unknown_format(why: str) -> _ApiError:
-    return _ApiError(
+def _unknown_format(why: str) -> ApiError:
+    return ApiError(
         400, f"Invalid 'response_format', or not rehearsed here: {why}.", "response_format"
     )
 
@@ -797,24 +746,24 @@ class _Upload:
 
 
 @dataclass
-class _Job:
-    """A job; `shown` is what the API shows of it."""
+class Job:
+    """A job; `shown` is what the API shows of it, `events` are in the order they happened."""
 
     shown: Json
     training: _File
     validation: _File | None
-    fault: str | None
     events: list[Json] = field(default_factory=list)
     checkpoints: list[Json] = field(default_factory=list)
-    phase: str = "validating_files"  # the status to go back to after a pause
     work: Iterator[None] = field(default_factory=lambda: iter(()))
 
     @property
     def status(self) -> str:
+        """Where it is, in the service's words."""
         return str(self.shown["status"])
 
     @property
     def model_name(self) -> str:
+        """What its model will be called."""
         suffix = self.shown["user_provided_suffix"] or ""
         return f"ft:{self.shown['model']}:rehearsal:{suffix}:{self.shown['id'][-8:]}"
 
@@ -826,7 +775,7 @@ class _Tuned(NamedTuple):
     share: float
 
 
-def _found(store: Mapping[str, _Kept], name: str, missing: _ApiError) -> _Kept:
+def _found(store: Mapping[str, _Kept], name: str, missing: ApiError) -> _Kept:
     if name not in store:
         raise missing
     return store[name]
@@ -854,32 +803,68 @@ def _page(
     }
 
 
-@dataclass(eq=False)
 class _Service:
     """Everything behind the endpoint but HTTP. Methods named in `_ROUTES` answer requests.
 
     All state is guarded by `state`; only the worker computes outside it, on a job's own model.
     """
 
-    latency: float
-    max_in_flight: int | None
-    keep_exchanges: bool
-    max_file_bytes: int
-    clock: Callable[[], float]
-    state: threading.Condition = field(default_factory=threading.Condition)
-    closing: threading.Event = field(default_factory=threading.Event)
-    exchanges: list[Exchange] = field(default_factory=list)
-    held: set[str] = field(default_factory=set)
-    moves: int = 0
-    in_flight: int = 0
-    faults: list[list[Any]] = field(default_factory=list)  # [fault, how many to let pass, to hit]
-    files: dict[str, _File] = field(default_factory=dict)
-    uploads: dict[str, _Upload] = field(default_factory=dict)
-    jobs: dict[str, _Job] = field(default_factory=dict)
-    tuned: dict[str, _Tuned] = field(default_factory=dict)
+    max_file_bytes = MAX_FILE_BYTES
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self, latency: float, max_in_flight: int | None, clock: Callable[[], float]
+    ) -> None:
+        self.latency, self.max_in_flight, self.clock = latency, max_in_flight, clock
+        self.state = threading.Condition()
+        self.closing = threading.Event()
+        self.held: set[str] = set()
+        self.moves = 0
+        self.in_flight = 0
+        self.files: dict[str, _File] = {}
+        self.uploads: dict[str, _Upload] = {}
+        self.jobs: dict[str, Job] = {}
+        self.tuned: dict[str, _Tuned] = {}
         self.started = self._now()
+
+    # The two seams
+
+    def answer(self, request: Request) -> Answer:
+        """Answer a request. Override it to watch or to disturb; OSError hangs up without a word."""
+        try:
+            return self._operate(request)
+        except ApiError as problem:
+            return problem.answer
+
+    def work(self, job: Job) -> Iterator[None]:
+        """All of a job, in pieces; between two of them it may be held or cancelled, or `fail`."""
+        yield
+        problem = judge_training_file(job.training.data, purpose="training")
+        param = "training_file"
+        yield
+        if problem is None and job.validation:
+            problem = judge_training_file(job.validation.data, purpose="validation")
+            param = "validation_file"
+            yield
+        if problem is not None:
+            return self.fail(job, problem.code, problem.message, param)
+        self._say(job, "Files validated, moving job to queued state")
+        self.move(job, "queued")
+        yield
+        self.move(job, "running")
+        self._say(job, "Fine-tuning job started")
+        yield
+        yield from self._train(job)
+
+    def _operate(self, request: Request) -> Answer:
+        scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not key.strip():
+            message = "You didn't provide an API key. Use an Authorization header with Bearer auth."
+            raise ApiError(401, message, code="invalid_api_key")
+        operation, name = _route(request)
+        # A chat computes for a while, and touches no shared state.
+        with self._chat_slot() if operation is _Service.chat else self.state:
+            result = operation(self, request, name)
+            return result if isinstance(result, Answer) else _json_answer(result)
 
     def _now(self) -> int:
         return int(self.clock())
@@ -892,27 +877,6 @@ class _Service:
         self.moves += 1
         self.state.notify_all()
 
-    # Faults
-
-    def inject(self, fault: Fault) -> None:
-        with self.state:
-            times = math.inf if fault.times is None else fault.times
-            self.faults.append([fault, fault.skip, times])
-
-    def take_fault(self, method: str, path: str) -> Fault | None:
-        """The first fault that hits this request. Those that let it pass count it."""
-        with self.state:
-            for entry in self.faults:
-                fault: Fault = entry[0]
-                if entry[2] <= 0 or not fault.matches(method, path):
-                    continue
-                if entry[1] > 0:
-                    entry[1] -= 1
-                    continue
-                entry[2] -= 1
-                return fault
-        return None
-
     # Models
 
     def _model(self, name: str, owner: str) -> Json:
@@ -924,27 +888,27 @@ class _Service:
             "shutdown_date": TUNABLE_SHUTDOWN,
         }
 
-    def list_models(self, request: _Request) -> Json:
+    def list_models(self, request: Request, name: str) -> Json:
         base = [self._model(name, "rehearsal") for name in BASE_MODELS]
         return {"object": "list", "data": base + [tuned.shown for tuned in self.tuned.values()]}
 
-    def retrieve_model(self, request: _Request) -> Json:
-        if request.id in BASE_MODELS:
-            return self._model(request.id, "rehearsal")
-        return self._tuned_model(request.id).shown
+    def retrieve_model(self, request: Request, name: str) -> Json:
+        if name in BASE_MODELS:
+            return self._model(name, "rehearsal")
+        return self._tuned_model(name).shown
 
     def _tuned_model(self, name: str) -> _Tuned:
         message = f"The model `{name}` does not exist or you do not have access to it."
-        return _found(self.tuned, name, _ApiError(404, message, "model", "model_not_found"))
+        return _found(self.tuned, name, ApiError(404, message, "model", "model_not_found"))
 
     # Files
 
-    def create_file(self, request: _Request) -> Json:
-        _check("file" in request.files, "'file' is a required property.", "file")
-        name, data = request.files["file"]
-        purpose = str(request.body.get("purpose"))
-        self._check_file(name, purpose, len(data), self.max_file_bytes)
-        return self._add_file(name, purpose, data).shown
+    def create_file(self, request: Request, name: str) -> Json:
+        file, purpose = request.body.get("file"), request.body.get("purpose")
+        if not isinstance(file, SentFile):
+            raise ApiError(400, "'file' is a required property.", "file")
+        self._check_file(file.name, purpose, len(file.data), self.max_file_bytes)
+        return self._add_file(file.name, str(purpose), file.data).shown
 
     def _check_file(self, name: str, purpose: Any, size: int, limit: int) -> None:
         _check_fields({"purpose": purpose}, {"purpose": _UPLOAD_RULES["purpose"]})
@@ -955,7 +919,7 @@ class _Service:
         )
         _check(size > 0, "File is empty.", "file")
         if size > limit:
-            raise _ApiError(413, f"File exceeds the limit of {limit} bytes.", "file")
+            raise ApiError(413, f"File exceeds the limit of {limit} bytes.", "file")
 
     def _add_file(self, name: str, purpose: str, data: bytes) -> _File:
         more = {"bytes": len(data), "filename": name, "purpose": purpose, "status": "processed"}
@@ -963,7 +927,7 @@ class _Service:
         file = self.files[shown["id"]] = _File(shown, data)
         return file
 
-    def list_files(self, request: _Request) -> Json:
+    def list_files(self, request: Request, name: str) -> Json:
         order = request.query.get("order", "desc")
         _check(order in ("asc", "desc"), "Invalid 'order': expected asc or desc.", "order")
         wanted = request.query.get("purpose")
@@ -972,24 +936,20 @@ class _Service:
         ordered = files if order == "asc" else files[::-1]
         return _page(ordered, request.query, usual=10_000, most=10_000)
 
-    def file(self, request: _Request) -> _File:
-        missing = _ApiError(404, f"No such File object: {request.id}", "id")
-        return _found(self.files, request.id, missing)
+    def file(self, name: str) -> _File:
+        return _found(self.files, name, ApiError(404, f"No such File object: {name}", "id"))
 
-    def file_content(self, request: _Request) -> _Answer:
-        data = self.file(request).data
-        if request.fault == "base64_result":
-            data = base64.b64encode(data)
-        return _Answer(200, data, "application/octet-stream")
+    def file_content(self, request: Request, name: str) -> Answer:
+        return Answer(200, self.file(name).data, "application/octet-stream")
 
-    def delete_file(self, request: _Request) -> Json:
-        self.file(request)
-        del self.files[request.id]
-        return {"id": request.id, "object": "file", "deleted": True}
+    def delete_file(self, request: Request, name: str) -> Json:
+        self.file(name)
+        del self.files[name]
+        return {"id": name, "object": "file", "deleted": True}
 
     # Uploads in parts
 
-    def create_upload(self, request: _Request) -> Json:
+    def create_upload(self, request: Request, name: str) -> Json:
         body = request.body
         _check_fields(body, _UPLOAD_RULES)
         self._check_file(body["filename"], body["purpose"], body["bytes"], MAX_UPLOAD_BYTES)
@@ -1003,10 +963,10 @@ class _Service:
         self.uploads[shown["id"]] = _Upload(shown)
         return shown
 
-    def _upload(self, request: _Request) -> _Upload:
+    def _upload(self, name: str) -> _Upload:
         """The upload asked for, which must still be open."""
-        missing = _ApiError(404, f"No such Upload object: {request.id}", "id")
-        upload = _found(self.uploads, request.id, missing)
+        missing = ApiError(404, f"No such Upload object: {name}", "id")
+        upload = _found(self.uploads, name, missing)
         if upload.shown["status"] == "pending" and self._now() >= upload.shown["expires_at"]:
             self._end_upload(upload, "expired")
         status = upload.shown["status"]
@@ -1018,45 +978,46 @@ class _Service:
         upload.shown |= {"status": status, **more}
         return upload.shown
 
-    def add_part(self, request: _Request) -> Json:
-        upload = self._upload(request)
-        _check("data" in request.files, "'data' is a required property.", "data")
-        data = request.files["data"][1]
+    def add_part(self, request: Request, name: str) -> Json:
+        upload, sent = self._upload(name), request.body.get("data")
+        if not isinstance(sent, SentFile):
+            raise ApiError(400, "'data' is a required property.", "data")
+        data = sent.data
         _check(len(data) <= MAX_PART_BYTES, "A part may have at most 64 MB.", "data")
         received = sum(map(len, upload.parts.values())) + len(data)
         _check(received <= upload.shown["bytes"], "The parts exceed the upload's bytes.", "data")
-        part = self._new("part_", "upload.part", upload_id=request.id)
+        part = self._new("part_", "upload.part", upload_id=name)
         upload.parts[part["id"]] = data
         return part
 
-    def complete_upload(self, request: _Request) -> Json:
-        upload, ids = self._upload(request), request.body.get("part_ids")
+    def complete_upload(self, request: Request, name: str) -> Json:
+        upload, ids = self._upload(name), request.body.get("part_ids")
         ok = isinstance(ids, list) and all(isinstance(i, str) and i in upload.parts for i in ids)
         _check(ok, "Invalid 'part_ids': expected ids of parts of this upload.", "part_ids")
-        data = b"".join(upload.parts[name] for name in ids or ())
+        data = b"".join(upload.parts[part] for part in ids or ())
         size = upload.shown["bytes"]
         message = f"The parts have {len(data)} bytes, the upload {size}."
         _check(len(data) == size, message, "part_ids")
         file = self._add_file(upload.shown["filename"], upload.shown["purpose"], data)
         return self._end_upload(upload, "completed", file=file.shown)
 
-    def cancel_upload(self, request: _Request) -> Json:
-        return self._end_upload(self._upload(request), "cancelled")
+    def cancel_upload(self, request: Request, name: str) -> Json:
+        return self._end_upload(self._upload(name), "cancelled")
 
     # Jobs: requests
 
-    def create_job(self, request: _Request) -> Json:
+    def create_job(self, request: Request, name: str) -> Json:
         body = request.body
         _check_no_others(body, _JOB_RULES)
         _check_fields(body, _JOB_RULES)
         metadata = body.get("metadata")
         values = dict.fromkeys(metadata or (), _string(0, 512, needed=True))
         _check_fields(metadata or {}, values, "metadata.")
-        name = str(body["model"])
-        base = MODEL_ALIASES.get(name, name)
+        asked = str(body["model"])
+        base = MODEL_ALIASES.get(asked, asked)
         if base not in BASE_MODELS:
-            message = f"Model {name} is not available for fine-tuning."
-            raise _ApiError(400, message, "model", "model_not_available")
+            message = f"Model {asked} is not available for fine-tuning."
+            raise ApiError(400, message, "model", "model_not_available")
         training = self._training_file(body, "training_file")
         validation = body.get("validation_file") and self._training_file(body, "validation_file")
         chosen, seed = _hyperparameters(body), body.get("seed")
@@ -1078,8 +1039,8 @@ class _Service:
             user_provided_suffix=body.get("suffix"),
             validation_file=validation.shown["id"] if validation else None,
         )
-        job = _Job(shown, training, validation, request.fault)
-        job.work = self._work(job)
+        job = Job(shown, training, validation)
+        job.work = self.work(job)
         self.jobs[shown["id"]] = job
         self._say(job, f"Created fine-tuning job: {shown['id']}")
         self._say(job, f"Validating training file: {training.shown['id']}")
@@ -1087,16 +1048,16 @@ class _Service:
 
     def _training_file(self, body: Json, key: str) -> _File:
         name = body[key]
-        file = _found(self.files, name, _ApiError(400, f"invalid {key}: {name}", key))
+        file = _found(self.files, name, ApiError(400, f"invalid {key}: {name}", key))
         _check(file.shown["purpose"] == "fine-tune", f"{key} must have purpose fine-tune.", key)
         return file
 
-    def job(self, request: _Request) -> _Job:
-        message = f"Could not find fine tune: {request.id}"
-        missing = _ApiError(404, message, "fine_tune_id", "fine_tune_not_found")
-        return _found(self.jobs, request.id, missing)
+    def job(self, name: str) -> Job:
+        message = f"Could not find fine tune: {name}"
+        missing = ApiError(404, message, "fine_tune_id", "fine_tune_not_found")
+        return _found(self.jobs, name, missing)
 
-    def list_jobs(self, request: _Request) -> Json:
+    def list_jobs(self, request: Request, name: str) -> Json:
         found = re.compile(r"metadata\[(.*)\]").fullmatch
         wanted = {match[1]: text for key, text in request.query.items() if (match := found(key))}
         jobs = [
@@ -1106,32 +1067,18 @@ class _Service:
         ]
         return _page(jobs, request.query)
 
-    def cancel_job(self, request: _Request) -> Json:
-        job = self.job(request)
+    def cancel_job(self, request: Request, name: str) -> Json:
+        job = self.job(name)
         _check(job.status not in TERMINAL, f"Job has already {job.status}.")
         job.shown["finished_at"] = self._now()
         job.work = iter(())  # lets go of what was learned
-        self._move(job, "cancelled")
         self._say(job, "The job has been cancelled.")
-        return job.shown
-
-    def pause_job(self, request: _Request) -> Json:
-        job = self.job(request)
-        cannot = job.status in TERMINAL | {"pausing", "paused"}
-        _check(not cannot, f"Job is {job.status} and cannot be paused.")
-        self._move(job, "pausing")
-        return job.shown
-
-    def resume_job(self, request: _Request) -> Json:
-        job = self.job(request)
-        _check(job.status in ("pausing", "paused"), f"Job is {job.status}, not paused.")
-        self._move(job, job.phase)
-        self._say(job, "The job has been resumed.")
+        self.move(job, "cancelled")
         return job.shown
 
     # Jobs: the work
 
-    def run_jobs(self) -> None:
+    def _run_jobs(self) -> None:
         """The worker: carries the oldest job that may go on one piece further, until closing."""
         while True:
             with self.state:
@@ -1141,73 +1088,35 @@ class _Service:
                     return
             next(job.work, None)
 
-    def _next_job(self) -> _Job | None:
-        for job in self.jobs.values():
-            if job.status == "pausing":
-                self._move(job, "paused")
-                self._say(job, "The job has been paused.")
-            elif job.status != "paused" and job.status not in TERMINAL | self.held:
-                return job
-        return None
+    def _next_job(self) -> Job | None:
+        waiting = (job for job in self.jobs.values() if job.status not in TERMINAL | self.held)
+        return next(waiting, None)
 
-    def _move(self, job: _Job, status: str) -> None:
-        job.shown["status"] = status
-        self._moved()
-
-    def _enter(self, job: _Job, phase: str) -> None:
-        """Go on to the next phase, whatever a pause or a cancellation did meanwhile."""
+    def move(self, job: Job, status: str) -> None:
+        """Give a job another status, unless it has ended."""
         with self.state:
-            if job.status == job.phase:
-                self._move(job, phase)
-            job.phase = phase
+            if job.status not in TERMINAL:
+                job.shown["status"] = status
+                self._moved()
 
-    def _say(self, job: _Job, message: str, level: str = "info", data: Json | None = None) -> None:
+    def _say(self, job: Job, message: str, level: str = "info", data: Json | None = None) -> None:
         more: Json = {"level": level, "message": message, "data": data or {}}
         more["type"] = "message" if data is None else "metrics"
         with self.state:
             job.events.append(self._new("ftevent-", "fine_tuning.job.event", **more))
             self._moved()
 
-    def _fail(self, job: _Job, code: str, message: str, param: str | None = None) -> None:
+    def fail(self, job: Job, code: str, message: str, param: str | None = None) -> None:
+        """End a job with an error, unless it has ended."""
         with self.state:
             if job.status in TERMINAL:
                 return
             job.shown["error"] = {"code": code, "message": message, "param": param}
             job.shown["finished_at"] = self._now()
             self._say(job, f"The job failed: {message}", "error")
-            self._move(job, "failed")
+            self.move(job, "failed")
 
-    def _work(self, job: _Job) -> Iterator[None]:
-        """All of a job, in pieces; between two of them it may be held, paused or cancelled."""
-        yield
-        problem = judge_training_file(job.training.data, purpose="training")
-        param = "training_file"
-        yield
-        if problem is None and job.validation:
-            problem = judge_training_file(job.validation.data, purpose="validation")
-            param = "validation_file"
-            yield
-        if problem is not None:
-            return self._fail(job, problem.code, problem.message, param)
-        if job.fault == "flagged":
-            # What the service says is known from reports only: the code is this rehearsal's guess.
-            message = (
-                "The job failed because too many examples of the training file were flagged by "
-                "moderation (a rehearsed fault)."
-            )
-            return self._fail(job, "unsafe_file", message, "training_file")
-        self._say(job, "Files validated, moving job to queued state")
-        self._enter(job, "queued")
-        yield
-        self._enter(job, "running")
-        self._say(job, "Fine-tuning job started")
-        with self.state:
-            if job.fault == "paused_job" and job.status not in TERMINAL:
-                self._move(job, "pausing")
-        yield
-        yield from self._train(job)
-
-    def _train(self, job: _Job) -> Iterator[None]:
+    def _train(self, job: Job) -> Iterator[None]:
         examples = read_examples(job.training.data)
         validation = read_examples(job.validation.data) if job.validation else []
         chosen = _resolve(job.shown["hyperparameters"], len(examples))
@@ -1241,15 +1150,13 @@ class _Service:
                 data |= yield from _measure(model, sample, "valid")
             if validation and epoch_ends:
                 data |= yield from _measure(model, validation, "full_valid")
-            if job.fault == "job_failed" and step == (total + 1) // 2:
-                return self._fail(job, "server_error", "The job failed due to an internal error.")
             rows.append(data)
             self._report(job, data, checkpoint=epoch_ends and epoch >= epochs - 3)
             yield
         trained = epochs * sum(example.characters for example in examples)
         self._succeed(job, model, fit_scores(examples), rows, trained)
 
-    def _report(self, job: _Job, data: Json, *, checkpoint: bool) -> None:
+    def _report(self, job: Job, data: Json, *, checkpoint: bool) -> None:
         step = data["step"]
         message = f"Step {step}/{data['total_steps']}: training loss={data['train_loss']}"
         for key, words in (("valid_loss", "validation"), ("full_valid_loss", "full validation")):
@@ -1272,7 +1179,7 @@ class _Service:
 
     def _succeed(
         self,
-        job: _Job,
+        job: Job,
         model: CharacterModel,
         scores: ScoreModel | None,
         rows: list[Json],
@@ -1300,36 +1207,37 @@ class _Service:
             }
             self._say(job, f"New fine-tuned model created: {name}")
             self._say(job, "The job has successfully completed")
-            self._move(job, "succeeded")
+            self.move(job, "succeeded")
 
     # Answers of models
 
-    def chat(self, request: _Request) -> Json:
+    def chat(self, request: Request, name: str) -> Json:
         body = request.body
         _check_chat(body)
-        name, messages = body["model"], body["messages"]
+        model, messages = body["model"], body["messages"]
         with self.state:
-            tuned = None if name in BASE_MODELS else self._tuned_model(name)
-        choice = _choice(body, tuned, request.fault)
-        written = len(choice["message"]["content"] or "")
+            tuned = None if model in BASE_MODELS else self._tuned_model(model)
+        choice = _choice(body, tuned)
+        written = len(choice["message"]["content"])
         asked = sum(map(len, map(_text, messages)))
         usage = {"prompt_tokens": asked, "completion_tokens": written}
         return {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "object": "chat.completion",
             "created": self._now(),
-            "model": name,
+            "model": model,
             "choices": [choice],
             "usage": usage | {"total_tokens": asked + written},
             "system_fingerprint": "fp_rehearsal",
         }
 
     @contextlib.contextmanager
-    def chat_slot(self) -> Iterator[None]:
+    def _chat_slot(self) -> Iterator[None]:
         """One of the chat completions that may be in flight at a time; 429 when there is none."""
         with self.state:
             if self.max_in_flight is not None and self.in_flight >= self.max_in_flight:
-                raise _refusal("429")
+                message = "Rate limit reached for requests."
+                raise ApiError(429, message, None, "rate_limit_exceeded", "requests")
             self.in_flight += 1
         try:
             if self.latency:
@@ -1385,7 +1293,7 @@ def _check_chat(body: Json) -> None:
         _check(why is None, f"Invalid '{where}': {why}", where)
 
 
-def _choice(body: Json, tuned: _Tuned | None, fault: str | None) -> Json:
+def _choice(body: Json, tuned: _Tuned | None) -> Json:
     """One answer to a chat request, in the shape of a choice."""
     users = [_text(m) for m in body["messages"] if m["role"] == "user"]
     user_text = users[-1] if users else ""
@@ -1404,27 +1312,21 @@ def _choice(body: Json, tuned: _Tuned | None, fault: str | None) -> Json:
         rng = random.Random(hashlib.sha256(f"{seed} {prompt}".encode()).digest())
         text = tuned.model.answer(user_text, rng, temperature=warmth, share=tuned.share)
     limit = body.get("max_completion_tokens") or body.get("max_tokens") or len(text)
-    if fault == "empty_answer":
-        text = ""
-    elif fault == "length":
-        text, reason = text[: len(text) // 2], "length"
     if len(text) > limit:
         text, reason = text[:limit], "length"
     message: Json = {"role": "assistant", "content": text, "refusal": None}
-    if fault == "refusal":
-        message |= {"content": None, "refusal": "I'm sorry, I can't help with that."}
     return {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
 
 
 # --- HTTP -----------------------------------------------------------------------------------------
 
-_Operation = Callable[[_Service, _Request], "Json | _Answer"]
+_Operation = Callable[[_Service, Request, str], Json | Answer]
 _ROUTES: Final[dict[str, _Operation]] = {
     "GET /models": _Service.list_models,
     "GET /models/*": _Service.retrieve_model,
     "POST /files": _Service.create_file,
     "GET /files": _Service.list_files,
-    "GET /files/*": lambda service, request: service.file(request).shown,
+    "GET /files/*": lambda service, _, name: service.file(name).shown,
     "GET /files/*/content": _Service.file_content,
     "DELETE /files/*": _Service.delete_file,
     "POST /uploads": _Service.create_upload,
@@ -1433,37 +1335,35 @@ _ROUTES: Final[dict[str, _Operation]] = {
     "POST /uploads/*/cancel": _Service.cancel_upload,
     "POST /fine_tuning/jobs": _Service.create_job,
     "GET /fine_tuning/jobs": _Service.list_jobs,
-    "GET /fine_tuning/jobs/*": lambda service, request: service.job(request).shown,
+    "GET /fine_tuning/jobs/*": lambda service, _, name: service.job(name).shown,
     "POST /fine_tuning/jobs/*/cancel": _Service.cancel_job,
-    "POST /fine_tuning/jobs/*/pause": _Service.pause_job,
-    "POST /fine_tuning/jobs/*/resume": _Service.resume_job,
-    "GET /fine_tuning/jobs/*/events": lambda service, request: _page(
-        service.job(request).events[::-1], request.query
+    "GET /fine_tuning/jobs/*/events": lambda service, request, name: _page(
+        service.job(name).events[::-1], request.query
     ),
-    "GET /fine_tuning/jobs/*/checkpoints": lambda service, request: _page(
-        service.job(request).checkpoints[::-1], request.query, usual=10
+    "GET /fine_tuning/jobs/*/checkpoints": lambda service, request, name: _page(
+        service.job(name).checkpoints[::-1], request.query, usual=10
     ),
     "POST /chat/completions": _Service.chat,
 }
 
 
-def _route(method: str, path: str) -> tuple[_Operation | None, str]:
-    """The operation of a path, and the id in it."""
+def _route(request: Request) -> tuple[_Operation, str]:
+    """The operation of a request, and the id in its path."""
+    path = urlsplit(request.target).path
     for route, operation in _ROUTES.items():
-        pattern = route.replace("*", "([^/]+)")
-        if match := re.fullmatch(pattern, f"{method} {path}"):
+        pattern = route.replace(" ", " /v1").replace("*", "([^/]+)")
+        if match := re.fullmatch(pattern, f"{request.method} {path.rstrip('/')}"):
             return operation, unquote("".join(match.groups()))
-    return None, ""
+    raise ApiError(404, f"Invalid URL ({request.method} {path})")
 
 
-def _read_form(content_type: str, body: bytes) -> tuple[Json, dict[str, tuple[str, bytes]]]:
-    """The text fields and the files of a multipart body; each file is copied once."""
+def _read_form(content_type: str, body: bytes) -> Json:
+    """The fields of a multipart body; each file is copied once."""
     match = re.search(r'boundary="?([^";]+)"?', content_type)
     if match is None:
-        raise _ApiError(400, "The multipart body has no boundary.")
+        raise ApiError(400, "The multipart body has no boundary.")
     mark = b"--" + match[1].encode("latin-1")
     fields: Json = {}
-    files: dict[str, tuple[str, bytes]] = {}
     start = body.find(mark)
     while start >= 0 and not body.startswith(b"--", start + len(mark)):
         head_end = body.find(b"\r\n\r\n", start)
@@ -1474,13 +1374,13 @@ def _read_form(content_type: str, body: bytes) -> tuple[Json, dict[str, tuple[st
         name = re.search(r'[;\s]name="([^"]*)"', head)
         filename = re.search(r'[;\s]filename="([^"]*)"', head)
         if name is None:
-            raise _ApiError(400, "A part of the form has no name.")
+            raise ApiError(400, "A part of the form has no name.")
         if filename:
-            files[name[1]] = (filename[1].replace("%22", '"'), content)
+            fields[name[1]] = SentFile(filename[1].replace("%22", '"'), content)
         else:
             fields[name[1]] = content.decode("utf-8", "replace")
         start = end + 2
-    return fields, files
+    return fields
 
 
 class _Server(ThreadingHTTPServer):
@@ -1532,7 +1432,7 @@ class _Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Reads a request, lets a fault or the service answer it, writes the answer."""
+    """Reads a request, lets the service answer it, writes the answer."""
 
     protocol_version = "HTTP/1.1"
     server_version = "openai-sft-rehearsal"
@@ -1544,33 +1444,12 @@ class _Handler(BaseHTTPRequestHandler):
         _log.debug("%s " + format, self.client_address[0], *args)
 
     def do_GET(self) -> None:
-        url = urlsplit(self.path)
-        self._path = unquote(url.path.rstrip("/")).removeprefix("/v1")
-        self._query = dict(parse_qsl(url.query, keep_blank_values=True))
-        self._form: Any = None
-        self._files: dict[str, tuple[str, bytes]] = {}
-        self._fault: Fault | None = None
-        kind = ""
         try:
-            self._parse(self._read_body())
-            self._fault = self.server.service.take_fault(self.command, self._path)
-            kind = self._fault.kind if self._fault else ""
-            if kind in ("reset_before", "stall"):
-                return self._vanish()
-            if self._fault and kind in _REFUSALS:
-                raise self._refuse(self._fault)
-            answer = self._answer(url.path)
-        except _ApiError as problem:
+            content = self._read_body()
+            request = Request(self.command, self.path, self.headers, content, self.connection)
+            answer = self.server.service.answer(request)
+        except ApiError as problem:
             answer = problem.answer
-        if kind in ("reset_after", "stall_after"):
-            return self._vanish()
-        if kind == "500_after":
-            answer = _refusal("500").answer
-        elif kind == "truncated":
-            answer = answer._replace(body=answer.body[: len(answer.body) // 2])
-        elif kind == "malformed":
-            page = b"<html><body>Bad gateway</body></html>"
-            answer = answer._replace(body=page, content_type="application/json")
         self._send(answer)
 
     do_POST = do_DELETE = do_PUT = do_PATCH = do_GET
@@ -1579,7 +1458,7 @@ class _Handler(BaseHTTPRequestHandler):
         given = self.headers.get("Content-Length", "0")
         self.close_connection |= "Transfer-Encoding" in self.headers or not given.isdecimal()
         if "Transfer-Encoding" in self.headers:
-            raise _ApiError(411, "A Content-Length is needed.")
+            raise ApiError(411, "A Content-Length is needed.")
         _check(given.isdecimal(), "Invalid Content-Length.")
         left = int(given)
         limit = max(self.server.service.max_file_bytes, MAX_PART_BYTES) + MIB
@@ -1587,81 +1466,13 @@ class _Handler(BaseHTTPRequestHandler):
             # Read it all the same: a client that is still sending would not see the answer.
             while left > 0 and (piece := self.rfile.read(min(left, MIB))):
                 left -= len(piece)
-            raise _ApiError(413, f"The request exceeds the limit of {limit} bytes.")
+            raise ApiError(413, f"The request exceeds the limit of {limit} bytes.")
         body = self.rfile.read(left)
         if len(body) < left:
             raise ConnectionAbortedError("the client hung up in the middle of its request")
         return body
 
-    def _parse(self, body: bytes) -> None:
-        content_type = self.headers.get("Content-Type", "")
-        if content_type.startswith("multipart/form-data"):
-            self._form, self._files = _read_form(content_type, body)
-        elif body:
-            try:
-                self._form = _strict_json(body)
-            except (ValueError, RecursionError):
-                message = "We could not parse the JSON body of your request."
-                raise _ApiError(400, message) from None
-            _check(isinstance(self._form, dict), "The JSON body must be an object.")
-
-    def _answer(self, raw_path: str) -> _Answer:
-        scheme, _, key = self.headers.get("Authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not key.strip():
-            message = "You didn't provide an API key. Use an Authorization header with Bearer auth."
-            raise _ApiError(401, message, code="invalid_api_key")
-        operation, name = _route(self.command, raw_path.rstrip("/").removeprefix("/v1"))
-        if operation is None or not raw_path.startswith("/v1/"):
-            raise _ApiError(404, f"Invalid URL ({self.command} {raw_path})")
-        fault = self._fault.kind if self._fault else None
-        request = _Request(self._form or {}, self._files, self._query, name, fault)
-        service = self.server.service
-        guard: contextlib.AbstractContextManager[Any] = service.state
-        if operation is _Service.chat:  # it computes for a while, and touches no shared state
-            guard = service.chat_slot()
-        with guard:
-            result = operation(service, request)
-            return result if isinstance(result, _Answer) else _json_answer(result)
-
-    def _refuse(self, fault: Fault) -> _ApiError:
-        seconds = 0 if fault.kind == "429" and fault.seconds is None else fault.seconds
-        if seconds is None:
-            return _refusal(fault.kind)
-        headers = {"Retry-After": f"{seconds:g}", "retry-after-ms": f"{seconds * 1000:g}"}
-        return _refusal(fault.kind, headers)
-
-    def _vanish(self) -> None:
-        """Leave the client waiting, or hang up with an RST, as the fault says."""
-        assert self._fault is not None
-        self._record(_Answer(0, b"", ""))
-        self.close_connection = True
-        if self._fault.kind.startswith("stall"):
-            seconds = self._fault.seconds
-            self.server.service.closing.wait(_STALL_SECONDS if seconds is None else seconds)
-            return
-        # Closing the descriptor itself, for `socket.close` would wait for the handler's files, and
-        # the server's own `shutdown` would send a FIN first.
-        no_linger = struct.pack("ii", 1, 0)
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, no_linger)
-        socket.close(self.connection.detach())
-
-    def _record(self, answer: _Answer) -> None:
-        if not self.server.service.keep_exchanges:
-            return
-        request, response = self._form, None
-        if self._files:
-            sizes = {k: {"filename": n, "bytes": len(d)} for k, (n, d) in self._files.items()}
-            request = self._form | sizes
-        with contextlib.suppress(ValueError):
-            if answer.content_type == "application/json":
-                response = json.loads(answer.body)
-        kind = self._fault.kind if self._fault else None
-        asked = (self.command, self._path, self._query, request)
-        exchange = Exchange(*asked, answer.status, response, answer.content_type, kind)
-        self.server.service.exchanges.append(exchange)
-
-    def _send(self, answer: _Answer) -> None:
-        self._record(answer)
+    def _send(self, answer: Answer) -> None:
         self.send_response(answer.status)
         headers = {
             "Content-Type": answer.content_type,
@@ -1679,40 +1490,34 @@ class _Handler(BaseHTTPRequestHandler):
 # --- The endpoint ---------------------------------------------------------------------------------
 
 
-class Rehearsal:
+class Rehearsal(_Service):
     """The endpoint: a context manager, or `start` and `close`.
 
     `latency` seconds are added to each chat completion; more than `max_in_flight` of them at a time
-    get 429. With `keep_exchanges` every request and answer is kept in `exchanges`. `clock` (seconds
-    since the epoch) dates what is shown and lets uploads expire.
+    get 429. `clock` (seconds since the epoch) dates what is shown and lets uploads expire.
     """
 
     def __init__(
         self,
         port: int = 0,
-        faults: Sequence[Fault] = (),
+        *,
         latency: float = 0.0,
         max_in_flight: int | None = None,
-        keep_exchanges: bool = False,
-        *,
-        max_file_bytes: int = MAX_FILE_BYTES,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        """Port 0 is any that is free."""
+        super().__init__(latency, max_in_flight, clock)
         self._port = port
-        limits = (latency, max_in_flight, keep_exchanges, max_file_bytes)
-        self._service = _Service(*limits, clock)
-        for fault in faults:
-            self.inject(fault)
         self._server: _Server | None = None
         self._threads: list[threading.Thread] = []
         self._moves_seen = 0
 
     def start(self) -> Self:
         """Bind the port (OSError when it is taken) and begin to answer and to work."""
-        server = self._server = _Server(self._port, self._service)
+        server = self._server = _Server(self._port, self)
         for name, run in (
             ("rehearsal", lambda: server.serve_forever(0.02)),
-            ("rehearsal-jobs", self._service.run_jobs),
+            ("rehearsal-jobs", self._run_jobs),
         ):
             thread = threading.Thread(target=run, name=name, daemon=True)
             self._threads.append(thread)
@@ -1720,8 +1525,8 @@ class Rehearsal:
         return self
 
     def close(self) -> None:
-        """End every connection, stalled ones too, and the work; a second call does nothing."""
-        self._service.closing.set()
+        """End every connection and the work; a second call does nothing."""
+        self.closing.set()
         self.release()
         if self._threads:
             self._running().close()
@@ -1738,56 +1543,36 @@ class Rehearsal:
     def url(self) -> str:
         return f"http://127.0.0.1:{self._running().server_address[1]}/v1"
 
-    @property
-    def exchanges(self) -> list[Exchange]:
-        return self._running().service.exchanges
-
     def _running(self) -> _Server:
         if self._server is None:
             raise RuntimeError("リハーサル環境はまだ起動していません（startまたはwithを使います）")
         return self._server
 
-    def inject(self, fault: Fault) -> None:
-        self._service.inject(fault)
-
     def hold(self, status: str) -> None:
         """Stop every job that is in this status or gets there, until `release`."""
-        with self._service.state:
-            self._service.held.add(status)
+        with self.state:
+            self.held.add(status)
 
     def release(self) -> None:
         """Let all held jobs go on."""
-        with self._service.state:
-            self._service.held.clear()
-            self._service.state.notify_all()
+        with self.state:
+            self.held.clear()
+            self.state.notify_all()
 
     def wait_for_progress(self, timeout: float) -> bool:
         """Wait until a job has moved on (status, step or event) since the last call.
 
         True at once if one did already; False when `timeout` seconds passed without.
         """
-        service = self._service
-        with service.state:
-            service.state.wait_for(
-                lambda: service.moves > self._moves_seen or service.closing.is_set(), timeout
+        with self.state:
+            self.state.wait_for(
+                lambda: self.moves > self._moves_seen or self.closing.is_set(), timeout
             )
-            before, self._moves_seen = self._moves_seen, service.moves
+            before, self._moves_seen = self._moves_seen, self.moves
             return self._moves_seen > before
 
 
 # --- The command line -----------------------------------------------------------------------------
-
-
-def _fault_argument(text: str) -> Fault:
-    """``KIND[:METHOD:PATH[:TIMES]]``"""
-    parts = text.split(":")
-    try:
-        if len(parts) not in (1, 3, 4):
-            raise ValueError(f"障害は 種類[:メソッド:パス[:回数]] の形で指定します: {text}")
-        kind, method, path, times = (*parts, *("*", "*", "1")[len(parts) - 1 :])
-        return Fault(kind, method, path, int(times))
-    except ValueError as problem:
-        raise argparse.ArgumentTypeError(str(problem)) from problem
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -1797,14 +1582,6 @@ def _parser() -> argparse.ArgumentParser:
         "キーも通信も費用も要りません。",
     )
     parser.add_argument("--port", type=int, default=8000, help="待ち受けるポート（0は空きポート）")
-    parser.add_argument(
-        "--fault",
-        type=_fault_argument,
-        action="append",
-        default=[],
-        metavar="種類[:メソッド:パス[:回数]]",
-        help=f"わざと起こす障害（くり返し指定可）。種類: {' '.join(FAULT_KINDS)}",
-    )
     parser.add_argument("--latency", type=float, default=0.0, help="チャットの応答に加える秒数")
     parser.add_argument("--max-in-flight", type=int, help="同時に受けるチャットの上限")
     return parser
@@ -1819,7 +1596,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = [signal.signal(number, lambda got, _: received.append(got)) for number in signals]
     try:
         with Rehearsal(
-            arguments.port, arguments.fault, arguments.latency, arguments.max_in_flight
+            arguments.port,
+            latency=arguments.latency,
+            max_in_flight=arguments.max_in_flight,
         ) as endpoint:
             _log.info("リハーサル環境を開始しました: %s （Ctrl-Cで終了）", endpoint.url)
             while not received:

@@ -13,12 +13,13 @@ from typing import Any
 
 import openai
 import pytest
+from endpoint import Rehearsal
 from faults import Clock
 from helpers import KOKOROCHAT, records, write_jsonl
 from hypothesis import settings
 
 from openai_sft import Dialogue, OpenAISFT, read_dialogues
-from openai_sft_rehearsal import Rehearsal, example_dialogues
+from openai_sft_rehearsal import example_dialogues
 
 settings.register_profile("suite", max_examples=40, deadline=None, derandomize=True, database=None)
 settings.load_profile("suite")
@@ -54,7 +55,7 @@ def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def endpoint() -> Iterator[Rehearsal]:
     """A running endpoint; at the end OpenAI's own description judges all it was asked and said."""
-    with Rehearsal(keep_exchanges=True) as running:
+    with Rehearsal() as running:
         yield running
         exchanges = list(running.exchanges)
     if importlib.util.find_spec("judge"):

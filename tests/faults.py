@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple, Self
 from urllib.parse import urlsplit
 
-from openai_sft_rehearsal import Exchange, Rehearsal
+from endpoint import Exchange, Rehearsal
 
 JOBS = "/fine_tuning/jobs"
 JOB = f"{JOBS}/ftjob-{'?' * 24}"  # one job, and not its events or checkpoints

@@ -13,9 +13,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from endpoint import Exchange
 from jsonschema import Draft202012Validator
-
-from openai_sft_rehearsal import Exchange
 
 DESCRIPTION = Path(__file__).parents[2] / "shared" / "openapi" / "openai-fine-tuning-api.json"
 

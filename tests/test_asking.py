@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import openai
 import pytest
+from endpoint import Fault, Rehearsal
 from faults import CHAT, Clock, until
 from helpers import example, examples, posts, read_json, records, write_jsonl
 from hypothesis import given
@@ -25,7 +26,6 @@ from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
 from openai_sft import BudgetError, ConfigurationError, OpenAISFT, Splits, choose_cases
-from openai_sft_rehearsal import Fault, Rehearsal
 
 MakeSFT = Callable[..., OpenAISFT]
 Reply = Callable[[dict[str, Any]], Any]
@@ -502,7 +502,7 @@ def test_answers_stand_in_the_order_of_their_cases_however_they_come(make_at: Ma
 
 
 def test_a_limit_of_six_slows_sixteen_down_and_loses_none(make_at: MakeSFT) -> None:
-    with Rehearsal(latency=0.01, max_in_flight=6, keep_exchanges=True) as endpoint:
+    with Rehearsal(latency=0.01, max_in_flight=6) as endpoint:
         results = make_at(endpoint.url).evaluate_model_comprehensive(
             BASE, examples(150), [], 0, concurrency=16
         )
@@ -514,7 +514,7 @@ def test_a_limit_of_six_slows_sixteen_down_and_loses_none(make_at: MakeSFT) -> N
 
 
 def test_as_many_as_the_limit_never_meet_it(make_at: MakeSFT) -> None:
-    with Rehearsal(latency=0.005, max_in_flight=4, keep_exchanges=True) as endpoint:
+    with Rehearsal(latency=0.005, max_in_flight=4) as endpoint:
         make_at(endpoint.url).evaluate_model_comprehensive(BASE, examples(60), [], 0, concurrency=4)
 
         assert {exchange.status for exchange in endpoint.exchanges} == {200}

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import openai
 import pytest
+from endpoint import Fault, Rehearsal
 from faults import CHAT, asked
 from helpers import PROJECT, posts
 
 import openai_sft_example
 from openai_sft import CheckItem, ConfigurationError, OpenAISFT, Price
-from openai_sft_rehearsal import Fault, Rehearsal
 
 MakeSFT = Callable[..., OpenAISFT]
 

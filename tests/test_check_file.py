@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from endpoint import Rehearsal
 from helpers import awkward_text, example, examples, posts, records, training_file, write_jsonl
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -29,7 +30,7 @@ from openai_sft import (
     read_examples,
     split_long_example,
 )
-from openai_sft_rehearsal import Rehearsal, judge_training_file
+from openai_sft_rehearsal import judge_training_file
 
 BOM = b"\xef\xbb\xbf"
 USER = {"role": "user", "content": "眠れません"}

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from endpoint import Fault, Rehearsal
 from helpers import PROJECT, posts, read_json, records, write_jsonl
 
 import openai_sft_example
 from openai_sft import RunRecord
-from openai_sft_rehearsal import Fault, Rehearsal
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import openai
 import pytest
+from endpoint import Fault, Rehearsal
 from helpers import Script, awkward_text, example, examples, posts, read_json
 from hypothesis import given
 from hypothesis import strategies as st
 
 from openai_sft import EvaluationFailed, OpenAISFT, choose_cases
-from openai_sft_rehearsal import Fault, Rehearsal
 
 MakeSFT = Callable[..., OpenAISFT]
 

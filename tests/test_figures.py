@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from endpoint import Rehearsal
 from helpers import PROJECT
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +20,6 @@ from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
 from openai_sft import Answer, is_backchannel, score_answers
-from openai_sft_rehearsal import Rehearsal
 
 ALWAYS = {"dist_1", "dist_2", "length_ratio", "backchannel_share"}
 WITH_SACREBLEU = {"chrf", "bleu_char"}

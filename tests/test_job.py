@@ -10,6 +10,7 @@ from typing import Any
 
 import openai
 import pytest
+from endpoint import Fault, Rehearsal
 from faults import Clock
 from helpers import Script, job, posts, read_json, training_file
 from hypothesis import given
@@ -26,7 +27,6 @@ from openai_sft import (
     parse_result_file,
     retry_delay,
 )
-from openai_sft_rehearsal import Fault, Rehearsal
 
 MakeSFT = Callable[..., OpenAISFT]
 Log = Callable[[], list[str]]
@@ -360,7 +360,7 @@ def test_an_unknown_status_means_to_go_on_waiting(
 
     def sleep(_: float) -> None:
         if not resumed and any("の状態: paused" in line for line in log()):
-            resumed.append(sft.client.fine_tuning.jobs.resume(job_id))
+            resumed.append(endpoint.release())
         endpoint.wait_for_progress(5)
 
     endpoint.inject(Fault("paused_job", "POST", JOBS))

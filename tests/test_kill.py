@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import openai
 import pytest
+from endpoint import Fault, Rehearsal
 from faults import CHAT, JOBS, asked, made, until
 from helpers import PROJECT, read_json, records, write_jsonl
 
 from openai_sft import OpenAISFT
-from openai_sft_rehearsal import Fault, Rehearsal
 
 MakeSFT = Callable[..., OpenAISFT]
 

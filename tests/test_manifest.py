@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from endpoint import Rehearsal
 from helpers import posts, read_json, record, records, write_jsonl
 
 import openai_sft_example
@@ -26,7 +27,6 @@ from openai_sft import (
     split_dialogues,
     to_example,
 )
-from openai_sft_rehearsal import Rehearsal
 
 MakeSFT = Callable[..., OpenAISFT]
 Log = Callable[[], list[str]]

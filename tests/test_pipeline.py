@@ -15,6 +15,7 @@ from typing import Any
 
 import openai
 import pytest
+from endpoint import Fault, Rehearsal
 from helpers import examples, posts, read_json, record, records, write_jsonl
 
 from openai_sft import (
@@ -28,7 +29,6 @@ from openai_sft import (
     RunRecord,
     TrainingNotAvailable,
 )
-from openai_sft_rehearsal import Fault, Rehearsal
 
 MakeSFT = Callable[..., OpenAISFT]
 Log = Callable[[], list[str]]

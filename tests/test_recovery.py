@@ -19,6 +19,7 @@ from typing import Any
 
 import openai
 import pytest
+from endpoint import FAULT_KINDS, Exchange, Fault, Rehearsal
 from faults import (
     CHAT,
     FILE,
@@ -60,7 +61,6 @@ from openai_sft import (
     WaitTimeout,
     find_run,
 )
-from openai_sft_rehearsal import FAULT_KINDS, Exchange, Fault, Rehearsal
 
 MakeSFT = Callable[..., OpenAISFT]
 Log = Callable[[], list[str]]
@@ -197,7 +197,7 @@ def try_out(
     places = [CALLS[call][1:3] for call in calls]
     faults = [Fault(kind, *place, times=times, seconds=0.01) for place in places]
     failure: Exception | None = None
-    with Rehearsal(faults=[*before, *faults], keep_exchanges=True) as endpoint:
+    with Rehearsal(faults=[*before, *faults]) as endpoint:
         clock = Clock(endpoint)
         with OpenAISFT(
             api_key="recognisable-key",

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import csv
-import http.client
 import io
-import itertools
 import json
 import math
 import queue
@@ -17,44 +14,38 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import judge
 import openai
 import pytest
+from calls import (
+    AUTHORIZED,
+    BASE,
+    USER,
+    ask,
+    connected,
+    example,
+    examples,
+    finish,
+    hyperparameters,
+    jsonl,
+    metrics_of,
+    port_of,
+    raw,
+    start_job,
+    upload,
+    wait_until,
+)
+from endpoint import Rehearsal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openai_sft_rehearsal import (
-    Fault,
-    Rehearsal,
-    example_dialogues,
-    judge_training_file,
-    main,
-)
+from openai_sft_rehearsal import example_dialogues, judge_training_file, main
 
 PROJECT = Path(__file__).parents[1]
-BASE = "gpt-4o-mini-2024-07-18"
 BOM = b"\xef\xbb\xbf"
-
-
-def example(number: int) -> dict[str, Any]:
-    return {
-        "messages": [
-            {"role": "user", "content": f"{number}日ほど眠れません。仕事が不安です。\r\n\u2028🌙"},
-            {"role": "assistant", "content": f"{number}日も。おつらいですね。何が不安ですか？"},
-        ]
-    }
-
-
-def jsonl(*records: Any) -> bytes:
-    return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode()
-
-
-def examples(count: int) -> bytes:
-    return jsonl(*map(example, range(count)))
 
 
 def dialogue_files() -> tuple[bytes, bytes]:
@@ -75,71 +66,26 @@ def dialogue_files() -> tuple[bytes, bytes]:
     return jsonl(*records[4:]), jsonl(*records[:4])
 
 
-def client_of(endpoint: Rehearsal, **options: Any) -> openai.OpenAI:
-    settings: dict[str, Any] = {"max_retries": 0, "timeout": 10, **options}
-    return openai.OpenAI(base_url=endpoint.url, api_key="rehearsal", **settings)
-
-
 @pytest.fixture
-def endpoint() -> Iterator[Rehearsal]:
-    """An endpoint; at the end OpenAI's description finds nothing wrong in what was said."""
-    with Rehearsal(keep_exchanges=True, max_file_bytes=100_000) as running:
-        yield running
-        assert judge.check_exchanges(running.exchanges) == []
-
-
-@pytest.fixture
-def client(endpoint: Rehearsal) -> Iterator[openai.OpenAI]:
-    with client_of(endpoint) as connected:
-        yield connected
-
-
-def upload(client: openai.OpenAI, data: bytes, name: str = "train.jsonl") -> str:
-    return client.files.create(file=(name, data), purpose="fine-tune").id
-
-
-def start_job(client: openai.OpenAI, data: bytes | None = None, **options: Any) -> Any:
-    file = upload(client, examples(20) if data is None else data)
-    settings: dict[str, Any] = {"model": BASE, "training_file": file, "seed": 1, **options}
-    return client.fine_tuning.jobs.create(**settings)
-
-
-def wait_until(endpoint: Rehearsal, client: openai.OpenAI, job: str, *wanted: str) -> Any:
-    for _ in range(10_000):
-        found = client.fine_tuning.jobs.retrieve(job)
-        if found.status in wanted:
-            return found
-        assert endpoint.wait_for_progress(10), f"still {found.status}"
-    raise AssertionError(f"never {wanted}")
-
-
-def finish(endpoint: Rehearsal, client: openai.OpenAI, job: Any) -> Any:
-    return wait_until(endpoint, client, job.id, "succeeded", "failed", "cancelled")
-
-
-def hyperparameters(**values: Any) -> dict[str, Any]:
-    return {"type": "supervised", "supervised": {"hyperparameters": values}}
-
-
-def ask(client: openai.OpenAI, model: str, text: str = "眠れません", **options: Any) -> Any:
-    settings: dict[str, Any] = {"messages": [{"role": "user", "content": text}], **options}
-    return client.chat.completions.create(model=model, **settings)
+def client(sdk: openai.OpenAI, endpoint: Rehearsal) -> openai.OpenAI:
+    return connected(sdk, endpoint)
 
 
 @pytest.fixture(scope="module")
-def trained() -> Iterator[tuple[Rehearsal, openai.OpenAI, Any]]:
+def trained(sdk: openai.OpenAI) -> Iterator[tuple[Rehearsal, openai.OpenAI, Any]]:
     """A finished job on the example dialogues, shared by the tests that only look at it."""
-    with Rehearsal(keep_exchanges=True) as running, client_of(running) as connected:
+    with Rehearsal() as running:
+        client = connected(sdk, running)
         training, validation = dialogue_files()
         job = start_job(
-            connected,
+            client,
             training,
-            validation_file=upload(connected, validation),
+            validation_file=upload(client, validation),
             suffix="kokoro",
             metadata={"purpose": "test"},
             method=hyperparameters(n_epochs=4, batch_size=4),
         )
-        yield running, connected, finish(running, connected, job)
+        yield running, client, finish(running, client, job)
         assert judge.check_exchanges(running.exchanges) == []
 
 
@@ -186,8 +132,9 @@ def test_a_deleted_file_is_gone(client: openai.OpenAI) -> None:
     ids=["not .jsonl", "empty", "too large"],
 )
 def test_a_file_outside_the_limits_is_refused(
-    client: openai.OpenAI, name: str, data: bytes, status: int
+    endpoint: Rehearsal, client: openai.OpenAI, name: str, data: bytes, status: int
 ) -> None:
+    endpoint.max_file_bytes = 100_000
     with pytest.raises(openai.APIStatusError) as caught:
         upload(client, data, name)
 
@@ -195,7 +142,10 @@ def test_a_file_outside_the_limits_is_refused(
     assert caught.value.param == "file"
 
 
-def test_a_request_over_every_limit_is_read_to_its_end_and_refused(client: openai.OpenAI) -> None:
+def test_a_request_over_every_limit_is_read_to_its_end_and_refused(
+    endpoint: Rehearsal, client: openai.OpenAI
+) -> None:
+    endpoint.max_file_bytes = 100_000
     with pytest.raises(openai.APIStatusError) as caught:
         upload(client, bytes(70 * 1024 * 1024))
 
@@ -208,9 +158,10 @@ def test_an_unknown_purpose_is_refused(client: openai.OpenAI) -> None:
         client.files.create(file=("a.jsonl", b"x"), purpose="training")  # type: ignore[arg-type]
 
 
-def test_a_large_file_is_read_without_copying_it_again_and_again() -> None:
+def test_a_large_file_is_read_without_copying_it_again_and_again(sdk: openai.OpenAI) -> None:
     data = b"x" * 100_000_000
-    with Rehearsal() as endpoint, client_of(endpoint) as client:
+    with Rehearsal() as endpoint:
+        client = connected(sdk, endpoint)
         assert client.files.create(file=("a.jsonl", data), purpose="fine-tune").bytes == len(data)
 
 
@@ -262,9 +213,10 @@ def test_an_upload_over_eight_gigabytes_is_refused(client: openai.OpenAI) -> Non
         begin_upload(client, 8 * 1024**3 + 1)
 
 
-def test_an_upload_expires_after_an_hour() -> None:
+def test_an_upload_expires_after_an_hour(sdk: openai.OpenAI) -> None:
     now = [1_800_000_000.0]
-    with Rehearsal(clock=lambda: now[0]) as endpoint, client_of(endpoint) as client:
+    with Rehearsal(clock=lambda: now[0]) as endpoint:
+        client = connected(sdk, endpoint)
         upload_id = begin_upload(client, 3)
         now[0] += 3600
 
@@ -295,11 +247,6 @@ def test_a_job_ends_with_a_model_and_what_it_took(
     assert job.hyperparameters.learning_rate_multiplier == 1.0
     assert job.finished_at >= job.created_at
     assert client.models.retrieve(job.fine_tuned_model).id == job.fine_tuned_model
-
-
-def metrics_of(client: openai.OpenAI, job: Any) -> list[dict[str, Any]]:
-    events: list[Any] = list(client.fine_tuning.jobs.list_events(job.id))
-    return [event.data for event in events[::-1] if event.type == "metrics"]
 
 
 def test_losses_fall_over_the_epochs_and_accuracy_rises(
@@ -419,7 +366,7 @@ def test_jobs_are_found_by_their_metadata(endpoint: Rehearsal, client: openai.Op
 def test_a_held_job_stays_until_released(endpoint: Rehearsal, client: openai.OpenAI) -> None:
     endpoint.hold("queued")
     job = start_job(client)
-    wait_until(endpoint, client, job.id, "queued")
+    wait_until(endpoint, client, job, "queued")
 
     while endpoint.wait_for_progress(0.05):
         pass
@@ -436,38 +383,13 @@ def test_progress_before_the_call_counts(endpoint: Rehearsal, client: openai.Ope
     assert not endpoint.wait_for_progress(0)
 
 
-def test_a_job_pauses_and_resumes(endpoint: Rehearsal, client: openai.OpenAI) -> None:
-    endpoint.hold("running")
-    job = start_job(client)
-    wait_until(endpoint, client, job.id, "running")
-    asked: Any = client.fine_tuning.jobs.pause(job.id)
-    wait_until(endpoint, client, job.id, "paused")
-
-    assert asked.status == "pausing"
-    with pytest.raises(openai.BadRequestError):
-        client.fine_tuning.jobs.pause(job.id)
-    endpoint.release()
-    assert client.fine_tuning.jobs.resume(job.id).status == "running"
-    assert finish(endpoint, client, job).status == "succeeded"
-    with pytest.raises(openai.BadRequestError):
-        client.fine_tuning.jobs.resume(job.id)
-
-
-def test_a_paused_job_lets_the_next_one_pass(endpoint: Rehearsal, client: openai.OpenAI) -> None:
-    endpoint.inject(Fault("paused_job"))
-    waiting = start_job(client)
-
-    assert finish(endpoint, client, start_job(client)).status == "succeeded"
-    assert wait_until(endpoint, client, waiting.id, "paused").finished_at is None
-
-
 @pytest.mark.parametrize("status", ["validating_files", "queued", "running"])
 def test_a_job_is_cancelled_at_any_time(
     endpoint: Rehearsal, client: openai.OpenAI, status: str
 ) -> None:
     endpoint.hold(status)
     job = start_job(client)
-    wait_until(endpoint, client, job.id, status)
+    wait_until(endpoint, client, job, status)
     cancelled = client.fine_tuning.jobs.cancel(job.id)
     endpoint.release()
     finish(endpoint, client, start_job(client))
@@ -551,7 +473,6 @@ def messages(*given: Any, **more: Any) -> dict[str, Any]:
     return {"messages": list(given), **more}
 
 
-USER = {"role": "user", "content": "はい"}
 ANSWER = {"role": "assistant", "content": "ええ"}
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
@@ -869,13 +790,12 @@ POINTS = {"type": "integer", "enum": [0, 1, 2, 3, 4, 5]}
 
 
 @pytest.fixture(scope="module")
-def scoring() -> Iterator[tuple[Rehearsal, openai.OpenAI, Any]]:
+def scoring(sdk: openai.OpenAI) -> Iterator[tuple[Rehearsal, openai.OpenAI, Any]]:
     """A finished job on made-up dialogues with their scores."""
-    with Rehearsal(keep_exchanges=True) as running, client_of(running) as connected:
-        job = start_job(
-            connected, score_file(120), method=hyperparameters(n_epochs=2, batch_size=30)
-        )
-        yield running, connected, finish(running, connected, job)
+    with Rehearsal() as running:
+        client = connected(sdk, running)
+        job = start_job(client, score_file(120), method=hyperparameters(n_epochs=2, batch_size=30))
+        yield running, client, finish(running, client, job)
         assert judge.check_exchanges(running.exchanges) == []
 
 
@@ -991,27 +911,6 @@ def test_answers_that_are_not_all_scores_are_learned_as_text_only(
 
 # --- Bare HTTP ------------------------------------------------------------------------------------
 
-AUTHORIZED = {"Authorization": "Bearer x"}
-
-
-def raw(
-    endpoint: Rehearsal,
-    method: str,
-    path: str,
-    body: bytes | None = None,
-    headers: dict[str, str] = AUTHORIZED,
-) -> tuple[int, Any]:
-    port = int(endpoint.url.split(":")[2].split("/")[0])
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-    try:
-        connection.request(method, f"/v1{path}", body, headers)
-        answer = connection.getresponse()
-        return answer.status, json.loads(answer.read())
-    except (ConnectionError, http.client.HTTPException):
-        return 0, None
-    finally:
-        connection.close()
-
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
@@ -1077,186 +976,15 @@ def test_a_lone_surrogate_is_mirrored_and_not_fatal(endpoint: Rehearsal) -> None
     assert raw(endpoint, "POST", "/chat/completions", rb'{"model": "\ud800"}')[0] == 400
 
 
-# --- Faults ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("kind", "status", "error"),
-    [
-        ("400", 400, openai.BadRequestError),
-        ("401", 401, openai.AuthenticationError),
-        ("403", 403, openai.PermissionDeniedError),
-        ("404", 404, openai.NotFoundError),
-        ("405", 405, openai.APIStatusError),
-        ("408", 408, openai.APIStatusError),
-        ("409", 409, openai.ConflictError),
-        ("429", 429, openai.RateLimitError),
-        ("500", 500, openai.InternalServerError),
-        ("501", 501, openai.InternalServerError),
-        ("502", 502, openai.InternalServerError),
-        ("503", 503, openai.InternalServerError),
-        ("insufficient_quota", 429, openai.RateLimitError),
-        ("training_not_available", 403, openai.PermissionDeniedError),
-    ],
-)
-def test_a_refusal_leaves_nothing_behind(
-    endpoint: Rehearsal,
-    client: openai.OpenAI,
-    kind: str,
-    status: int,
-    error: type[openai.APIStatusError],
-) -> None:
-    endpoint.inject(Fault(kind, "POST", "/files"))
-
-    with pytest.raises(error) as caught:
-        upload(client, examples(1))
-
-    assert caught.value.status_code == status
-    assert client.files.list().data == []
-    assert [e.fault for e in endpoint.exchanges] == [kind, None]
-    if not kind.isdecimal():
-        assert caught.value.code == kind
-
-
-def test_a_429_says_when_to_come_back(endpoint: Rehearsal, client: openai.OpenAI) -> None:
-    endpoint.inject(Fault("429"))
-    endpoint.inject(Fault("503", seconds=1.5))
-    headers = []
-    for _ in range(2):
-        with pytest.raises(openai.APIStatusError) as caught:
-            client.models.list()
-        headers.append(caught.value.response.headers)
-
-    assert (headers[0]["retry-after"], headers[0]["retry-after-ms"]) == ("0", "0")
-    assert (headers[1]["retry-after"], headers[1]["retry-after-ms"]) == ("1.5", "1500")
-
-
-@pytest.mark.parametrize(
-    ("kind", "error", "carried_out"),
-    [
-        ("500_after", openai.InternalServerError, True),
-        ("reset_before", openai.APIConnectionError, False),
-        ("reset_after", openai.APIConnectionError, True),
-        ("stall", openai.APIConnectionError, False),
-        ("stall_after", openai.APIConnectionError, True),
-        ("truncated", json.JSONDecodeError, True),
-        ("malformed", json.JSONDecodeError, True),
-    ],
-)
-def test_a_lost_answer_was_carried_out_or_not_as_its_name_says(
-    endpoint: Rehearsal,
-    client: openai.OpenAI,
-    kind: str,
-    error: type[Exception],
-    carried_out: bool,
-) -> None:
-    file = upload(client, examples(10))
-    endpoint.inject(Fault(kind, "POST", "/fine_tuning/jobs", seconds=0.05))
-
-    with pytest.raises(error):
-        client.fine_tuning.jobs.create(model=BASE, training_file=file)
-
-    assert len(client.fine_tuning.jobs.list().data) == carried_out
-
-
-def test_a_reset_is_a_reset(endpoint: Rehearsal) -> None:
-    endpoint.inject(Fault("reset_before"))
-    port = int(endpoint.url.split(":")[2].split("/")[0])
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-        connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
-
-        with pytest.raises(ConnectionResetError):
-            connection.recv(1)
-
-
-def test_a_stall_outlasts_the_clients_patience(endpoint: Rehearsal) -> None:
-    endpoint.inject(Fault("stall"))
-    with (
-        client_of(endpoint, timeout=0.05) as impatient,
-        pytest.raises(openai.APITimeoutError),
-    ):
-        impatient.models.list()
-
-
-def test_faults_count_what_they_skip_and_hit(endpoint: Rehearsal, client: openai.OpenAI) -> None:
-    endpoint.inject(Fault("500", "get", "/mod*", times=2, skip=1))
-    endpoint.inject(Fault("404", path="/files", times=None))
-    upload_status = raw(endpoint, "GET", "/files")[0]
-    statuses = [raw(endpoint, "GET", "/models")[0] for _ in range(5)]
-
-    assert statuses == [200, 500, 500, 200, 200]
-    assert [upload_status] + [raw(endpoint, "GET", "/files")[0] for _ in range(3)] == [404] * 4
-
-
-def test_an_unknown_fault_is_named_in_japanese() -> None:
-    with pytest.raises(ValueError, match=r"'quake' はありません.*reset_before.*paused_job"):
-        Fault("quake")
-    with pytest.raises(ValueError, match="1以上"):
-        Fault("429", times=0)
-
-
-def test_chat_faults_empty_refuse_and_cut(endpoint: Rehearsal, client: openai.OpenAI) -> None:
-    for kind in ("empty_answer", "refusal", "length"):
-        endpoint.inject(Fault(kind))
-    client.models.list()  # not a chat: no chat fault hits it
-    empty, refused, cut = (ask(client, "gpt-4o-mini").choices[0] for _ in range(3))
-
-    assert (empty.message.content, empty.finish_reason) == ("", "stop")
-    assert refused.message.content is None
-    assert refused.message.refusal
-    assert cut.finish_reason == "length"
-
-
-@pytest.mark.parametrize(
-    ("kind", "code"), [("flagged", "unsafe_file"), ("job_failed", "server_error")]
-)
-def test_a_job_fault_fails_the_job(
-    endpoint: Rehearsal, client: openai.OpenAI, kind: str, code: str
-) -> None:
-    endpoint.inject(Fault(kind))
-    job = finish(endpoint, client, start_job(client))
-
-    assert (job.status, job.error.code) == ("failed", code)
-    assert (len(metrics_of(client, job)) > 0) == (kind == "job_failed")
-
-
-def test_a_paused_job_goes_on_when_resumed(endpoint: Rehearsal, client: openai.OpenAI) -> None:
-    endpoint.inject(Fault("paused_job"))
-    job = start_job(client)
-    wait_until(endpoint, client, job.id, "paused")
-    client.fine_tuning.jobs.resume(job.id)
-
-    assert finish(endpoint, client, job).status == "succeeded"
-
-
-def test_a_result_file_may_be_base64(endpoint: Rehearsal, client: openai.OpenAI) -> None:
-    (name,) = finish(endpoint, client, start_job(client)).result_files
-    endpoint.inject(Fault("base64_result"))
-    encoded, plain = client.files.content(name).content, client.files.content(name).content
-
-    assert encoded != plain
-    assert base64.b64decode(encoded, validate=True) == plain
-
-
 # --- The end --------------------------------------------------------------------------------------
 
 
-def test_closing_ends_a_stalled_request(capfd: pytest.CaptureFixture[str]) -> None:
-    outcomes: list[Any] = []
-    with Rehearsal(faults=[Fault("stall", seconds=3600)], keep_exchanges=True) as endpoint:
-        asking = threading.Thread(target=lambda: outcomes.append(raw(endpoint, "GET", "/models")))
-        asking.start()
-        for _ in itertools.takewhile(lambda _: not endpoint.exchanges, itertools.count()):
-            asking.join(0.01)
-    asking.join(5)
-
-    assert outcomes == [(0, None)]
-    assert capfd.readouterr() == ("", "")
-
-
-def test_closing_in_the_middle_of_a_job_is_quick(capfd: pytest.CaptureFixture[str]) -> None:
+def test_closing_in_the_middle_of_a_job_is_quick(
+    sdk: openai.OpenAI, capfd: pytest.CaptureFixture[str]
+) -> None:
     before = set(threading.enumerate())
-    with Rehearsal() as endpoint, client_of(endpoint) as client:
+    with Rehearsal() as endpoint:
+        client = connected(sdk, endpoint)
         start_job(client, dialogue_files()[0] * 20, method=hyperparameters(n_epochs=50))
         endpoint.wait_for_progress(5)
     endpoint.close()
@@ -1267,13 +995,25 @@ def test_closing_in_the_middle_of_a_job_is_quick(capfd: pytest.CaptureFixture[st
 
 def test_a_client_that_drops_makes_no_noise(capfd: pytest.CaptureFixture[str]) -> None:
     with Rehearsal() as endpoint:
-        port = int(endpoint.url.split(":")[2].split("/")[0])
         for sent in (b"", b"GET /v1/mo", b"POST /v1/files HTTP/1.1\r\nContent-Length: 9\r\n\r\nx"):
-            with socket.create_connection(("127.0.0.1", port)) as connection:
+            with socket.create_connection(("127.0.0.1", port_of(endpoint))) as connection:
                 connection.sendall(sent)
         assert raw(endpoint, "GET", "/models")[0] == 200
 
     assert capfd.readouterr() == ("", "")
+
+
+def test_an_endpoint_never_closed_does_not_hold_up_the_programs_end() -> None:
+    code = """
+import http.client, openai_sft_rehearsal
+endpoint = openai_sft_rehearsal.Rehearsal(latency=3600).start()
+connection = http.client.HTTPConnection("127.0.0.1", int(endpoint.url.split(":")[2][:-3]))
+body = '{"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "x"}]}'
+connection.request("POST", "/v1/chat/completions", body, {"Authorization": "Bearer x"})
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, timeout=20, check=True)
+
+    assert done.returncode == 0
 
 
 def test_an_endpoint_not_started_says_so() -> None:
@@ -1281,26 +1021,13 @@ def test_an_endpoint_not_started_says_so() -> None:
         _ = Rehearsal().url
 
 
-def test_an_endpoint_never_closed_does_not_hold_up_the_programs_end() -> None:
-    code = (
-        "import openai_sft_rehearsal as r, urllib.request as u\n"
-        "e = r.Rehearsal(faults=[r.Fault('stall')]).start()\n"
-        "import http.client\n"
-        "c = http.client.HTTPConnection('127.0.0.1', int(e.url.split(':')[2][:-3]))\n"
-        "c.request('GET', '/v1/models')\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, timeout=20, check=True)
-
-    assert done.returncode == 0
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_command_quietly(number: signal.Signals, code: int) -> None:
     command = [
-        sys.executable, "-m", "openai_sft_rehearsal", "--port", "0",
-        "--fault", "503:GET:/models:1", "--latency", "0.01",
-    ]  # fmt: skip
+        *(sys.executable, "-m", "openai_sft_rehearsal", "--port", "0"),
+        *("--latency", "0.01", "--max-in-flight", "1"),
+    ]
     with subprocess.Popen(
         command, cwd=PROJECT, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
     ) as process:
@@ -1308,53 +1035,16 @@ def test_a_signal_ends_the_command_quietly(number: signal.Signals, code: int) ->
         found = re.search(r"http://127\.0\.0\.1:\d+/v1", process.stderr.readline())
         assert found is not None
         client = openai.OpenAI(base_url=found.group(), api_key="x", max_retries=0)
-        with client, pytest.raises(openai.InternalServerError):
-            client.models.list()
+        with client:
+            assert ask(client, BASE).choices[0].message.content
         process.send_signal(number)
 
         assert process.wait(10) == code
         assert process.stderr.read() == ""
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--fault", "quake"], ["--fault", "429:GET"], ["--fault", "429:GET:/x:y"]]
-)
-def test_a_bad_fault_argument_ends_with_2(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
-
-    assert caught.value.code == 2
-    assert "--fault" in capsys.readouterr().err
-
-
 def test_a_taken_port_ends_with_2(endpoint: Rehearsal) -> None:
-    assert main(["--port", endpoint.url.split(":")[2].split("/")[0]]) == 2
-
-
-# --- The judge ------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(not judge.DESCRIPTION.exists(), reason="OpenAI's description is not at hand")
-def test_the_judge_sees_what_is_wrong() -> None:
-    with Rehearsal(keep_exchanges=True) as endpoint, client_of(endpoint) as client:
-        client.models.list()
-        ask(client, "gpt-4o-mini")
-        raw(endpoint, "GET", "/nothing")
-        models, chat, missing = endpoint.exchanges
-    wrong = [
-        replace(models, response=models.response | {"object": "array"}),
-        replace(models, response=None),
-        replace(models, path="/nothing"),
-        replace(chat, response=chat.response | {"object": "chat.completion.chunk"}),
-        replace(chat, request=chat.request | {"n": 0}),
-        replace(chat, content_type="text/plain"),
-        replace(missing, response={"error": "not found"}),
-    ]
-
-    assert judge.check_exchanges([models, chat, missing]) == []
-    assert [len(judge.check_exchanges([exchange])) > 0 for exchange in wrong] == [True] * 7
+    assert main(["--port", str(port_of(endpoint))]) == 2
 
 
 # --- The example dialogues ------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import openai
 import pytest
+from endpoint import Fault, Rehearsal
 from faults import Answer as Sent
 from faults import Asked, Bent, Clock
 from helpers import (
@@ -57,7 +58,7 @@ from openai_sft import (
     score_predictions,
     to_score_example,
 )
-from openai_sft_rehearsal import Fault, Rehearsal, example_dialogues
+from openai_sft_rehearsal import example_dialogues
 
 MakeSFT = Callable[..., OpenAISFT]
 Log = Callable[[], list[str]]
@@ -183,7 +184,7 @@ def finished(
 ) -> Iterator[Finished]:
     folder = tmp_path_factory.mktemp("score")
     dialogues = write_jsonl(folder / "dialogues.jsonl", [*varied(20), record(21)])
-    with Rehearsal(keep_exchanges=True) as endpoint:
+    with Rehearsal() as endpoint:
         clock = Clock(endpoint, moment=0.05)
         with OpenAISFT(
             task="score",

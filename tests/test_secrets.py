@@ -15,6 +15,7 @@ from typing import Any
 
 import openai
 import pytest
+from endpoint import Fault, Rehearsal
 from faults import CHAT, JOBS, Answer, Asked, Bent, asked
 from helpers import examples, training_file
 
@@ -27,7 +28,6 @@ from openai_sft import (
     RunRecord,
     explain_api_error,
 )
-from openai_sft_rehearsal import Fault, Rehearsal
 
 MakeSFT = Callable[..., OpenAISFT]
 

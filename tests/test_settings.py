@@ -14,10 +14,10 @@ from typing import Any
 
 import openai
 import pytest
+from endpoint import Rehearsal
 from helpers import PROJECT, posts
 
 from openai_sft import ConfigurationError, OpenAISFT, OpenAISFTError
-from openai_sft_rehearsal import Rehearsal
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 
