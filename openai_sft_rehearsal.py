@@ -21,7 +21,8 @@ What is real here and what is not:
   JSON objects of whole numbers fills in what it predicts from the last user text (`ScoreModel`, the
   same at every checkpoint); where nothing was learned stands the lowest number allowed.
 - A chat completion is one whole answer. What isn't rehearsed (more choices, streams, other schemas)
-  is refused with a 400; sampling parameters other than those in `_CHAT_RULES` have no influence.
+  is refused with a 400; of the sampling parameters, only temperature, seed and the limits of
+  tokens have an influence. How strict the service is with parameters isn't rehearsed.
 - A checkpoint answers once its job has succeeded. Its counts are an exact fraction of the final
   ones (each epoch learns the same texts once more), so a snapshot is one number.
 
@@ -206,99 +207,40 @@ def _json_answer(value: Any, status: int = 200, headers: Mapping[str, str] | Non
 # --- Checks ---------------------------------------------------------------------------------------
 
 
-class _Rule(NamedTuple):
-    """What the value of a field must be; without `needed` it may be absent or null."""
-
-    fits: Callable[[Any], bool]
-    wanted: str
-    needed: bool = False
-
-
-def _whole(low: int, high: int, needed: bool = False) -> _Rule:
-    wanted = f"an integer from {low} to {high}"
-    return _Rule(lambda v: type(v) is int and low <= v <= high, wanted, needed)
-
-
-def _number(low: float, high: float) -> _Rule:
-    return _Rule(
-        lambda v: type(v) in (int, float) and low <= v <= high, f"a number from {low} to {high}"
-    )
-
-
-def _string(low: int = 1, high: int = 10_000, *, needed: bool = False) -> _Rule:
-    wanted = f"a string of {low} to {high} characters"
-    return _Rule(lambda v: isinstance(v, str) and low <= len(v) <= high, wanted, needed)
-
-
-def _list(item: Callable[[Any], bool] = lambda _: True, *, empty: bool = False) -> _Rule:
-    return _Rule(
-        lambda v: isinstance(v, list) and (empty or bool(v)) and all(map(item, v)),
-        "an array" if empty else "an array that is not empty",
-    )
-
-
-_OBJECT: Final = _Rule(lambda v: isinstance(v, dict), "an object")
-
-
 def _check(condition: object, message: str, param: str | None = None) -> None:
     if not condition:
         raise ApiError(400, message, param)
 
 
-def _check_fields(body: Json, rules: Mapping[str, _Rule], where: str = "") -> None:
-    for key, (fits, wanted, needed) in rules.items():
-        value = body.get(key)
-        ok = not needed if value is None else fits(value)
-        _check(ok, f"Invalid '{where}{key}': expected {wanted}.", where + key)
+def _field(
+    body: Json,
+    key: str,
+    kind: type | tuple[type, ...],
+    limits: tuple[float, float] | None = None,
+    *,
+    where: str = "",
+    needed: bool = False,
+) -> Any:
+    """A field's value, None where it is absent; 400 for another type or size (texts: length)."""
+    value = body.get(key)
+    if value is None and not needed:
+        return None
+    right = isinstance(value, kind) and not isinstance(value, bool)
+    if right and limits:
+        size: Any = len(value) if isinstance(value, str) else value
+        right = limits[0] <= size <= limits[1]
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    wanted = " or ".join(one.__name__ for one in kinds)
+    if limits:
+        wanted += f" from {limits[0]} to {limits[1]}"
+    _check(right, f"Invalid '{where}{key}': expected {wanted}.", where + key)
+    return value
 
 
-def _check_no_others(body: Json, known: Mapping[str, object], where: str = "") -> None:
-    if unknown := body.keys() - known.keys():
-        name = min(unknown)
-        raise ApiError(400, f"Unknown parameter: '{where}{name}'.", where.rstrip(".") or name)
-
-
-_UPLOAD_RULES: Final = {
-    "purpose": _Rule(
-        lambda v: isinstance(v, str) and v in FILE_PURPOSES,
-        f"one of the purposes {sorted(FILE_PURPOSES)}",
-        needed=True,
-    ),
-    "filename": _string(needed=True),
-    "bytes": _whole(1, MAX_UPLOAD_BYTES, needed=True),
-    "mime_type": _string(needed=True),
-}
-_JOB_RULES: Final = {
-    "model": _string(needed=True),
-    "training_file": _string(needed=True),
-    "validation_file": _string(),
-    "hyperparameters": _OBJECT,
-    "method": _OBJECT,
-    "suffix": _string(1, 64),
-    "seed": _whole(0, 2147483647),
-    "metadata": _Rule(
-        lambda v: isinstance(v, dict) and len(v) <= 16 and all(len(key) <= 64 for key in v),
-        "an object of at most 16 pairs, with keys of at most 64 characters",
-    ),
-    "integrations": _list(empty=True),
-}
-_HYPERPARAMETER_RULES: Final = {
-    "n_epochs": _whole(1, 50),
-    "batch_size": _whole(1, 256),
-    "learning_rate_multiplier": _number(5e-324, sys.float_info.max),
-}
-_CHAT_RULES: Final = {
-    "model": _string(needed=True),
-    "messages": _list()._replace(needed=True),
-    "n": _whole(1, 1),
-    "stream": _Rule(lambda v: v is False, "false"),
-    "temperature": _number(0, 2),
-    "top_p": _number(0, 1),
-    "max_tokens": _whole(1, 1_000_000),
-    "max_completion_tokens": _whole(1, 1_000_000),
-    "seed": _whole(-(2**63), 2**63 - 1),
-    "tools": _list(empty=True),
-    "response_format": _OBJECT,
+_HYPERPARAMETERS: Final[dict[str, tuple[type | tuple[type, ...], tuple[float, float]]]] = {
+    "n_epochs": (int, (1, 50)),
+    "batch_size": (int, (1, 256)),
+    "learning_rate_multiplier": ((int, float), (1e-6, 1e6)),
 }
 
 
@@ -307,22 +249,20 @@ def _hyperparameters(body: Json) -> Json:
 
     The deprecated top-level object is read where there is no `method`.
     """
-    where, given = "hyperparameters", body.get("hyperparameters") or {}
-    if (method := body.get("method")) is not None:
+    where = ""
+    if (method := _field(body, "method", dict)) is not None:
         only = "Invalid 'method': only the supervised method is rehearsed here."
         _check(method.get("type") == "supervised", only, "method")
-        _check(method.keys() <= {"type", "supervised"}, only, "method")
-        rules = {"hyperparameters": _OBJECT}
-        supervised = method.get("supervised") or {}
-        _check(isinstance(supervised, dict), "Invalid 'method.supervised'.", "method.supervised")
-        _check_no_others(supervised, rules, "method.supervised.")
-        _check_fields(supervised, rules, "method.supervised.")
-        where, given = "method.supervised.hyperparameters", supervised.get("hyperparameters") or {}
-    _check_no_others(given, _HYPERPARAMETER_RULES, f"{where}.")
-    chosen = {key: given.get(key) for key in _HYPERPARAMETER_RULES}
-    chosen = {key: None if value == "auto" else value for key, value in chosen.items()}
-    _check_fields(chosen, _HYPERPARAMETER_RULES, f"{where}.")
-    return {key: "auto" if value is None else value for key, value in chosen.items()}
+        body = _field(method, "supervised", dict, where="method.") or {}
+        where = "method.supervised."
+    given = _field(body, "hyperparameters", dict, where=where) or {}
+    where += "hyperparameters."
+    return {
+        key: "auto"
+        if given.get(key) in (None, "auto")
+        else _field(given, key, kind, limits, where=where)
+        for key, (kind, limits) in _HYPERPARAMETERS.items()
+    }
 
 
 def _strict_json(text: str | bytes) -> Any:
@@ -346,13 +286,13 @@ def _message_problem(message: Any, keys: frozenset[str], roles: frozenset[str]) 
     if "weight" in message:
         if role != "assistant":
             return "'weight' is for assistant messages only."
-        if not _whole(0, 1).fits(message["weight"]):
+        if type(message["weight"]) is not int or message["weight"] not in (0, 1):
             return "'weight' must be 0 or 1."
     if role == "tool" and not isinstance(message.get("tool_call_id"), str):
         return "a tool message needs a 'tool_call_id'."
     if content is None:
-        calls = role == "assistant" and _list().fits(message.get("tool_calls"))
-        return None if calls else "'content' is missing."
+        calls = message.get("tool_calls") if role == "assistant" else None
+        return None if calls and isinstance(calls, list) else "'content' is missing."
     if isinstance(content, str) or (isinstance(content, list) and all(map(_is_part, content))):
         return None
     return "'content' must be a string or an array of content parts."
@@ -412,7 +352,10 @@ def _line_problem(raw: bytes, *, first: bool) -> str | None:
         return "each line must be a JSON object."
     if unknown := record.keys() - LINE_KEYS:
         return f"unexpected key '{min(unknown)}'."
-    messages = record.get("messages")
+    return _messages_problem(record.get("messages")) or _string_problem(record)
+
+
+def _messages_problem(messages: Any) -> str | None:
     if not isinstance(messages, list) or not messages:
         return "'messages' must be a non-empty array."
     for index, message in enumerate(messages):
@@ -424,7 +367,7 @@ def _line_problem(raw: bytes, *, first: bool) -> str | None:
         return "there is no assistant message to train on."
     if messages[-1]["role"] != "assistant":
         return "the last message must be from the assistant."
-    return _string_problem(record)
+    return None
 
 
 def _string_problem(value: Any) -> str | None:
@@ -709,7 +652,8 @@ def _wanted_scores(body: Json) -> dict[str, list[int]] | None:
     if not isinstance(name, str) or not re.fullmatch("[a-zA-Z0-9_-]{1,64}", name):
         raise _unknown_format("its name isn't 1 to 64 of a-z, A-Z, 0-9, _ and -")
     if not all(
-        _list(lambda number: type(number) is int).fits(values) for values in scores.values()
+        isinstance(numbers, list) and numbers and all(type(number) is int for number in numbers)
+        for numbers in scores.values()
     ):
         raise _unknown_format("an enum isn't a list of integers")
     return scores
@@ -911,7 +855,8 @@ class _Service:
         return self._add_file(file.name, str(purpose), file.data).shown
 
     def _check_file(self, name: str, purpose: Any, size: int, limit: int) -> None:
-        _check_fields({"purpose": purpose}, {"purpose": _UPLOAD_RULES["purpose"]})
+        known = isinstance(purpose, str) and purpose in FILE_PURPOSES
+        _check(known, f"Invalid 'purpose': expected one of {sorted(FILE_PURPOSES)}.", "purpose")
         _check(
             purpose != "fine-tune" or name.lower().endswith(".jsonl"),
             f"Invalid extension of '{name}': fine-tune files must be .jsonl.",
@@ -951,8 +896,9 @@ class _Service:
 
     def create_upload(self, request: Request, name: str) -> Json:
         body = request.body
-        _check_fields(body, _UPLOAD_RULES)
-        self._check_file(body["filename"], body["purpose"], body["bytes"], MAX_UPLOAD_BYTES)
+        filename = _field(body, "filename", str, needed=True)
+        size = _field(body, "bytes", int, (1, MAX_UPLOAD_BYTES), needed=True)
+        self._check_file(filename, body.get("purpose"), size, MAX_UPLOAD_BYTES)
         shown = self._new(
             "upload_",
             "upload",
@@ -1008,25 +954,24 @@ class _Service:
 
     def create_job(self, request: Request, name: str) -> Json:
         body = request.body
-        _check_no_others(body, _JOB_RULES)
-        _check_fields(body, _JOB_RULES)
-        metadata = body.get("metadata")
-        values = dict.fromkeys(metadata or (), _string(0, 512, needed=True))
-        _check_fields(metadata or {}, values, "metadata.")
-        asked = str(body["model"])
+        asked = _field(body, "model", str, needed=True)
+        metadata = _field(body, "metadata", dict)
+        texts = all(isinstance(value, str) for value in (metadata or {}).values())
+        _check(texts, "Invalid 'metadata': expected strings.", "metadata")
         base = MODEL_ALIASES.get(asked, asked)
         if base not in BASE_MODELS:
             message = f"Model {asked} is not available for fine-tuning."
             raise ApiError(400, message, "model", "model_not_available")
         training = self._training_file(body, "training_file")
-        validation = body.get("validation_file") and self._training_file(body, "validation_file")
-        chosen, seed = _hyperparameters(body), body.get("seed")
+        given = body.get("validation_file") is not None
+        validation = self._training_file(body, "validation_file") if given else None
+        chosen, seed = _hyperparameters(body), _field(body, "seed", int, (0, 2**31 - 1))
         shown = self._new(
             "ftjob-",
             "fine_tuning.job",
             **dict.fromkeys(("error", "estimated_finish", "fine_tuned_model", "finished_at")),
             hyperparameters=chosen,
-            integrations=body.get("integrations") or [],
+            integrations=[],
             metadata=metadata,
             method={"type": "supervised", "supervised": {"hyperparameters": chosen}},
             model=base,
@@ -1036,7 +981,7 @@ class _Service:
             status="validating_files",
             trained_tokens=None,
             training_file=training.shown["id"],
-            user_provided_suffix=body.get("suffix"),
+            user_provided_suffix=_field(body, "suffix", str, (1, 64)),
             validation_file=validation.shown["id"] if validation else None,
         )
         job = Job(shown, training, validation)
@@ -1047,7 +992,7 @@ class _Service:
         return shown
 
     def _training_file(self, body: Json, key: str) -> _File:
-        name = body[key]
+        name = _field(body, key, str, needed=True)
         file = _found(self.files, name, ApiError(400, f"invalid {key}: {name}", key))
         _check(file.shown["purpose"] == "fine-tune", f"{key} must have purpose fine-tune.", key)
         return file
@@ -1286,8 +1231,16 @@ def _result_csv(rows: list[Json]) -> str:
 
 
 def _check_chat(body: Json) -> None:
-    _check_fields(body, _CHAT_RULES)
-    for index, message in enumerate(body["messages"]):
+    for key, only in (("n", 1), ("stream", False)):
+        rehearsed = body.get(key) is None or body[key] == only
+        _check(rehearsed, f"'{key}' other than {only} is not rehearsed here.", key)
+    _field(body, "model", str, needed=True)
+    _field(body, "temperature", (int, float), (0, 2))
+    for key in ("max_completion_tokens", "max_tokens"):
+        _field(body, key, int, (1, 1_000_000))
+    messages = _field(body, "messages", list, needed=True)
+    _check(messages, "Invalid 'messages': expected at least one.", "messages")
+    for index, message in enumerate(messages):
         where = f"messages[{index}]"
         why = _message_problem(message, CHAT_KEYS, CHAT_ROLES)
         _check(why is None, f"Invalid '{where}': {why}", where)
@@ -1534,13 +1487,16 @@ class Rehearsal(_Service):
             self._threads.pop().join(timeout=2)
 
     def __enter__(self) -> Self:
+        """`start`."""
         return self.start()
 
     def __exit__(self, *exc_info: object) -> None:
+        """`close`."""
         self.close()
 
     @property
     def url(self) -> str:
+        """What a client takes as its ``base_url``."""
         return f"http://127.0.0.1:{self._running().server_address[1]}/v1"
 
     def _running(self) -> _Server:
@@ -1996,4 +1952,4 @@ C 今夜、電話してみます。
 """  # noqa: E501 - a header line of the dialogues may be long
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -28,6 +28,15 @@ def _description() -> dict[str, Any]:
     # Both statuses exist; the description lacks them (see the README beside it).
     job = described["components"]["schemas"]["FineTuningJob"]
     job["properties"]["status"]["enum"] += ["pausing", "paused"]
+    # The service refuses what the description lets pass: unknown parameters, long metadata.
+    schemas = described["components"]["schemas"]
+    for name in ("CreateFineTuningJobRequest", "FineTuneSupervisedHyperparameters"):
+        schemas[name]["additionalProperties"] = False
+    schemas["Metadata"]["anyOf"][0] |= {
+        "maxProperties": 16,
+        "propertyNames": {"maxLength": 64},
+        "additionalProperties": {"type": "string", "maxLength": 512},
+    }
     return described
 
 

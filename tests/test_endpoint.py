@@ -226,8 +226,9 @@ def test_what_was_asked_and_said_is_kept_in_order(
 def test_the_judge_sees_what_is_wrong(endpoint: Rehearsal, client: openai.OpenAI) -> None:
     client.models.list()
     ask(client, "gpt-4o-mini")
+    start_job(client, metadata={"k": "v"}, method=hyperparameters(n_epochs=1))
     raw(endpoint, "GET", "/nothing")
-    models, chat, missing = endpoint.exchanges
+    models, chat, _, job, missing = endpoint.exchanges
     wrong = [
         replace(models, response=models.response | {"object": "array"}),
         replace(models, response=None),
@@ -236,7 +237,17 @@ def test_the_judge_sees_what_is_wrong(endpoint: Rehearsal, client: openai.OpenAI
         replace(chat, request=chat.request | {"n": 0}),
         replace(chat, content_type="text/plain"),
         replace(missing, response={"error": "not found"}),
+        *(
+            replace(job, request=job.request | more)
+            for more in (
+                {"trainingType": "Standard"},
+                {"method": hyperparameters(epochs=1)},
+                {"metadata": {str(n): "" for n in range(17)}},
+                {"metadata": {"k" * 65: ""}},
+                {"metadata": {"k": "v" * 513}},
+            )
+        ),
     ]
 
-    assert judge.check_exchanges([models, chat, missing]) == []
-    assert [len(judge.check_exchanges([exchange])) > 0 for exchange in wrong] == [True] * 7
+    assert judge.check_exchanges([models, chat, job, missing]) == []
+    assert [len(judge.check_exchanges([exchange])) > 0 for exchange in wrong] == [True] * 12
