@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from helpers import PROJECT, posts, read_json, records, write_jsonl
+from helpers import PROJECT, hearing_interrupts, posts, read_json, records, write_jsonl
 
 import openai_sft_example
 from openai_sft import RunRecord
@@ -69,16 +69,20 @@ def shell(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
     """The command line in a process of its own, warnings being errors there too."""
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONWARNINGS": "error"}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
-    return subprocess.Popen(
-        [sys.executable, SCRIPT, *map(str, arguments)],
-        **(streams | options),
-        env=environment,
-        encoding="utf-8",
-    )
+    with hearing_interrupts():
+        return subprocess.Popen(
+            [sys.executable, SCRIPT, *map(str, arguments)],
+            **(streams | options),
+            env=environment,
+            encoding="utf-8",
+        )
 
 
 def wait(process: subprocess.Popen[str]) -> Ended:
-    out, err = process.communicate(timeout=30)
+    try:
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
     return Ended(process.returncode, out, err)
 
 

@@ -38,6 +38,7 @@ from helpers import (
     PROJECT,
     Script,
     examples,
+    hearing_interrupts,
     job,
     posts,
     read_json,
@@ -892,17 +893,22 @@ def test_an_interruption_prints_the_one_command_that_comes_back_and_it_works(
     script = [sys.executable, "-W", "error", str(PROJECT / "openai_sft_example.py")]
     chosen = ["--base-url", endpoint.url, "--dataset", str(dataset), "--output-dir", "o ut"]
     endpoint.hold("running")
-    with subprocess.Popen(
-        [*script, *chosen, "--epochs", "1", "--batch-size", "4", "--max-test-cases", "1"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        stdin=subprocess.DEVNULL,
-        encoding="utf-8",
-    ) as process:
-        folder = out.with_name("o ut")
-        until(lambda: any('"running"' in p.read_text() for p in folder.glob("run_*.json")))
-        process.send_signal(sent)
-        said = process.communicate(timeout=20)[1]
+    with hearing_interrupts():
+        started = subprocess.Popen(
+            [*script, *chosen, "--epochs", "1", "--batch-size", "4", "--max-test-cases", "1"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            encoding="utf-8",
+        )
+    folder = out.with_name("o ut")
+    with started as process:
+        try:
+            until(lambda: any('"running"' in p.read_text() for p in folder.glob("run_*.json")))
+            process.send_signal(sent)
+            said = process.communicate(timeout=20)[1]
+        finally:
+            process.kill()  # or a failure here would wait for its end
     endpoint.release()
     commands = re.findall(r"openai-sft (--.*)", said)
 
