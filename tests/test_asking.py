@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
+import itertools
 import json
 import re
 import sys
@@ -38,8 +40,9 @@ EVERY_TURN = {"max_test_cases": 0, "eval_turns": "all"}
 class Counsellor:
     """A loopback endpoint whose ``reply`` makes the text, or the whole body, of each answer.
 
-    ``asked`` holds the requests; ``most`` is the greatest number that was under way at once.
-    With ``together`` an answer waits until that many questions are there.
+    A reply that is a number refuses with that status. ``asked`` holds the requests; ``most`` is
+    the greatest number that was under way at once. With ``together`` an answer waits until that
+    many questions are there.
     """
 
     def __init__(self, reply: Reply, *, together: int = 1) -> None:
@@ -56,8 +59,11 @@ class Counsellor:
 
             def do_POST(self) -> None:
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                content = json.dumps(counsellor.answer(request)).encode()
-                self.send_response(200)
+                answer = counsellor.answer(request)
+                refused = isinstance(answer, int)
+                error = {"error": {"message": "no", "type": "", "param": None, "code": None}}
+                content = json.dumps(error if refused else answer).encode()
+                self.send_response(answer if refused else 200)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
@@ -520,6 +526,57 @@ def test_as_many_as_the_limit_never_meet_it(make_at: MakeSFT) -> None:
         assert {exchange.status for exchange in endpoint.exchanges} == {200}
 
 
+def meet(barrier: threading.Barrier) -> None:
+    with contextlib.suppress(threading.BrokenBarrierError):  # the test asks whether it is broken
+        barrier.wait()
+
+
+def test_a_wave_of_refusals_halves_once_what_is_asked_at_once(make_at: MakeSFT) -> None:
+    places = itertools.count()
+    eight, four = threading.Barrier(8, timeout=10), threading.Barrier(4, timeout=2)
+    over, fifth = threading.Event(), threading.Event()
+
+    def reply(_: dict[str, Any]) -> Any:
+        place = next(places)
+        if place < 8:
+            meet(eight)
+            return 429
+        if place < 12:
+            meet(four)
+            fifth.wait(0.1)  # which must not come
+            over.set()
+        elif not over.is_set():
+            fifth.set()
+        return "はい"
+
+    with Counsellor(reply) as counsellor:
+        results = make_at(counsellor.url).evaluate_model_comprehensive(
+            BASE, examples(16), [], 0, concurrency=8
+        )
+
+    assert results["summary"]["total_cases_evaluated"] == 16
+    assert not four.broken
+    assert not fifth.is_set()
+
+
+def test_answers_widen_again_what_is_asked_at_once(make_at: MakeSFT) -> None:
+    places, two = itertools.count(), threading.Barrier(2, timeout=2)
+
+    def reply(_: dict[str, Any]) -> Any:
+        place = next(places)
+        if place != 2:  # the one that is asked alone after two were refused
+            meet(two)
+        return 429 if place < 2 else "はい"
+
+    with Counsellor(reply) as counsellor:
+        results = make_at(counsellor.url).evaluate_model_comprehensive(
+            BASE, examples(3), [], 0, concurrency=2
+        )
+
+    assert results["summary"]["total_cases_evaluated"] == 3
+    assert not two.broken
+
+
 def test_the_endpoints_own_wait_is_kept(make_at: MakeSFT, endpoint: Rehearsal) -> None:
     slept: list[float] = []
     endpoint.inject(Fault("429", "POST", CHAT, times=3, seconds=7))
@@ -630,6 +687,23 @@ def test_a_case_that_failed_is_asked_again_when_an_evaluation_is_resumed(
     assert results["summary"]["total_cases_evaluated"] == 20
     answered_before = sum(e.status == 200 for e in posts(endpoint, CHAT)[:before])
     assert len(posts(endpoint, CHAT)) - before == 20 - answered_before
+
+
+def test_what_is_answered_already_is_not_held_against_the_limit_twice(
+    make_sft: MakeSFT, endpoint: Rehearsal, many: str
+) -> None:
+    endpoint.inject(Fault("401", "POST", CHAT, skip=15))
+    first = make_sft(dataset=many)
+    with pytest.raises(openai.AuthenticationError):
+        first.run_evaluation(BASE, concurrency=1)
+    first.close()
+    estimate = read_json(first.files["record"])["estimate"]["total_usd"]
+    usages = [e.response["usage"] for e in posts(endpoint, CHAT) if e.status == 200]
+    paid = sum(u["prompt_tokens"] * 0.15 + u["completion_tokens"] * 0.60 for u in usages) / 1e6
+    results = make_sft(dataset=many, max_cost_usd=estimate + 0.9 * paid).resume()
+
+    assert results is not None
+    assert results["summary"]["total_cases_evaluated"] == 20
 
 
 # ── The results ──────────────────────────────────────────────────────────────────────────────

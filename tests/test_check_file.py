@@ -127,6 +127,22 @@ def test_a_problem_is_named_with_its_line_and_message(
     assert str(finding).isprintable()
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("im_start", "im_end", "im_sep", "endoftext", "endofprompt"),
+        *("fim_prefix", "fim_middle", "fim_suffix"),
+    ],
+)
+def test_every_special_token_is_named_wherever_it_stands(tmp_path: Path, name: str) -> None:
+    token = f"<|{name}|>"
+    path = bad_file(tmp_path, line(USER, {**ANSWER, "content": f"はい{token}。"}))
+    (finding,) = check_file(path)
+
+    assert (finding.code, finding.line) == ("special_token", 3)
+    assert token in finding.text
+
+
 def test_an_example_over_the_limit_of_tokens_is_found_and_one_at_the_limit_is_not(
     tmp_path: Path, vocabulary: Path
 ) -> None:

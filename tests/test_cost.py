@@ -188,7 +188,8 @@ def run_without_vocabulary(
 def test_without_a_vocabulary_counts_are_marked_as_estimates_and_the_run_goes_on(
     tmp_path: Path,
 ) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", records(20))
+    long = record(99, *[("client", "眠れません"), ("counselor", "あ" * 2266)] * 40)
+    path = write_jsonl(tmp_path / "a.jsonl", [*records(20), long])
     with socket.create_server(("127.0.0.1", 0)) as refused:
         port = refused.getsockname()[1]
     arguments = ["--data-only", "--dataset", str(path), "--output-dir", str(tmp_path / "out")]
@@ -198,6 +199,8 @@ def test_without_a_vocabulary_counts_are_marked_as_estimates_and_the_run_goes_on
 
     assert done.returncode == 0
     assert "トークン（推定）" in done.stdout
+    # Estimated at 62,600 tokens, which may be more than the limit of 65,536.
+    assert "「d99」" in done.stderr and "2件に分けました" in done.stderr
     assert "o200k_base" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -266,6 +269,28 @@ def test_an_evaluation_alone_is_priced_at_the_rate_of_the_model_that_answers() -
     assert price(f"ft:{MINI}:org::abc") == pytest.approx(0.30 + 1.20)
     assert price(MINI) == pytest.approx(0.15 + 0.60)
     assert price("gpt-4o-2024-08-06") is None
+
+
+@pytest.mark.parametrize("epochs", [None, 3])
+def test_a_baseline_is_asked_the_same_at_its_own_rate(epochs: int | None) -> None:
+    def evaluation(baseline: str | None, price: Price | None = None) -> float | None:
+        return estimate_cost(
+            0,
+            epochs,
+            model=f"ft:{MINI}:org::abc" if epochs is None else MINI,
+            baseline=baseline,
+            evaluation_input_tokens=1_000_000,
+            evaluation_output_tokens=1_000_000,
+            price=price,
+        ).evaluation_usd
+
+    alone = 0.30 + 1.20
+
+    assert evaluation(None) == pytest.approx(alone)
+    assert evaluation(MINI) == pytest.approx(alone + 0.15 + 0.60)
+    assert evaluation("ft:gpt-4.1-mini-2025-04-14:org::b") == pytest.approx(alone + 0.80 + 3.20)
+    assert evaluation("llama-3.1-8b") is None
+    assert evaluation(MINI, Price(9, 7, 5)) == pytest.approx(7 + 5 + 0.15 + 0.60)
 
 
 def test_aliases_and_tuned_models_have_the_price_of_their_base() -> None:

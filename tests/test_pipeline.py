@@ -15,6 +15,7 @@ from typing import Any
 
 import openai
 import pytest
+from faults import Clock
 from helpers import examples, posts, read_json, record, records, write_jsonl
 
 from openai_sft import (
@@ -28,7 +29,7 @@ from openai_sft import (
     RunRecord,
     TrainingNotAvailable,
 )
-from openai_sft_rehearsal import Fault, Rehearsal
+from openai_sft_rehearsal import Exchange, Fault, Rehearsal
 
 MakeSFT = Callable[..., OpenAISFT]
 Log = Callable[[], list[str]]
@@ -182,6 +183,47 @@ def test_a_system_prompt_is_in_every_line_and_every_question(
     for split in ("train", "test", "valid"):
         assert all(said[0] == prompt for said in messages_of(sft.files[split]))
     assert all(e.request["messages"][0] == prompt for e in posts(endpoint, CHAT))
+
+
+def requests(exchanges: list[Exchange]) -> list[str]:
+    """The requests as lines, ids left out; a single look before anything is sent isn't one."""
+    lines = [
+        re.sub(r"(ftjob|file|ft)[-:][^/]+", r"\1", f"{one.method} {one.path}") for one in exchanges
+    ]
+    first = next(n for n, line in enumerate(lines) if line.startswith("POST"))
+    return lines[1:] if first == 1 else lines
+
+
+def test_a_run_that_nothing_happens_to_sends_each_request_once_and_looks_nothing_up(
+    make_sft: MakeSFT, endpoint: Rehearsal
+) -> None:
+    clock = Clock(endpoint, moment=0.05)
+    run(make_sft(clock=clock, sleep=clock.sleep), max_test_cases=2, baseline=True)
+    asked = requests(endpoint.exchanges)
+    polls = ["GET /fine_tuning/jobs/ftjob", "GET /fine_tuning/jobs/ftjob/events"]
+    questions = [(e.request["model"], str(e.request["messages"])) for e in posts(endpoint, CHAT)]
+
+    assert asked == [
+        *("POST /files", "POST /files", "POST /fine_tuning/jobs"),
+        *polls * (len(clock.slept) + 1),
+        *("GET /files/file/content", "GET /fine_tuning/jobs/ftjob/checkpoints", "GET /models/ft"),
+        *["POST /chat/completions"] * 8,
+    ]
+    assert len(set(questions)) == 8
+    assert {e.status for e in endpoint.exchanges} == {200}
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["tuned here", "made elsewhere"])
+def test_an_evaluation_that_nothing_happens_to_sends_its_questions_alone_and_each_once(
+    make_sft: MakeSFT, endpoint: Rehearsal, known: bool
+) -> None:
+    model = run(make_sft())["model_id"] if known else "gpt-4.1-2025-04-14"
+    before = len(endpoint.exchanges)
+    make_sft().run_evaluation(model, max_test_cases=2, baseline="gpt-4o-2024-08-06")
+    after = endpoint.exchanges[before:]
+
+    assert requests(after) == ["POST /chat/completions"] * 8
+    assert len({(e.request["model"], str(e.request["messages"])) for e in after}) == 8
 
 
 # ── The files ────────────────────────────────────────────────────────────────────────────────

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import json
 import re
 import shlex
 import signal
@@ -391,6 +392,24 @@ def test_a_file_that_was_deleted_there_is_uploaded_again(
         first = sft.upload_training_file(file)
         sft.client.files.delete(first)
     again = timed().upload_training_file(file)
+
+    assert again != first
+    assert made(endpoint, "/files") == 2
+
+
+@pytest.mark.parametrize("change", [{"bytes": 7}, {"status": "error"}], ids=str)
+def test_a_known_file_that_is_not_there_as_it_was_sent_is_uploaded_again(
+    timed: MakeSFT, endpoint: Rehearsal, file: Path, change: dict[str, Any]
+) -> None:
+    def changed(request: Asked, answer: Answer) -> Answer:
+        known = request.method == "GET" and fnmatchcase(request.path, FILE)
+        return answer.saying({**answer.json, **change}) if known else answer
+
+    with Bent(endpoint, changed) as bent:
+        with timed(base_url=bent.url, client=None) as sft:
+            first = sft.upload_training_file(file)
+        with timed(base_url=bent.url, client=None) as sft:
+            again = sft.upload_training_file(file)
 
     assert again != first
     assert made(endpoint, "/files") == 2
@@ -1039,6 +1058,52 @@ def test_the_budget_covers_what_earlier_attempts_of_the_run_have_cost(
     assert f"{spent:,.4f}" in text
     with timed(max_cost_usd=spent + 1) as later:
         assert later.resume() is not None
+
+
+def test_what_the_record_says_was_paid_counts_before_a_job_is_asked_for(
+    timed: MakeSFT, endpoint: Rehearsal
+) -> None:
+    endpoint.inject(Fault("401", "POST", JOBS))
+    with timed() as sft, pytest.raises(openai.AuthenticationError):
+        sft.run_full_pipeline(**SHORT)
+    path = Path(sft.files["record"])
+    record = read_json(path)
+    price = record["estimate"]["total_usd"]
+    paid = {"cost": {"training_usd": 1.5, "total_usd": 1.5}}
+    path.write_text(json.dumps(record | paid), "utf-8")
+    with timed(max_cost_usd=1.5 + price / 2) as later, pytest.raises(BudgetError) as caught:
+        later.resume()
+
+    assert made(endpoint, JOBS) == 0
+    assert "1.5000" in str(caught.value)
+    with timed(max_cost_usd=1.5 + 2 * price) as later:
+        assert later.resume() is not None
+
+
+def test_an_evaluation_stops_where_its_answers_and_the_training_have_passed_the_limit(
+    timed: MakeSFT, endpoint: Rehearsal
+) -> None:
+    """Each answer costs 0.6 cents, many times what was estimated; the training was dear."""
+
+    def long(request: Asked, answer: Answer) -> Answer:
+        if request.path != CHAT or answer.status != 200:
+            return answer
+        usage = {"prompt_tokens": 20_000, "completion_tokens": 0, "total_tokens": 20_000}
+        return answer.saying({**answer.json, "usage": usage})
+
+    options: dict[str, Any] = {"client": None, "price": Price(1000.0, 0.3, 1.2)}
+    with Bent(endpoint, long) as bent:
+        sft = timed(base_url=bent.url, **options)
+        stop_in_the_evaluation(sft, endpoint)
+        spent = record_of(sft)["cost"]["training_usd"]
+        with (
+            timed(base_url=bent.url, max_cost_usd=spent + 0.004, **options) as later,
+            pytest.raises(BudgetError, match="評価を止めました"),
+        ):
+            later.resume()
+
+    assert spent > 0.1
+    assert [e.status for e in asked(endpoint, "POST", CHAT)] == [429, 200]
 
 
 def test_a_limit_and_a_price_once_given_hold_for_the_resumed_run(

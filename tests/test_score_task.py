@@ -834,6 +834,15 @@ def test_intervals_are_over_dialogues_and_not_over_items() -> None:
     assert (interval["low"], interval["high"]) == pytest.approx((8 / 20, 8 / 20))
 
 
+def test_the_interval_of_a_share_of_scores_is_the_textbooks() -> None:
+    metrics, _ = score_predictions(answers([3, 4] * 200, [3, 3] * 200))
+    found = metrics["total"]["accuracy"]
+    textbook = 2 * 1.96 * math.sqrt(0.5 * 0.5 / 400)
+
+    assert found["score"] == pytest.approx(0.5)
+    assert found["high"] - found["low"] == pytest.approx(textbook, rel=0.1)
+
+
 def test_answers_of_one_dialogue_are_drawn_together() -> None:
     answered = [
         answer(name, scores_of(predicted), scores_of(3), turn)
