@@ -19,14 +19,21 @@ from typing import Any, Self
 
 import openai
 import pytest
-from faults import CHAT, Clock, until
+from faults import CHAT, Answer, Asked, Bent, Clock, until
 from helpers import example, examples, posts, read_json, records, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
-from openai_sft import BudgetError, ConfigurationError, OpenAISFT, Splits, choose_cases
+from openai_sft import (
+    BudgetError,
+    ConfigurationError,
+    OpenAISFT,
+    Price,
+    Splits,
+    choose_cases,
+)
 from openai_sft_rehearsal import Fault, Rehearsal
 
 MakeSFT = Callable[..., OpenAISFT]
@@ -706,6 +713,45 @@ def test_what_is_answered_already_is_not_held_against_the_limit_twice(
     assert results["summary"]["total_cases_evaluated"] == 20
 
 
+def test_what_the_answers_so_far_have_cost_counts_before_another_is_asked_for(
+    make_sft: MakeSFT, endpoint: Rehearsal, many: str
+) -> None:
+    """They were far longer than was estimated: 20 cents each."""
+
+    def long(request: Asked, answer: Answer) -> Answer:
+        if answer.status != 200:
+            return answer
+        usage = {"prompt_tokens": 1_333_333, "completion_tokens": 0, "total_tokens": 1_333_333}
+        return answer.saying({**answer.json, "usage": usage})
+
+    endpoint.inject(Fault("401", "POST", CHAT, skip=3))
+    with Bent(endpoint, long) as bent:
+        options = {"dataset": many, "client": None, "base_url": bent.url}
+        with make_sft(**options) as first, pytest.raises(openai.AuthenticationError):
+            first.run_evaluation(BASE, concurrency=1)
+        before = len(posts(endpoint, CHAT))
+        with make_sft(**options, max_cost_usd=0.5) as later, pytest.raises(BudgetError):
+            later.resume()
+
+    assert len(posts(endpoint, CHAT)) == before
+
+
+def test_other_settings_are_asked_anew_and_nothing_is_taken_from_the_run_before(
+    make_sft: MakeSFT, endpoint: Rehearsal
+) -> None:
+    endpoint.inject(Fault("401", "POST", CHAT, skip=1))
+    with make_sft() as first, pytest.raises(openai.AuthenticationError):
+        first.run_evaluation(BASE)
+    later = make_sft()
+    later.resume()
+    before = len(posts(endpoint, CHAT))
+    parts = [later.prepare_dataset(part) for part in later.load_and_split_dataset()]
+    later.evaluate_model_comprehensive(BASE, parts[1], parts[2], temperature=1.0)
+    after = posts(endpoint, CHAT)[before:]
+
+    assert [e.request["temperature"] for e in after] == [1.0] * 4
+
+
 # ── The results ──────────────────────────────────────────────────────────────────────────────
 
 
@@ -753,6 +799,18 @@ def test_tokens_and_dollars_are_of_all_that_was_asked_of_both(make_at: MakeSFT) 
     dollars = (1000 * 0.30 + 100 * 1.20 + 1000 * 0.15 + 100 * 0.60) / 1e6
     assert results["cost"]["evaluation_usd"] == pytest.approx(dollars)
     assert results["cost"]["total_usd"] == pytest.approx(dollars)
+
+
+def test_a_given_price_is_that_of_the_tuned_model_and_not_of_its_baseline(
+    make_at: MakeSFT,
+) -> None:
+    with Counsellor(lambda _: "はい") as counsellor:
+        results = make_at(counsellor.url, price=Price(9, 7, 5)).evaluate_model_comprehensive(
+            TUNED, examples(10), [], baseline=True
+        )
+
+    dollars = (1000 * 7 + 100 * 5 + 1000 * 0.15 + 100 * 0.60) / 1e6
+    assert results["cost"]["evaluation_usd"] == pytest.approx(dollars)
 
 
 def test_the_figures_are_sacrebleus_of_the_saved_answers(make_at: MakeSFT) -> None:

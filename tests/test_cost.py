@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -87,6 +88,14 @@ def test_a_conversation_counted_by_hand_has_that_many_tokens(encoding: Any) -> N
 
     # 3 for the example, 3 for each message, 1 for each role, 1 + 2 for the words
     assert TokenCounter(encoding).count(said).total == 3 + 3 * 2 + 2 + 3
+
+
+def test_what_a_tool_is_called_with_is_paid_for_as_its_json_text(encoding: Any) -> None:
+    calls = [{"id": "c1", "type": "function", "function": {"name": "探す", "arguments": "{}"}}]
+    said = [{"role": "assistant", "content": None, "tool_calls": calls}]
+    text = json.dumps(calls, ensure_ascii=False)
+
+    assert TokenCounter(encoding).count(said).total == 3 + 3 + 1 + len(encoding.encode(text))
 
 
 def test_the_vocabulary_is_that_of_4o_mini_and_its_count_is_called_exact(encoding: Any) -> None:

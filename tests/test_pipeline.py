@@ -27,7 +27,9 @@ from openai_sft import (
     JobFailed,
     OpenAISFT,
     RunRecord,
+    TokenCounter,
     TrainingNotAvailable,
+    load_vocabulary,
 )
 from openai_sft_rehearsal import Exchange, Fault, Rehearsal
 
@@ -415,6 +417,41 @@ def test_the_price_is_shown_and_confirmed_before_anything_is_sent(
     assert estimate.exact_tokens
     assert estimate.training_usd == pytest.approx(estimate.training_tokens * 4 * 3e-6)
     assert estimate.total_usd and estimate.total_usd > estimate.training_usd > 0
+
+
+def test_the_price_that_is_confirmed_is_of_the_very_cases_that_will_be_asked(
+    make_sft: MakeSFT, endpoint: Rehearsal
+) -> None:
+    asked: list[CostEstimate] = []
+    options: dict[str, Any] = {"max_test_cases": 3, "seed": 5}
+    with pytest.raises(Declined):
+        run(make_sft(confirm=asked.append), **options, eval_turns=2, baseline=True)
+    results = run(make_sft(output_dir="again"), **options, eval_turns=2, baseline=True)
+    counter = TokenCounter(load_vocabulary())
+    inputs = [
+        response["input"]
+        for name in ("test", "valid")
+        for response in results[f"{name}_evaluation"]["responses"]
+    ]
+    (estimate,) = asked
+    tokens = (estimate.evaluation_input_tokens, estimate.evaluation_output_tokens)
+
+    assert len(inputs) == 6
+    assert tokens[0] == sum(counter.count(one).total for one in inputs)
+    assert estimate.baseline == "gpt-4o-mini-2024-07-18"
+    assert estimate.evaluation_usd == pytest.approx(
+        (tokens[0] * (0.30 + 0.15) + tokens[1] * (1.20 + 0.60)) / 1e6
+    )
+
+
+def test_the_limit_itself_may_be_reached(make_sft: MakeSFT) -> None:
+    asked: list[CostEstimate] = []
+    with pytest.raises(Declined):
+        run(make_sft(confirm=asked.append))
+    with pytest.raises(Declined):
+        run(make_sft(confirm=asked.append, max_cost_usd=asked[0].total_usd))
+
+    assert asked[0].total_usd == asked[1].total_usd
 
 
 def test_an_evaluation_alone_is_paid_too_and_asked_about(

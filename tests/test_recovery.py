@@ -337,6 +337,7 @@ def test_the_job_of_a_lost_answer_is_found_even_where_its_file_is_gone(
 
     assert results is not None
     assert made(endpoint, JOBS) == 1
+    assert made(endpoint, "/files") == 2
 
 
 @pytest.mark.parametrize("fault", LOST)
@@ -362,6 +363,29 @@ def test_other_content_of_the_same_name_and_size_is_never_adopted(
     assert sft.client.files.content(second).content == file.read_bytes()
 
 
+@pytest.mark.parametrize("other", ["longer", "of long ago"])
+def test_a_file_of_the_same_name_that_nobody_here_knows_is_never_adopted(
+    timed: MakeSFT, sft: OpenAISFT, endpoint: Rehearsal, file: Path, other: str
+) -> None:
+    content = file.read_bytes().replace("眠れません".encode(), "眠れました".encode())
+    if other == "longer":
+        content += b"\n"
+    foreign = sft.client.files.create(file=(file.name, content), purpose="fine-tune").id
+
+    def aged(request: Asked, answer: Answer) -> Answer:
+        if (request.method, request.path, other) != ("GET", "/files", "of long ago"):
+            return answer
+        early = [{**one, "created_at": one["created_at"] - 7200} for one in answer.json["data"]]
+        return answer.saying({**answer.json, "data": early})
+
+    endpoint.inject(Fault("reset_before", "POST", "/files"))
+    with Bent(endpoint, aged) as bent:
+        file_id = timed(base_url=bent.url, client=None).upload_training_file(file)
+
+    assert file_id != foreign
+    assert sft.client.files.content(file_id).content == file.read_bytes()
+
+
 def test_a_file_for_another_purpose_is_never_adopted(
     timed: MakeSFT, sft: OpenAISFT, endpoint: Rehearsal, file: Path
 ) -> None:
@@ -383,6 +407,30 @@ def test_a_file_already_uploaded_for_this_data_is_used_again(
 
     assert again == first
     assert made(endpoint, "/files") == 1
+
+
+def test_a_file_that_is_known_at_one_endpoint_is_not_looked_for_at_another(
+    timed: MakeSFT, endpoint: Rehearsal, sdk: openai.OpenAI, file: Path
+) -> None:
+    with timed() as sft:
+        sft.upload_training_file(file)
+    with Rehearsal(keep_exchanges=True) as other:
+        client = sdk.with_options(base_url=other.url)
+        with timed(base_url=other.url, client=client) as sft:
+            sft.upload_training_file(file)
+
+        assert [(e.method, e.path) for e in other.exchanges] == [("POST", "/files")]
+
+
+@pytest.mark.parametrize(("path", "act"), [("/files", "upload"), (JOBS, "create")])
+def test_a_refusal_for_the_rate_is_not_looked_after_for_nothing_happened(
+    sft: OpenAISFT, endpoint: Rehearsal, file: Path, path: str, act: str
+) -> None:
+    endpoint.inject(Fault("429", "POST", path))
+    {"upload": upload, "create": create}[act](sft, file)
+
+    assert {e.method for e in endpoint.exchanges} == {"POST"}
+    assert [e.status for e in asked(endpoint, "POST", path)] == [429, 200]
 
 
 def test_a_file_that_was_deleted_there_is_uploaded_again(
@@ -463,7 +511,7 @@ def test_what_stays_away_is_given_up_after_ten_minutes(
     assert max(clock.slept) <= 60
 
 
-@pytest.mark.parametrize("fault", ["400", "401", "403", "404", "insufficient_quota"])
+@pytest.mark.parametrize("fault", ["400", "401", "403", "404", "501", "insufficient_quota"])
 @pytest.mark.parametrize(("method", "path"), [("POST", "/files"), ("POST", JOBS), ("POST", CHAT)])
 def test_what_cannot_succeed_is_tried_once(
     sft: OpenAISFT,
@@ -476,7 +524,7 @@ def test_what_cannot_succeed_is_tried_once(
 ) -> None:
     endpoint.inject(Fault(fault, method, path, times=None))
     act = {"/files": upload, JOBS: create, CHAT: evaluate}[path]
-    if (fault, path) == ("400", CHAT):
+    if fault in ("400", "501") and path == CHAT:
         act(sft, file)  # the case alone is at fault, and carries it
     else:
         with pytest.raises(openai.APIStatusError):
@@ -626,7 +674,7 @@ def test_two_processes_never_write_one_record(timed: MakeSFT, endpoint: Rehearsa
         first.run_full_pipeline(**SHORT, timeout=60)
     before = Path(first.files["record"]).read_bytes()
     with pytest.raises(ConfigurationError, match="別のプロセス"):
-        second.resume()
+        second.resume(timeout=60)
     after = Path(first.files["record"]).read_bytes()
     first.close()
     endpoint.release()
@@ -801,6 +849,18 @@ def test_a_job_with_two_records_is_an_orphan_in_neither(
     rows = timed().list_runs()
 
     assert [(row.job_id, row.orphan) for row in rows] == [(job_id, None)] * 2
+
+
+def test_more_jobs_than_a_page_holds_are_all_listed(
+    sft: OpenAISFT, endpoint: Rehearsal, file: Path
+) -> None:
+    endpoint.hold("validating_files")
+    first = made_elsewhere(sft, file)
+    jobs = sft.client.fine_tuning.jobs
+    training_file = jobs.retrieve(first).training_file
+    made = [jobs.create(model=BASE, training_file=training_file).id for _ in range(100)]
+
+    assert {row.job_id for row in sft.list_runs()} == {first, *made}
 
 
 def test_an_endpoint_that_lists_no_jobs_still_has_its_runs_listed(
