@@ -150,8 +150,8 @@ def responses(results: dict[str, Any], part: str = "test") -> list[dict[str, Any
     return found
 
 
-def asking_threads() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name.startswith("openai-sft-ask")]
+def asking_threads() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name.startswith("openai-sft-ask")]
 
 
 def questions(asked: list[dict[str, Any]]) -> Counter[str]:
@@ -242,9 +242,16 @@ def test_a_number_of_turns_that_makes_no_sense_is_refused(
     assert endpoint.exchanges == []
 
 
-@pytest.mark.parametrize("wrong", [{"concurrency": 0}, {"max_test_cases": -1}])
-def test_a_number_of_cases_or_questions_below_the_least_is_refused(
-    make_sft: MakeSFT, endpoint: Rehearsal, wrong: dict[str, int]
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"concurrency": 0}, {"max_test_cases": -1}, {"max_tokens": 0}),
+        *({"temperature": -0.1}, {"temperature": 2.1}),
+    ],
+    ids=str,
+)
+def test_an_option_of_the_questions_out_of_range_is_refused(
+    make_sft: MakeSFT, endpoint: Rehearsal, wrong: dict[str, Any]
 ) -> None:
     with pytest.raises(ConfigurationError, match=next(iter(wrong))):
         make_sft().evaluate_model_comprehensive(BASE, examples(2), [], **wrong)
@@ -491,6 +498,20 @@ def test_so_many_are_asked_at_once_and_never_more(make_at: MakeSFT, concurrency:
     until(lambda: not asking_threads(), timeout=2)
 
 
+def test_what_is_asked_never_keeps_the_program_from_ending(make_at: MakeSFT) -> None:
+    waited_for: list[bool] = []
+
+    def reply(_: dict[str, Any]) -> str:
+        waited_for.extend(not thread.daemon for thread in asking_threads())
+        return "はい"
+
+    with Counsellor(reply) as counsellor:
+        make_at(counsellor.url).evaluate_model_comprehensive(BASE, examples(2), [])
+
+    assert waited_for
+    assert not any(waited_for)
+
+
 def test_answers_stand_in_the_order_of_their_cases_however_they_come(make_at: MakeSFT) -> None:
     data = dialogues(10)
     order = [json.dumps(case.input) for case in choose_cases(data, max_cases=None)]
@@ -568,11 +589,17 @@ def test_a_wave_of_refusals_halves_once_what_is_asked_at_once(make_at: MakeSFT) 
 
 def test_answers_widen_again_what_is_asked_at_once(make_at: MakeSFT) -> None:
     places, two = itertools.count(), threading.Barrier(2, timeout=2)
+    over, second = threading.Event(), threading.Event()
 
     def reply(_: dict[str, Any]) -> Any:
         place = next(places)
-        if place != 2:  # the one that is asked alone after two were refused
-            meet(two)
+        if place == 2:  # alone, after two were refused
+            second.wait(0.1)  # which must not come
+            over.set()
+            return "はい"
+        if place == 3 and not over.is_set():
+            second.set()
+        meet(two)
         return 429 if place < 2 else "はい"
 
     with Counsellor(reply) as counsellor:
@@ -582,6 +609,7 @@ def test_answers_widen_again_what_is_asked_at_once(make_at: MakeSFT) -> None:
 
     assert results["summary"]["total_cases_evaluated"] == 3
     assert not two.broken
+    assert not second.is_set()
 
 
 def test_the_endpoints_own_wait_is_kept(make_at: MakeSFT, endpoint: Rehearsal) -> None:

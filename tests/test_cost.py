@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 import openai_sft_example
 from openai_sft import (
+    ConfigurationError,
     Dialogue,
     OpenAISFT,
     Price,
@@ -210,7 +211,7 @@ def test_without_a_vocabulary_counts_are_marked_as_estimates_and_the_run_goes_on
     assert "トークン（推定）" in done.stdout
     # Estimated at 62,600 tokens, which may be more than the limit of 65,536.
     assert "「d99」" in done.stderr and "2件に分けました" in done.stderr
-    assert "o200k_base" in done.stderr
+    assert "o200k_base" in done.stderr and "秒で打ち切り" not in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -415,6 +416,18 @@ def test_a_given_price_is_that_of_the_evaluated_model_whatever_its_name(model: s
     )
 
     assert cost.total_usd == pytest.approx(4.5)
+
+
+@pytest.mark.parametrize("rate", [-0.01, float("nan"), float("inf")])
+@pytest.mark.parametrize("place", range(5))
+def test_a_price_that_is_none_is_refused_and_nothing_may_cost_nothing(
+    place: int, rate: float
+) -> None:
+    with pytest.raises(ConfigurationError, match="0以上"):
+        Price(*(rate if n == place else 1.0 for n in range(5)))
+
+    assert Price(0, 0, 0, 0, 0).rates(tuned=False) == (0, 0)
+    assert Price(1, 1, 1, 1).rates(tuned=False) is None
 
 
 def test_the_price_source_is_dated() -> None:

@@ -1013,6 +1013,8 @@ def test_of_two_errors_of_one_point_and_one_of_two_only_the_square_tells() -> No
     assert [figures["overall.mse"][key] for key in ("wins", "ties")] == [1, 0]
     assert [figures["overall.rmse"][key] for key in ("wins", "ties")] == [1, 0]
     assert [figures["overall.mae"][key] for key in ("wins", "ties")] == [0, 1]
+    assert [figures["overall.accuracy"][key] for key in ("wins", "losses")] == [0, 1]
+    assert [figures["overall.accuracy_within_1"][key] for key in ("wins", "losses")] == [1, 0]
 
 
 @settings(max_examples=12)
