@@ -653,7 +653,7 @@ def test_one_client_and_one_endpoint_serve_all_questions(
 
 
 def test_a_model_that_is_still_loading_is_waited_for_by_one_question(
-    make_sft: MakeSFT, endpoint: Rehearsal
+    make_sft: MakeSFT, endpoint: Rehearsal, log: Callable[[], list[str]]
 ) -> None:
     clock = Clock(endpoint)
     endpoint.inject(Fault("404", "POST", CHAT, times=3))
@@ -663,6 +663,7 @@ def test_a_model_that_is_still_loading_is_waited_for_by_one_question(
     assert results["summary"]["total_cases_evaluated"] == 4
     assert [exchange.status for exchange in asked] == [404, 404, 404, 200, 200, 200, 200]
     assert len({json.dumps(exchange.request) for exchange in asked[:4]}) == 1
+    assert sum("準備を待っています" in line for line in log()) == 1
 
 
 # ── Resuming ─────────────────────────────────────────────────────────────────────────────────
@@ -981,6 +982,32 @@ def test_the_baselines_questions_count_against_the_budget(
             sft.evaluate_model_comprehensive(TUNED, data, [], baseline=baseline)
 
     assert len(counsellor.asked) == (0 if stops else 10)
+
+
+@pytest.mark.parametrize(
+    ("room", "price"),
+    [
+        *((0.98, None), (1.02, None)),
+        *((0.98, Price(0, 1, 9)), (1.02, Price(0, 1, 9)), (0.98, Price(0, 9, 1))),
+        (1.02, Price(0, 9, 1)),
+    ],
+    ids=str,
+)
+def test_the_limit_is_held_against_questions_and_answers_at_their_own_rates(
+    make_at: MakeSFT, room: float, price: Price | None
+) -> None:
+    data = dialogues(20)
+    free = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+    with Counsellor(lambda _: completion("はい", usage=free)) as counsellor:
+        estimate = make_at(counsellor.url, price=price).estimate(
+            Splits([], data, []), None, model=TUNED
+        )
+        assert estimate.evaluation_usd
+        sft = make_at(counsellor.url, price=price, max_cost_usd=room * estimate.evaluation_usd)
+        with pytest.raises(BudgetError) if room < 1 else contextlib.nullcontext():
+            sft.evaluate_model_comprehensive(TUNED, data, [])
+
+    assert len(counsellor.asked) == (0 if room < 1 else 10)
 
 
 def test_a_budget_can_not_be_kept_where_the_price_is_unknown(

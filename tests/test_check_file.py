@@ -586,6 +586,14 @@ def test_a_tools_answer_is_never_cut_from_its_question() -> None:
     assert [part["messages"] for part in parts] == [exchange] * 3
 
 
+def test_a_part_may_be_as_long_as_the_limit() -> None:
+    exchange = [USER, ANSWER]
+    limit = COUNTER.count(exchange * 2).total
+    parts = split_long_example({"id": "a", "messages": exchange * 3}, COUNTER, limit)
+
+    assert [part["messages"] for part in parts] == [exchange * 2, exchange]
+
+
 def talk(name: str, exchanges: int, **first: Any) -> dict[str, Any]:
     """About 4,000 tokens an exchange."""
     said = []

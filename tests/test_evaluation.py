@@ -207,7 +207,7 @@ def test_a_response_says_what_was_sent_what_came_and_what_the_counsellor_said(
         assert response["reference"] == case.reference
         assert response["output"] == asked.response["choices"][0]["message"]["content"]
         assert response["usage"] == asked.response["usage"]
-        assert response["latency_seconds"] >= 0
+        assert 0 <= response["latency_seconds"] < 60
         assert asked.request["model"] == MODEL
 
 

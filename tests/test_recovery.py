@@ -656,6 +656,20 @@ def test_the_newest_unfinished_run_is_resumed_or_the_one_that_is_named(
     assert timed().resume(names[0]) is None
 
 
+@pytest.mark.parametrize("name", ["run_20200101_000000", "run_x", "../run_20200101_000000", "x"])
+def test_a_run_that_is_not_recorded_here_is_a_wrong_setting(
+    timed: MakeSFT, endpoint: Rehearsal, out: Path, name: str
+) -> None:
+    out.mkdir()
+    for stray in ("run_x.json", "x.json"):
+        (out / stray).write_text("{}")
+    (out.parent / "run_20200101_000000.json").write_text("{}")
+    with pytest.raises(ConfigurationError, match="--list"):
+        timed().resume(name)
+
+    assert endpoint.exchanges == []
+
+
 def test_the_same_instance_comes_back_to_its_own_run(timed: MakeSFT, endpoint: Rehearsal) -> None:
     endpoint.hold("running")
     sft = timed()
@@ -789,6 +803,19 @@ def test_a_job_is_cancelled_and_what_is_still_billed_is_said(
 
     assert cancelled.status == "cancelled"
     assert any("取り消しました" in line and "請求" in line for line in log())
+
+
+def test_a_job_that_is_cancelled_from_elsewhere_leaves_nothing_to_resume(
+    timed: MakeSFT, endpoint: Rehearsal
+) -> None:
+    endpoint.hold("running")
+    with timed() as sft, pytest.raises(WaitTimeout) as caught:
+        sft.run_full_pipeline(**SHORT, timeout=60)
+    with timed() as other:
+        other.cancel_job(caught.value.job_id)
+
+    assert record_of(sft)["job_status"] == "cancelled"
+    assert timed().resume() is None
 
 
 def test_an_instance_cancels_its_own_job_and_has_nothing_left_to_resume(
