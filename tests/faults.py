@@ -6,7 +6,7 @@ import http.client
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple, Self
 from urllib.parse import urlsplit
@@ -67,6 +67,7 @@ class Answer(NamedTuple):
     status: int
     body: bytes
     content_type: str = "application/json"
+    headers: Mapping[str, str] = {}  # besides the usual ones
 
     @property
     def json(self) -> Any:
@@ -83,6 +84,7 @@ class Asked(NamedTuple):
     path: str
     query: str
     authorization: str
+    headers: Mapping[str, str] = {}
 
 
 Bend = Callable[[Asked, Answer], Answer]
@@ -92,10 +94,17 @@ class Bent:
     """An endpoint before the endpoint, that alters what it likes: for what no fault can do.
 
     ``bend`` sees each answer and gives the one that is sent; ``deaf`` drops every query, as an
-    endpoint that doesn't know a filter.
+    endpoint that doesn't know a filter. What ``instead`` answers never gets to the endpoint.
     """
 
-    def __init__(self, endpoint: Rehearsal, bend: Bend, *, deaf: bool = False) -> None:
+    def __init__(
+        self,
+        endpoint: Rehearsal,
+        bend: Bend = lambda _, answer: answer,
+        *,
+        deaf: bool = False,
+        instead: Callable[[Asked], Answer | None] = lambda _: None,
+    ) -> None:
         behind = urlsplit(endpoint.url).netloc
 
         class Handler(BaseHTTPRequestHandler):
@@ -107,6 +116,14 @@ class Bent:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 path, _, query = self.path.partition("?")
                 target = path if deaf or not query else f"{path}?{query}"
+                authorization = self.headers.get("Authorization", "")
+                headers = {name.lower(): value for name, value in self.headers.items()}
+                request = Asked(
+                    self.command, path.removeprefix("/v1"), query, authorization, headers
+                )
+                self.send(instead(request) or bend(request, self.forward(target, body)))
+
+            def forward(self, target: str, body: bytes) -> Answer:
                 connection = http.client.HTTPConnection(behind, timeout=30)
                 try:
                     headers = {
@@ -117,15 +134,16 @@ class Bent:
                     connection.request(self.command, target, body, headers)
                     got = connection.getresponse()
                     content_type = got.headers.get("Content-Type", "")
-                    answer = Answer(got.status, got.read(), content_type)
+                    return Answer(got.status, got.read(), content_type)
                 finally:
                     connection.close()
-                authorization = self.headers.get("Authorization", "")
-                request = Asked(self.command, path.removeprefix("/v1"), query, authorization)
-                answer = bend(request, answer)
+
+            def send(self, answer: Answer) -> None:
                 self.send_response(answer.status)
                 self.send_header("Content-Type", answer.content_type)
                 self.send_header("Content-Length", str(len(answer.body)))
+                for name, value in answer.headers.items():
+                    self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(answer.body)
 

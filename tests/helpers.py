@@ -5,9 +5,11 @@ No test is in here, and nothing in here knows how the library works inside.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
@@ -86,6 +88,19 @@ def read_json(path: str | Path) -> Any:
 def posts(endpoint: Any, path: str = "") -> list[Any]:
     """The exchanges in which something was sent to ``endpoint``, in order."""
     return [e for e in endpoint.exchanges if e.method == "POST" and e.path.startswith(path)]
+
+
+@contextlib.contextmanager
+def hearing_interrupts() -> Iterator[None]:
+    """Processes started within hear SIGINT also where it is ignored here, as after ``nohup … &``.
+
+    A handler isn't inherited, only that a signal is ignored.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Script:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
+import itertools
 import json
 import re
 import sys
@@ -18,14 +20,21 @@ from typing import Any, Self
 import openai
 import pytest
 from endpoint import Fault, Rehearsal
-from faults import CHAT, Clock, until
+from faults import CHAT, Answer, Asked, Bent, Clock, until
 from helpers import example, examples, posts, read_json, records, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
-from openai_sft import BudgetError, ConfigurationError, OpenAISFT, Splits, choose_cases
+from openai_sft import (
+    BudgetError,
+    ConfigurationError,
+    OpenAISFT,
+    Price,
+    Splits,
+    choose_cases,
+)
 
 MakeSFT = Callable[..., OpenAISFT]
 Reply = Callable[[dict[str, Any]], Any]
@@ -38,8 +47,9 @@ EVERY_TURN = {"max_test_cases": 0, "eval_turns": "all"}
 class Counsellor:
     """A loopback endpoint whose ``reply`` makes the text, or the whole body, of each answer.
 
-    ``asked`` holds the requests; ``most`` is the greatest number that was under way at once.
-    With ``together`` an answer waits until that many questions are there.
+    A reply that is a number refuses with that status. ``asked`` holds the requests; ``most`` is
+    the greatest number that was under way at once. With ``together`` an answer waits until that
+    many questions are there.
     """
 
     def __init__(self, reply: Reply, *, together: int = 1) -> None:
@@ -56,8 +66,11 @@ class Counsellor:
 
             def do_POST(self) -> None:
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                content = json.dumps(counsellor.answer(request)).encode()
-                self.send_response(200)
+                answer = counsellor.answer(request)
+                refused = isinstance(answer, int)
+                error = {"error": {"message": "no", "type": "", "param": None, "code": None}}
+                content = json.dumps(error if refused else answer).encode()
+                self.send_response(answer if refused else 200)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
@@ -137,8 +150,8 @@ def responses(results: dict[str, Any], part: str = "test") -> list[dict[str, Any
     return found
 
 
-def asking_threads() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name.startswith("openai-sft-ask")]
+def asking_threads() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name.startswith("openai-sft-ask")]
 
 
 def questions(asked: list[dict[str, Any]]) -> Counter[str]:
@@ -229,9 +242,16 @@ def test_a_number_of_turns_that_makes_no_sense_is_refused(
     assert endpoint.exchanges == []
 
 
-@pytest.mark.parametrize("wrong", [{"concurrency": 0}, {"max_test_cases": -1}])
-def test_a_number_of_cases_or_questions_below_the_least_is_refused(
-    make_sft: MakeSFT, endpoint: Rehearsal, wrong: dict[str, int]
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"concurrency": 0}, {"max_test_cases": -1}, {"max_tokens": 0}),
+        *({"temperature": -0.1}, {"temperature": 2.1}),
+    ],
+    ids=str,
+)
+def test_an_option_of_the_questions_out_of_range_is_refused(
+    make_sft: MakeSFT, endpoint: Rehearsal, wrong: dict[str, Any]
 ) -> None:
     with pytest.raises(ConfigurationError, match=next(iter(wrong))):
         make_sft().evaluate_model_comprehensive(BASE, examples(2), [], **wrong)
@@ -478,6 +498,20 @@ def test_so_many_are_asked_at_once_and_never_more(make_at: MakeSFT, concurrency:
     until(lambda: not asking_threads(), timeout=2)
 
 
+def test_what_is_asked_never_keeps_the_program_from_ending(make_at: MakeSFT) -> None:
+    waited_for: list[bool] = []
+
+    def reply(_: dict[str, Any]) -> str:
+        waited_for.extend(not thread.daemon for thread in asking_threads())
+        return "はい"
+
+    with Counsellor(reply) as counsellor:
+        make_at(counsellor.url).evaluate_model_comprehensive(BASE, examples(2), [])
+
+    assert waited_for
+    assert not any(waited_for)
+
+
 def test_answers_stand_in_the_order_of_their_cases_however_they_come(make_at: MakeSFT) -> None:
     data = dialogues(10)
     order = [json.dumps(case.input) for case in choose_cases(data, max_cases=None)]
@@ -518,6 +552,64 @@ def test_as_many_as_the_limit_never_meet_it(make_at: MakeSFT) -> None:
         make_at(endpoint.url).evaluate_model_comprehensive(BASE, examples(60), [], 0, concurrency=4)
 
         assert {exchange.status for exchange in endpoint.exchanges} == {200}
+
+
+def meet(barrier: threading.Barrier) -> None:
+    with contextlib.suppress(threading.BrokenBarrierError):  # the test asks whether it is broken
+        barrier.wait()
+
+
+def test_a_wave_of_refusals_halves_once_what_is_asked_at_once(make_at: MakeSFT) -> None:
+    places = itertools.count()
+    eight, four = threading.Barrier(8, timeout=10), threading.Barrier(4, timeout=2)
+    over, fifth = threading.Event(), threading.Event()
+
+    def reply(_: dict[str, Any]) -> Any:
+        place = next(places)
+        if place < 8:
+            meet(eight)
+            return 429
+        if place < 12:
+            meet(four)
+            fifth.wait(0.1)  # which must not come
+            over.set()
+        elif not over.is_set():
+            fifth.set()
+        return "はい"
+
+    with Counsellor(reply) as counsellor:
+        results = make_at(counsellor.url).evaluate_model_comprehensive(
+            BASE, examples(16), [], 0, concurrency=8
+        )
+
+    assert results["summary"]["total_cases_evaluated"] == 16
+    assert not four.broken
+    assert not fifth.is_set()
+
+
+def test_answers_widen_again_what_is_asked_at_once(make_at: MakeSFT) -> None:
+    places, two = itertools.count(), threading.Barrier(2, timeout=2)
+    over, second = threading.Event(), threading.Event()
+
+    def reply(_: dict[str, Any]) -> Any:
+        place = next(places)
+        if place == 2:  # alone, after two were refused
+            second.wait(0.1)  # which must not come
+            over.set()
+            return "はい"
+        if place == 3 and not over.is_set():
+            second.set()
+        meet(two)
+        return 429 if place < 2 else "はい"
+
+    with Counsellor(reply) as counsellor:
+        results = make_at(counsellor.url).evaluate_model_comprehensive(
+            BASE, examples(3), [], 0, concurrency=2
+        )
+
+    assert results["summary"]["total_cases_evaluated"] == 3
+    assert not two.broken
+    assert not second.is_set()
 
 
 def test_the_endpoints_own_wait_is_kept(make_at: MakeSFT, endpoint: Rehearsal) -> None:
@@ -561,7 +653,7 @@ def test_one_client_and_one_endpoint_serve_all_questions(
 
 
 def test_a_model_that_is_still_loading_is_waited_for_by_one_question(
-    make_sft: MakeSFT, endpoint: Rehearsal
+    make_sft: MakeSFT, endpoint: Rehearsal, log: Callable[[], list[str]]
 ) -> None:
     clock = Clock(endpoint)
     endpoint.inject(Fault("404", "POST", CHAT, times=3))
@@ -571,6 +663,7 @@ def test_a_model_that_is_still_loading_is_waited_for_by_one_question(
     assert results["summary"]["total_cases_evaluated"] == 4
     assert [exchange.status for exchange in asked] == [404, 404, 404, 200, 200, 200, 200]
     assert len({json.dumps(exchange.request) for exchange in asked[:4]}) == 1
+    assert sum("準備を待っています" in line for line in log()) == 1
 
 
 # ── Resuming ─────────────────────────────────────────────────────────────────────────────────
@@ -632,6 +725,62 @@ def test_a_case_that_failed_is_asked_again_when_an_evaluation_is_resumed(
     assert len(posts(endpoint, CHAT)) - before == 20 - answered_before
 
 
+def test_what_is_answered_already_is_not_held_against_the_limit_twice(
+    make_sft: MakeSFT, endpoint: Rehearsal, many: str
+) -> None:
+    endpoint.inject(Fault("401", "POST", CHAT, skip=15))
+    first = make_sft(dataset=many)
+    with pytest.raises(openai.AuthenticationError):
+        first.run_evaluation(BASE, concurrency=1)
+    first.close()
+    estimate = read_json(first.files["record"])["estimate"]["total_usd"]
+    usages = [e.response["usage"] for e in posts(endpoint, CHAT) if e.status == 200]
+    paid = sum(u["prompt_tokens"] * 0.15 + u["completion_tokens"] * 0.60 for u in usages) / 1e6
+    results = make_sft(dataset=many, max_cost_usd=estimate + 0.9 * paid).resume()
+
+    assert results is not None
+    assert results["summary"]["total_cases_evaluated"] == 20
+
+
+def test_what_the_answers_so_far_have_cost_counts_before_another_is_asked_for(
+    make_sft: MakeSFT, endpoint: Rehearsal, many: str
+) -> None:
+    """They were far longer than was estimated: 20 cents each."""
+
+    def long(request: Asked, answer: Answer) -> Answer:
+        if answer.status != 200:
+            return answer
+        usage = {"prompt_tokens": 1_333_333, "completion_tokens": 0, "total_tokens": 1_333_333}
+        return answer.saying({**answer.json, "usage": usage})
+
+    endpoint.inject(Fault("401", "POST", CHAT, skip=3))
+    with Bent(endpoint, long) as bent:
+        options = {"dataset": many, "client": None, "base_url": bent.url}
+        with make_sft(**options) as first, pytest.raises(openai.AuthenticationError):
+            first.run_evaluation(BASE, concurrency=1)
+        before = len(posts(endpoint, CHAT))
+        with make_sft(**options, max_cost_usd=0.5) as later, pytest.raises(BudgetError):
+            later.resume()
+
+    assert len(posts(endpoint, CHAT)) == before
+
+
+def test_other_settings_are_asked_anew_and_nothing_is_taken_from_the_run_before(
+    make_sft: MakeSFT, endpoint: Rehearsal
+) -> None:
+    endpoint.inject(Fault("401", "POST", CHAT, skip=1))
+    with make_sft() as first, pytest.raises(openai.AuthenticationError):
+        first.run_evaluation(BASE)
+    later = make_sft()
+    later.resume()
+    before = len(posts(endpoint, CHAT))
+    parts = [later.prepare_dataset(part) for part in later.load_and_split_dataset()]
+    later.evaluate_model_comprehensive(BASE, parts[1], parts[2], temperature=1.0)
+    after = posts(endpoint, CHAT)[before:]
+
+    assert [e.request["temperature"] for e in after] == [1.0] * 4
+
+
 # ── The results ──────────────────────────────────────────────────────────────────────────────
 
 
@@ -679,6 +828,18 @@ def test_tokens_and_dollars_are_of_all_that_was_asked_of_both(make_at: MakeSFT) 
     dollars = (1000 * 0.30 + 100 * 1.20 + 1000 * 0.15 + 100 * 0.60) / 1e6
     assert results["cost"]["evaluation_usd"] == pytest.approx(dollars)
     assert results["cost"]["total_usd"] == pytest.approx(dollars)
+
+
+def test_a_given_price_is_that_of_the_tuned_model_and_not_of_its_baseline(
+    make_at: MakeSFT,
+) -> None:
+    with Counsellor(lambda _: "はい") as counsellor:
+        results = make_at(counsellor.url, price=Price(9, 7, 5)).evaluate_model_comprehensive(
+            TUNED, examples(10), [], baseline=True
+        )
+
+    dollars = (1000 * 7 + 100 * 5 + 1000 * 0.15 + 100 * 0.60) / 1e6
+    assert results["cost"]["evaluation_usd"] == pytest.approx(dollars)
 
 
 def test_the_figures_are_sacrebleus_of_the_saved_answers(make_at: MakeSFT) -> None:
@@ -821,6 +982,32 @@ def test_the_baselines_questions_count_against_the_budget(
             sft.evaluate_model_comprehensive(TUNED, data, [], baseline=baseline)
 
     assert len(counsellor.asked) == (0 if stops else 10)
+
+
+@pytest.mark.parametrize(
+    ("room", "price"),
+    [
+        *((0.98, None), (1.02, None)),
+        *((0.98, Price(0, 1, 9)), (1.02, Price(0, 1, 9)), (0.98, Price(0, 9, 1))),
+        (1.02, Price(0, 9, 1)),
+    ],
+    ids=str,
+)
+def test_the_limit_is_held_against_questions_and_answers_at_their_own_rates(
+    make_at: MakeSFT, room: float, price: Price | None
+) -> None:
+    data = dialogues(20)
+    free = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+    with Counsellor(lambda _: completion("はい", usage=free)) as counsellor:
+        estimate = make_at(counsellor.url, price=price).estimate(
+            Splits([], data, []), None, model=TUNED
+        )
+        assert estimate.evaluation_usd
+        sft = make_at(counsellor.url, price=price, max_cost_usd=room * estimate.evaluation_usd)
+        with pytest.raises(BudgetError) if room < 1 else contextlib.nullcontext():
+            sft.evaluate_model_comprehensive(TUNED, data, [])
+
+    assert len(counsellor.asked) == (0 if room < 1 else 10)
 
 
 def test_a_budget_can_not_be_kept_where_the_price_is_unknown(

@@ -27,6 +27,7 @@ from openai_sft import (
     TokenCounter,
     check_file,
     fix_file,
+    load_vocabulary,
     read_examples,
     split_long_example,
 )
@@ -127,6 +128,22 @@ def test_a_problem_is_named_with_its_line_and_message(
     assert finding.remedy
     assert f"{path}:{number}" in str(finding)
     assert str(finding).isprintable()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("im_start", "im_end", "im_sep", "endoftext", "endofprompt"),
+        *("fim_prefix", "fim_middle", "fim_suffix"),
+    ],
+)
+def test_every_special_token_is_named_wherever_it_stands(tmp_path: Path, name: str) -> None:
+    token = f"<|{name}|>"
+    path = bad_file(tmp_path, line(USER, {**ANSWER, "content": f"はい{token}。"}))
+    (finding,) = check_file(path)
+
+    assert (finding.code, finding.line) == ("special_token", 3)
+    assert token in finding.text
 
 
 def test_an_example_over_the_limit_of_tokens_is_found_and_one_at_the_limit_is_not(
@@ -557,6 +574,7 @@ def test_the_parts_of_a_conversation_fit_end_with_the_assistant_and_lose_nothing
     assert all(part["messages"][-1]["role"] == "assistant" for part in parts)
     assert all(part["messages"][: len(head)] == head for part in parts)
     assert all(part["tools"] == [] for part in parts)
+    assert all(part[0]["role"] == "user" for part in bodies[1:])
     assert [message for part in bodies for message in part] == body
     assert [part["id"] for part in parts] == [f"d1/{n}" for n in range(1, len(parts) + 1)]
     for one, following in pairwise(bodies):  # no part is shorter than it has to be
@@ -577,6 +595,14 @@ def test_a_tools_answer_is_never_cut_from_its_question() -> None:
     parts = split_long_example({"id": "a", "messages": exchange * 3}, COUNTER, limit)
 
     assert [part["messages"] for part in parts] == [exchange] * 3
+
+
+def test_a_part_may_be_as_long_as_the_limit() -> None:
+    exchange = [USER, ANSWER]
+    limit = COUNTER.count(exchange * 2).total
+    parts = split_long_example({"id": "a", "messages": exchange * 3}, COUNTER, limit)
+
+    assert [part["messages"] for part in parts] == [exchange * 2, exchange]
 
 
 def talk(name: str, exchanges: int, **first: Any) -> dict[str, Any]:
@@ -618,6 +644,31 @@ def test_an_over_long_conversation_is_split_at_a_turn_by_default_and_that_is_sai
     assert [one["source"] for one in lines if one["id"].startswith("long/")] == [
         f"{long_file}:13"
     ] * 2
+
+
+def test_the_longest_example_the_service_takes_is_65_536_tokens(tmp_path: Path) -> None:
+    def found(tokens: int) -> list[Finding]:
+        said = [USER, {**ANSWER, "content": " a" * (tokens - 3 - 4 - 4 - user)}]
+        return check_file(bad_file(tmp_path, line(*said)))
+
+    user = TokenCounter(load_vocabulary()).count([USER]).total - 3 - 4
+    (finding,) = found(65_537)
+
+    assert found(65_536) == []
+    assert "65,537" in finding.text and "65,536" in finding.text
+
+
+@pytest.mark.parametrize(
+    ("exchanges", "text"), [(30, "\U0002a700" * 300), (8000, "a")], ids=["rare", "many"]
+)
+def test_a_conversation_is_over_the_limit_of_tokens_however_few_characters_it_has(
+    exchanges: int, text: str
+) -> None:
+    said = [{**USER, "content": text}, {**ANSWER, "content": text}] * exchanges
+    sft = OpenAISFT(offline=True, long_examples="drop", verbose=False)
+
+    assert TokenCounter(load_vocabulary()).count(said).total > MAX_EXAMPLE_TOKENS
+    assert sft.prepare_dataset([{"id": "d1", "messages": said}]) == []
 
 
 def test_an_over_long_conversation_can_be_dropped_or_refused(

@@ -16,10 +16,19 @@ from typing import Any, NamedTuple
 
 import pytest
 from endpoint import Fault, Rehearsal
-from helpers import PROJECT, posts, read_json, records, write_jsonl
+from faults import until
+from helpers import (
+    PROJECT,
+    hearing_interrupts,
+    posts,
+    read_json,
+    records,
+    training_file,
+    write_jsonl,
+)
 
 import openai_sft_example
-from openai_sft import RunRecord
+from openai_sft import OpenAISFT, RunRecord
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 
@@ -72,16 +81,20 @@ def shell(
     """The command line in a process of its own, warnings being errors there too."""
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONWARNINGS": "error"}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
-    return subprocess.Popen(
-        [sys.executable, *program, *map(str, arguments)],
-        **(streams | options),
-        env=environment,
-        encoding="utf-8",
-    )
+    with hearing_interrupts():
+        return subprocess.Popen(
+            [sys.executable, *program, *map(str, arguments)],
+            **(streams | options),
+            env=environment,
+            encoding="utf-8",
+        )
 
 
 def wait(process: subprocess.Popen[str]) -> Ended:
-    out, err = process.communicate(timeout=30)
+    try:
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
     return Ended(process.returncode, out, err)
 
 
@@ -390,6 +403,33 @@ def test_what_the_service_fails_at_ends_with_1_and_one_clear_line(
     assert "sk-secret" not in ended.err
 
 
+def test_a_watched_job_that_fails_ends_with_1(
+    cli: Callable[..., Ended], online: tuple[str, ...], endpoint: Rehearsal
+) -> None:
+    endpoint.inject(Fault("job_failed", "POST", JOBS))
+    made = cli(*online)
+    job_id = posts(endpoint, JOBS)[0].response["id"]
+    watched = cli(*online, "--job-id", job_id)
+
+    assert made.code == 1
+    assert watched.code == 1
+    assert f"{job_id}（failed）" in watched.out
+
+
+def test_an_error_while_the_job_goes_on_says_so_and_how_to_come_back(
+    cli: Callable[..., Ended], online: tuple[str, ...], endpoint: Rehearsal
+) -> None:
+    endpoint.hold("running")
+    endpoint.inject(Fault("401", "GET", f"{JOBS}/*", skip=2))
+    ended = cli(*online)
+    job_id = posts(endpoint, JOBS)[0].response["id"]
+
+    assert ended.code == 1
+    assert len(ended.errors) == 1
+    assert job_id in ended.err and "料金" in ended.err
+    assert re.search(r"openai-sft --resume run_\d{8}_\d{6} --output-dir out", ended.err)
+
+
 # ── Asking on a terminal ─────────────────────────────────────────────────────────────────────
 
 
@@ -426,6 +466,31 @@ def test_yes_asks_nothing(online: tuple[str, ...], endpoint: Rehearsal) -> None:
     assert ended.code == 0
     assert "[y/N]" not in ended.err
     assert len(posts(endpoint, JOBS)) == 1
+
+
+@pytest.mark.parametrize(("answer", "status"), [("\n", "running"), ("y\n", "cancelled")])
+def test_on_a_terminal_a_cancellation_is_asked_about(
+    online: tuple[str, ...], endpoint: Rehearsal, answer: str, status: str
+) -> None:
+    endpoint.hold("running")
+    with OpenAISFT("k", base_url=endpoint.url, output_dir="out", verbose=False) as sft:
+        file_id = sft.upload_training_file(training_file(Path.cwd()))
+        job_id = sft.create_fine_tune_job(file_id, 1, 4)
+        jobs = sft.client.fine_tuning.jobs
+        until(lambda: jobs.retrieve(job_id).status == "running")
+    terminal, inner = pty.openpty()
+    try:
+        process = shell(*online, "--cancel", job_id, stdin=inner)
+        os.write(terminal, answer.encode())
+        ended = wait(process)
+    finally:
+        os.close(terminal)
+        os.close(inner)
+    with OpenAISFT("k", base_url=endpoint.url, output_dir="out", verbose=False) as sft:
+        found = sft.client.fine_tuning.jobs.retrieve(job_id).status
+
+    assert f"{job_id} を取り消しますか？ [y/N]" in ended.err
+    assert (ended.code, found) == (0 if status == "cancelled" else 2, status)
 
 
 # ── Interrupted ──────────────────────────────────────────────────────────────────────────────

@@ -201,6 +201,7 @@ def test_swapping_the_models_turns_everything_round(seed: int, models: tuple[Mod
         assert back[name]["high"] == pytest.approx(-figure["low"])
         assert (back[name]["wins"], back[name]["losses"]) == (figure["losses"], figure["wins"])
         assert back[name]["p_value"] == figure["p_value"]
+        assert figure["wins"] + figure["losses"] + figure["ties"] == 40
 
 
 def test_a_model_known_to_be_worse_is_called_worse() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 import openai_sft_example
 from openai_sft import (
+    ConfigurationError,
     Dialogue,
     OpenAISFT,
     Price,
@@ -87,6 +89,14 @@ def test_a_conversation_counted_by_hand_has_that_many_tokens(encoding: Any) -> N
 
     # 3 for the example, 3 for each message, 1 for each role, 1 + 2 for the words
     assert TokenCounter(encoding).count(said).total == 3 + 3 * 2 + 2 + 3
+
+
+def test_what_a_tool_is_called_with_is_paid_for_as_its_json_text(encoding: Any) -> None:
+    calls = [{"id": "c1", "type": "function", "function": {"name": "探す", "arguments": "{}"}}]
+    said = [{"role": "assistant", "content": None, "tool_calls": calls}]
+    text = json.dumps(calls, ensure_ascii=False)
+
+    assert TokenCounter(encoding).count(said).total == 3 + 3 + 1 + len(encoding.encode(text))
 
 
 def test_the_vocabulary_is_that_of_4o_mini_and_its_count_is_called_exact(encoding: Any) -> None:
@@ -188,7 +198,8 @@ def run_without_vocabulary(
 def test_without_a_vocabulary_counts_are_marked_as_estimates_and_the_run_goes_on(
     tmp_path: Path,
 ) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", records(20))
+    long = record(99, *[("client", "眠れません"), ("counselor", "あ" * 2266)] * 40)
+    path = write_jsonl(tmp_path / "a.jsonl", [*records(20), long])
     with socket.create_server(("127.0.0.1", 0)) as refused:
         port = refused.getsockname()[1]
     arguments = ["--data-only", "--dataset", str(path), "--output-dir", str(tmp_path / "out")]
@@ -198,7 +209,9 @@ def test_without_a_vocabulary_counts_are_marked_as_estimates_and_the_run_goes_on
 
     assert done.returncode == 0
     assert "トークン（推定）" in done.stdout
-    assert "o200k_base" in done.stderr
+    # Estimated at 62,600 tokens, which may be more than the limit of 65,536.
+    assert "「d99」" in done.stderr and "2件に分けました" in done.stderr
+    assert "o200k_base" in done.stderr and "秒で打ち切り" not in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -266,6 +279,28 @@ def test_an_evaluation_alone_is_priced_at_the_rate_of_the_model_that_answers() -
     assert price(f"ft:{MINI}:org::abc") == pytest.approx(0.30 + 1.20)
     assert price(MINI) == pytest.approx(0.15 + 0.60)
     assert price("gpt-4o-2024-08-06") is None
+
+
+@pytest.mark.parametrize("epochs", [None, 3])
+def test_a_baseline_is_asked_the_same_at_its_own_rate(epochs: int | None) -> None:
+    def evaluation(baseline: str | None, price: Price | None = None) -> float | None:
+        return estimate_cost(
+            0,
+            epochs,
+            model=f"ft:{MINI}:org::abc" if epochs is None else MINI,
+            baseline=baseline,
+            evaluation_input_tokens=1_000_000,
+            evaluation_output_tokens=1_000_000,
+            price=price,
+        ).evaluation_usd
+
+    alone = 0.30 + 1.20
+
+    assert evaluation(None) == pytest.approx(alone)
+    assert evaluation(MINI) == pytest.approx(alone + 0.15 + 0.60)
+    assert evaluation("ft:gpt-4.1-mini-2025-04-14:org::b") == pytest.approx(alone + 0.80 + 3.20)
+    assert evaluation("llama-3.1-8b") is None
+    assert evaluation(MINI, Price(9, 7, 5)) == pytest.approx(7 + 5 + 0.15 + 0.60)
 
 
 def test_aliases_and_tuned_models_have_the_price_of_their_base() -> None:
@@ -382,6 +417,18 @@ def test_a_given_price_is_that_of_the_evaluated_model_whatever_its_name(model: s
     )
 
     assert cost.total_usd == pytest.approx(4.5)
+
+
+@pytest.mark.parametrize("rate", [-0.01, float("nan"), float("inf")])
+@pytest.mark.parametrize("place", range(5))
+def test_a_price_that_is_none_is_refused_and_nothing_may_cost_nothing(
+    place: int, rate: float
+) -> None:
+    with pytest.raises(ConfigurationError, match="0以上"):
+        Price(*(rate if n == place else 1.0 for n in range(5)))
+
+    assert Price(0, 0, 0, 0, 0).rates(tuned=False) == (0, 0)
+    assert Price(1, 1, 1, 1).rates(tuned=False) is None
 
 
 def test_the_price_source_is_dated() -> None:

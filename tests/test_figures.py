@@ -6,6 +6,8 @@ import functools
 import json
 import math
 import os
+import random
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -251,6 +253,18 @@ def test_the_interval_of_a_share_is_the_textbooks() -> None:
     textbook = 2 * 1.96 * math.sqrt(0.5 * 0.5 / 400) * 100
 
     assert width(found["backchannel_share"]) == pytest.approx(textbook, rel=0.1)
+
+
+def test_the_interval_of_dist_is_196_deviations_of_resampled_answers_each_way() -> None:
+    rng = random.Random(5)
+    said = [
+        "".join(rng.choices("はいええ眠れないのですね仕事", k=rng.randint(1, 9))) for _ in range(60)
+    ]
+    resampled = [rng.choices(said, k=60) for _ in range(2000)]
+    values = [100 * len(set("".join(one))) / len("".join(one)) for one in resampled]
+    found = figures(answers(*((one, "はい") for one in said)))["dist_1"]
+
+    assert width(found) == pytest.approx(2 * 1.96 * statistics.stdev(values), rel=0.1)
 
 
 def test_the_same_seed_gives_the_same_figures_and_another_seed_other_intervals() -> None:

@@ -194,6 +194,17 @@ def test_an_evaluation_asks_the_split_the_model_was_tuned_with(
     assert not any("否定できません" in line for line in log())
 
 
+def test_a_checkpoint_is_asked_the_split_of_its_own_run(make_sft: MakeSFT, log: Log) -> None:
+    with make_sft() as sft:
+        first = sft.run_full_pipeline(2, 4, max_samples=15, seed=3, max_test_cases=1)
+        checkpoint = read_json(sft.files["record"])["checkpoints"][-1]
+    again = make_sft().run_evaluation(checkpoint, max_test_cases=1)
+
+    assert checkpoint != first["model_id"] == again["model_id"].partition(":ckpt")[0]
+    assert asked_ids(again, "test") == asked_ids(first, "test")
+    assert not any("否定できません" in line for line in log())
+
+
 def test_a_run_from_end_to_end_is_evaluated_again_on_the_same_cases(
     make_sft: MakeSFT, dataset: Path
 ) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 
 import openai
 import pytest
-from endpoint import Fault, Rehearsal
+from endpoint import Exchange, Fault, Rehearsal
+from faults import Clock
 from helpers import examples, posts, read_json, record, records, write_jsonl
 
 from openai_sft import (
@@ -27,7 +28,9 @@ from openai_sft import (
     JobFailed,
     OpenAISFT,
     RunRecord,
+    TokenCounter,
     TrainingNotAvailable,
+    load_vocabulary,
 )
 
 MakeSFT = Callable[..., OpenAISFT]
@@ -182,6 +185,47 @@ def test_a_system_prompt_is_in_every_line_and_every_question(
     for split in ("train", "test", "valid"):
         assert all(said[0] == prompt for said in messages_of(sft.files[split]))
     assert all(e.request["messages"][0] == prompt for e in posts(endpoint, CHAT))
+
+
+def requests(exchanges: list[Exchange]) -> list[str]:
+    """The requests as lines, ids left out; a single look before anything is sent isn't one."""
+    lines = [
+        re.sub(r"(ftjob|file|ft)[-:][^/]+", r"\1", f"{one.method} {one.path}") for one in exchanges
+    ]
+    first = next(n for n, line in enumerate(lines) if line.startswith("POST"))
+    return lines[1:] if first == 1 else lines
+
+
+def test_a_run_that_nothing_happens_to_sends_each_request_once_and_looks_nothing_up(
+    make_sft: MakeSFT, endpoint: Rehearsal
+) -> None:
+    clock = Clock(endpoint, moment=0.05)
+    run(make_sft(clock=clock, sleep=clock.sleep), max_test_cases=2, baseline=True)
+    asked = requests(endpoint.exchanges)
+    polls = ["GET /fine_tuning/jobs/ftjob", "GET /fine_tuning/jobs/ftjob/events"]
+    questions = [(e.request["model"], str(e.request["messages"])) for e in posts(endpoint, CHAT)]
+
+    assert asked == [
+        *("POST /files", "POST /files", "POST /fine_tuning/jobs"),
+        *polls * (len(clock.slept) + 1),
+        *("GET /files/file/content", "GET /fine_tuning/jobs/ftjob/checkpoints", "GET /models/ft"),
+        *["POST /chat/completions"] * 8,
+    ]
+    assert len(set(questions)) == 8
+    assert {e.status for e in endpoint.exchanges} == {200}
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["tuned here", "made elsewhere"])
+def test_an_evaluation_that_nothing_happens_to_sends_its_questions_alone_and_each_once(
+    make_sft: MakeSFT, endpoint: Rehearsal, known: bool
+) -> None:
+    model = run(make_sft())["model_id"] if known else "gpt-4.1-2025-04-14"
+    before = len(endpoint.exchanges)
+    make_sft().run_evaluation(model, max_test_cases=2, baseline="gpt-4o-2024-08-06")
+    after = endpoint.exchanges[before:]
+
+    assert requests(after) == ["POST /chat/completions"] * 8
+    assert len({(e.request["model"], str(e.request["messages"])) for e in after}) == 8
 
 
 # ── The files ────────────────────────────────────────────────────────────────────────────────
@@ -374,6 +418,41 @@ def test_the_price_is_shown_and_confirmed_before_anything_is_sent(
     assert estimate.training_usd == pytest.approx(estimate.training_tokens * 4 * 3e-6)
     assert estimate.total_usd
     assert estimate.total_usd > estimate.training_usd > 0
+
+
+def test_the_price_that_is_confirmed_is_of_the_very_cases_that_will_be_asked(
+    make_sft: MakeSFT, endpoint: Rehearsal
+) -> None:
+    asked: list[CostEstimate] = []
+    options: dict[str, Any] = {"max_test_cases": 3, "seed": 5}
+    with pytest.raises(Declined):
+        run(make_sft(confirm=asked.append), **options, eval_turns=2, baseline=True)
+    results = run(make_sft(output_dir="again"), **options, eval_turns=2, baseline=True)
+    counter = TokenCounter(load_vocabulary())
+    inputs = [
+        response["input"]
+        for name in ("test", "valid")
+        for response in results[f"{name}_evaluation"]["responses"]
+    ]
+    (estimate,) = asked
+    tokens = (estimate.evaluation_input_tokens, estimate.evaluation_output_tokens)
+
+    assert len(inputs) == 6
+    assert tokens[0] == sum(counter.count(one).total for one in inputs)
+    assert estimate.baseline == "gpt-4o-mini-2024-07-18"
+    assert estimate.evaluation_usd == pytest.approx(
+        (tokens[0] * (0.30 + 0.15) + tokens[1] * (1.20 + 0.60)) / 1e6
+    )
+
+
+def test_the_limit_itself_may_be_reached(make_sft: MakeSFT) -> None:
+    asked: list[CostEstimate] = []
+    with pytest.raises(Declined):
+        run(make_sft(confirm=asked.append))
+    with pytest.raises(Declined):
+        run(make_sft(confirm=asked.append, max_cost_usd=asked[0].total_usd))
+
+    assert asked[0].total_usd == asked[1].total_usd
 
 
 def test_an_evaluation_alone_is_paid_too_and_asked_about(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import json
 import re
 import shlex
 import signal
@@ -39,6 +40,7 @@ from helpers import (
     PROJECT,
     Script,
     examples,
+    hearing_interrupts,
     job,
     posts,
     read_json,
@@ -335,6 +337,7 @@ def test_the_job_of_a_lost_answer_is_found_even_where_its_file_is_gone(
 
     assert results is not None
     assert made(endpoint, JOBS) == 1
+    assert made(endpoint, "/files") == 2
 
 
 @pytest.mark.parametrize("fault", LOST)
@@ -360,6 +363,29 @@ def test_other_content_of_the_same_name_and_size_is_never_adopted(
     assert sft.client.files.content(second).content == file.read_bytes()
 
 
+@pytest.mark.parametrize("other", ["longer", "of long ago"])
+def test_a_file_of_the_same_name_that_nobody_here_knows_is_never_adopted(
+    timed: MakeSFT, sft: OpenAISFT, endpoint: Rehearsal, file: Path, other: str
+) -> None:
+    content = file.read_bytes().replace("眠れません".encode(), "眠れました".encode())
+    if other == "longer":
+        content += b"\n"
+    foreign = sft.client.files.create(file=(file.name, content), purpose="fine-tune").id
+
+    def aged(request: Asked, answer: Answer) -> Answer:
+        if (request.method, request.path, other) != ("GET", "/files", "of long ago"):
+            return answer
+        early = [{**one, "created_at": one["created_at"] - 7200} for one in answer.json["data"]]
+        return answer.saying({**answer.json, "data": early})
+
+    endpoint.inject(Fault("reset_before", "POST", "/files"))
+    with Bent(endpoint, aged) as bent:
+        file_id = timed(base_url=bent.url, client=None).upload_training_file(file)
+
+    assert file_id != foreign
+    assert sft.client.files.content(file_id).content == file.read_bytes()
+
+
 def test_a_file_for_another_purpose_is_never_adopted(
     timed: MakeSFT, sft: OpenAISFT, endpoint: Rehearsal, file: Path
 ) -> None:
@@ -383,6 +409,30 @@ def test_a_file_already_uploaded_for_this_data_is_used_again(
     assert made(endpoint, "/files") == 1
 
 
+def test_a_file_that_is_known_at_one_endpoint_is_not_looked_for_at_another(
+    timed: MakeSFT, endpoint: Rehearsal, sdk: openai.OpenAI, file: Path
+) -> None:
+    with timed() as sft:
+        sft.upload_training_file(file)
+    with Rehearsal(keep_exchanges=True) as other:
+        client = sdk.with_options(base_url=other.url)
+        with timed(base_url=other.url, client=client) as sft:
+            sft.upload_training_file(file)
+
+        assert [(e.method, e.path) for e in other.exchanges] == [("POST", "/files")]
+
+
+@pytest.mark.parametrize(("path", "act"), [("/files", "upload"), (JOBS, "create")])
+def test_a_refusal_for_the_rate_is_not_looked_after_for_nothing_happened(
+    sft: OpenAISFT, endpoint: Rehearsal, file: Path, path: str, act: str
+) -> None:
+    endpoint.inject(Fault("429", "POST", path))
+    {"upload": upload, "create": create}[act](sft, file)
+
+    assert {e.method for e in endpoint.exchanges} == {"POST"}
+    assert [e.status for e in asked(endpoint, "POST", path)] == [429, 200]
+
+
 def test_a_file_that_was_deleted_there_is_uploaded_again(
     timed: MakeSFT, endpoint: Rehearsal, file: Path
 ) -> None:
@@ -390,6 +440,24 @@ def test_a_file_that_was_deleted_there_is_uploaded_again(
         first = sft.upload_training_file(file)
         sft.client.files.delete(first)
     again = timed().upload_training_file(file)
+
+    assert again != first
+    assert made(endpoint, "/files") == 2
+
+
+@pytest.mark.parametrize("change", [{"bytes": 7}, {"status": "error"}], ids=str)
+def test_a_known_file_that_is_not_there_as_it_was_sent_is_uploaded_again(
+    timed: MakeSFT, endpoint: Rehearsal, file: Path, change: dict[str, Any]
+) -> None:
+    def changed(request: Asked, answer: Answer) -> Answer:
+        known = request.method == "GET" and fnmatchcase(request.path, FILE)
+        return answer.saying({**answer.json, **change}) if known else answer
+
+    with Bent(endpoint, changed) as bent:
+        with timed(base_url=bent.url, client=None) as sft:
+            first = sft.upload_training_file(file)
+        with timed(base_url=bent.url, client=None) as sft:
+            again = sft.upload_training_file(file)
 
     assert again != first
     assert made(endpoint, "/files") == 2
@@ -443,7 +511,7 @@ def test_what_stays_away_is_given_up_after_ten_minutes(
     assert max(clock.slept) <= 60
 
 
-@pytest.mark.parametrize("fault", ["400", "401", "403", "404", "insufficient_quota"])
+@pytest.mark.parametrize("fault", ["400", "401", "403", "404", "501", "insufficient_quota"])
 @pytest.mark.parametrize(("method", "path"), [("POST", "/files"), ("POST", JOBS), ("POST", CHAT)])
 def test_what_cannot_succeed_is_tried_once(
     sft: OpenAISFT,
@@ -456,7 +524,7 @@ def test_what_cannot_succeed_is_tried_once(
 ) -> None:
     endpoint.inject(Fault(fault, method, path, times=None))
     act = {"/files": upload, JOBS: create, CHAT: evaluate}[path]
-    if (fault, path) == ("400", CHAT):
+    if fault in ("400", "501") and path == CHAT:
         act(sft, file)  # the case alone is at fault, and carries it
     else:
         with pytest.raises(openai.APIStatusError):
@@ -589,6 +657,20 @@ def test_the_newest_unfinished_run_is_resumed_or_the_one_that_is_named(
     assert timed().resume(names[0]) is None
 
 
+@pytest.mark.parametrize("name", ["run_20200101_000000", "run_x", "../run_20200101_000000", "x"])
+def test_a_run_that_is_not_recorded_here_is_a_wrong_setting(
+    timed: MakeSFT, endpoint: Rehearsal, out: Path, name: str
+) -> None:
+    out.mkdir()
+    for stray in ("run_x.json", "x.json"):
+        (out / stray).write_text("{}")
+    (out.parent / "run_20200101_000000.json").write_text("{}")
+    with pytest.raises(ConfigurationError, match="--list"):
+        timed().resume(name)
+
+    assert endpoint.exchanges == []
+
+
 def test_the_same_instance_comes_back_to_its_own_run(timed: MakeSFT, endpoint: Rehearsal) -> None:
     endpoint.hold("running")
     sft = timed()
@@ -607,7 +689,7 @@ def test_two_processes_never_write_one_record(timed: MakeSFT, endpoint: Rehearsa
         first.run_full_pipeline(**SHORT, timeout=60)
     before = Path(first.files["record"]).read_bytes()
     with pytest.raises(ConfigurationError, match="別のプロセス"):
-        second.resume()
+        second.resume(timeout=60)
     after = Path(first.files["record"]).read_bytes()
     first.close()
     endpoint.release()
@@ -725,6 +807,19 @@ def test_a_job_is_cancelled_and_what_is_still_billed_is_said(
     assert any("取り消しました" in line and "請求" in line for line in log())
 
 
+def test_a_job_that_is_cancelled_from_elsewhere_leaves_nothing_to_resume(
+    timed: MakeSFT, endpoint: Rehearsal
+) -> None:
+    endpoint.hold("running")
+    with timed() as sft, pytest.raises(WaitTimeout) as caught:
+        sft.run_full_pipeline(**SHORT, timeout=60)
+    with timed() as other:
+        other.cancel_job(caught.value.job_id)
+
+    assert record_of(sft)["job_status"] == "cancelled"
+    assert timed().resume() is None
+
+
 def test_an_instance_cancels_its_own_job_and_has_nothing_left_to_resume(
     timed: MakeSFT, endpoint: Rehearsal
 ) -> None:
@@ -784,6 +879,18 @@ def test_a_job_with_two_records_is_an_orphan_in_neither(
     rows = timed().list_runs()
 
     assert [(row.job_id, row.orphan) for row in rows] == [(job_id, None)] * 2
+
+
+def test_more_jobs_than_a_page_holds_are_all_listed(
+    sft: OpenAISFT, endpoint: Rehearsal, file: Path
+) -> None:
+    endpoint.hold("validating_files")
+    first = made_elsewhere(sft, file)
+    jobs = sft.client.fine_tuning.jobs
+    training_file = jobs.retrieve(first).training_file
+    made = [jobs.create(model=BASE, training_file=training_file).id for _ in range(100)]
+
+    assert {row.job_id for row in sft.list_runs()} == {first, *made}
 
 
 def test_an_endpoint_that_lists_no_jobs_still_has_its_runs_listed(
@@ -895,17 +1002,22 @@ def test_an_interruption_prints_the_one_command_that_comes_back_and_it_works(
     script = [sys.executable, "-W", "error", str(PROJECT / "openai_sft_example.py")]
     chosen = ["--base-url", endpoint.url, "--dataset", str(dataset), "--output-dir", "o ut"]
     endpoint.hold("running")
-    with subprocess.Popen(
-        [*script, *chosen, "--epochs", "1", "--batch-size", "4", "--max-test-cases", "1"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        stdin=subprocess.DEVNULL,
-        encoding="utf-8",
-    ) as process:
-        folder = out.with_name("o ut")
-        until(lambda: any('"running"' in p.read_text() for p in folder.glob("run_*.json")))
-        process.send_signal(sent)
-        said = process.communicate(timeout=20)[1]
+    with hearing_interrupts():
+        started = subprocess.Popen(
+            [*script, *chosen, "--epochs", "1", "--batch-size", "4", "--max-test-cases", "1"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            encoding="utf-8",
+        )
+    folder = out.with_name("o ut")
+    with started as process:
+        try:
+            until(lambda: any('"running"' in p.read_text() for p in folder.glob("run_*.json")))
+            process.send_signal(sent)
+            said = process.communicate(timeout=20)[1]
+        finally:
+            process.kill()  # or a failure here would wait for its end
     endpoint.release()
     commands = re.findall(r"openai-sft (--.*)", said)
 
@@ -1036,6 +1148,52 @@ def test_the_budget_covers_what_earlier_attempts_of_the_run_have_cost(
     assert f"{spent:,.4f}" in text
     with timed(max_cost_usd=spent + 1) as later:
         assert later.resume() is not None
+
+
+def test_what_the_record_says_was_paid_counts_before_a_job_is_asked_for(
+    timed: MakeSFT, endpoint: Rehearsal
+) -> None:
+    endpoint.inject(Fault("401", "POST", JOBS))
+    with timed() as sft, pytest.raises(openai.AuthenticationError):
+        sft.run_full_pipeline(**SHORT)
+    path = Path(sft.files["record"])
+    record = read_json(path)
+    price = record["estimate"]["total_usd"]
+    paid = {"cost": {"training_usd": 1.5, "total_usd": 1.5}}
+    path.write_text(json.dumps(record | paid), "utf-8")
+    with timed(max_cost_usd=1.5 + price / 2) as later, pytest.raises(BudgetError) as caught:
+        later.resume()
+
+    assert made(endpoint, JOBS) == 0
+    assert "1.5000" in str(caught.value)
+    with timed(max_cost_usd=1.5 + 2 * price) as later:
+        assert later.resume() is not None
+
+
+def test_an_evaluation_stops_where_its_answers_and_the_training_have_passed_the_limit(
+    timed: MakeSFT, endpoint: Rehearsal
+) -> None:
+    """Each answer costs 0.6 cents, many times what was estimated; the training was dear."""
+
+    def long(request: Asked, answer: Answer) -> Answer:
+        if request.path != CHAT or answer.status != 200:
+            return answer
+        usage = {"prompt_tokens": 20_000, "completion_tokens": 0, "total_tokens": 20_000}
+        return answer.saying({**answer.json, "usage": usage})
+
+    options: dict[str, Any] = {"client": None, "price": Price(1000.0, 0.3, 1.2)}
+    with Bent(endpoint, long) as bent:
+        sft = timed(base_url=bent.url, **options)
+        stop_in_the_evaluation(sft, endpoint)
+        spent = record_of(sft)["cost"]["training_usd"]
+        with (
+            timed(base_url=bent.url, max_cost_usd=spent + 0.004, **options) as later,
+            pytest.raises(BudgetError, match="評価を止めました"),
+        ):
+            later.resume()
+
+    assert spent > 0.1
+    assert [e.status for e in asked(endpoint, "POST", CHAT)] == [429, 200]
 
 
 def test_a_limit_and_a_price_once_given_hold_for_the_resumed_run(

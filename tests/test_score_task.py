@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unicodedata import east_asian_width
 
 import numpy as np
 import openai
@@ -841,6 +842,15 @@ def test_intervals_are_over_dialogues_and_not_over_items() -> None:
     assert (interval["low"], interval["high"]) == pytest.approx((8 / 20, 8 / 20))
 
 
+def test_the_interval_of_a_share_of_scores_is_the_textbooks() -> None:
+    metrics, _ = score_predictions(answers([3, 4] * 200, [3, 3] * 200))
+    found = metrics["total"]["accuracy"]
+    textbook = 2 * 1.96 * math.sqrt(0.5 * 0.5 / 400)
+
+    assert found["score"] == pytest.approx(0.5)
+    assert found["high"] - found["low"] == pytest.approx(textbook, rel=0.1)
+
+
 def test_answers_of_one_dialogue_are_drawn_together() -> None:
     answered = [
         answer(name, scores_of(predicted), scores_of(3), turn)
@@ -955,6 +965,23 @@ def test_the_mean_stands_beside_each_item_in_the_table(
     assert all(item in results._repr_html_() for item in ITEMS)
 
 
+def test_a_table_fits_its_terminal_by_cutting_the_items(
+    evaluate: Callable[..., EvaluationResults],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    results = evaluate([written(scores_of(5))], rated_examples(8))
+    monkeypatch.setenv("COLUMNS", "90")
+    openai_sft_example.show_results(results)
+    rows = [line for line in capsys.readouterr().out.splitlines() if "  " in line]
+    widths = [sum(1 + (east_asian_width(c) in "WF") for c in row) for row in rows]
+    long = next(row for row in rows if row.startswith("相談終了のタイミング"))
+
+    assert len(rows) >= 23
+    assert max(widths) <= 90
+    assert ".." in long
+
+
 def compared(tuned: Sequence[int], other: Sequence[int], real: Sequence[int]) -> dict[str, Any]:
     compared = compare_figures(
         answers(tuned, real), answers(other, real), make=make_score_figures, seed=1, cases=9
@@ -980,6 +1007,22 @@ def test_the_lower_error_is_the_better_one_and_the_higher_accuracy() -> None:
     assert good["overall.accuracy"]["difference"] == pytest.approx(1 / 20)
     assert good["overall.mse"]["high"] < 0 < bad["overall.mse"]["low"]
     assert good["overall.mse"]["p_value"] == pytest.approx(2 / 2**8)
+
+
+def test_of_two_errors_of_one_point_and_one_of_two_only_the_square_tells() -> None:
+    real = written(scores_of(1, 1))
+    one_of_two, two_of_one = (
+        [Answer("d1:2", "d1", written(scores_of(*points)), real)] for points in ((3, 1), (2, 2))
+    )
+    figures = compare_figures(two_of_one, one_of_two, make=make_score_figures, seed=1, cases=1)[
+        "figures"
+    ]
+
+    assert [figures["overall.mse"][key] for key in ("wins", "ties")] == [1, 0]
+    assert [figures["overall.rmse"][key] for key in ("wins", "ties")] == [1, 0]
+    assert [figures["overall.mae"][key] for key in ("wins", "ties")] == [0, 1]
+    assert [figures["overall.accuracy"][key] for key in ("wins", "losses")] == [0, 1]
+    assert [figures["overall.accuracy_within_1"][key] for key in ("wins", "losses")] == [1, 0]
 
 
 @settings(max_examples=12)
@@ -1064,6 +1107,20 @@ def test_an_empty_cell_is_no_cross_entropy(make_sft: MakeSFT, endpoint: Rehearsa
 
     assert results["summary"]["training_cross_entropy"] == 0.5
     assert results["summary"]["validation_cross_entropy"] == 1.25
+
+
+def test_the_loss_over_all_validation_data_is_taken_where_it_is_told(
+    make_sft: MakeSFT, endpoint: Rehearsal
+) -> None:
+    def azure(request: Asked, sent: Sent) -> Sent:
+        content = b"step,train_loss,valid_loss,full_valid_loss\n1,2.5,1.75,1.8\n"
+        result = request.path.endswith("/content")
+        return Sent(200, content, "application/octet-stream") if result else sent
+
+    with Bent(endpoint, azure) as bent:
+        results = make_sft(base_url=bent.url).run_full_pipeline(1, 4, max_test_cases=1)
+
+    assert results["summary"]["validation_cross_entropy"] == 1.8
 
 
 def test_an_evaluation_alone_tells_the_cross_entropies_of_its_models_own_job(

@@ -304,6 +304,14 @@ def test_the_leakage_is_the_share_of_test_dialogues_whose_people_were_seen_in_tr
     assert measure_leakage(Splits(train, test[5:], [])) == {}
 
 
+def test_who_is_known_from_validation_alone_was_not_seen_in_training() -> None:
+    train, test, valid = (
+        parse([row(n, counselor=who, client=who)]) for n, who in enumerate((1, 2, 2))
+    )
+
+    assert measure_leakage(Splits(train, test, valid)) == dict.fromkeys(GROUPS, 0)
+
+
 def test_the_leakage_is_told_unless_groups_are_kept_together(
     clean_environment: Path, log: Callable[[], list[str]]
 ) -> None:

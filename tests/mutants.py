@@ -1,0 +1,1248 @@
+"""Break the project in one small way at a time, and see that a test notices.
+
+    python tests/mutants.py [-j N] [--texts] [NAME ...]
+
+A mutant is a text that stands exactly once in a file, and what takes its place. For each one (or
+those whose name holds a NAME) a copy of the project is mutated and the test runs that should
+fail; where it passes, the whole suite. Prints whether each was killed, and a sum.
+Ends with 1 where one survives, can't be imported, or its text isn't there exactly once; with 2
+where the tests fail without any mutant. ``--texts`` only looks for the texts. ``-j`` is how many
+run at once. Needs what the tests need, and nothing more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import queue
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+PROJECT = Path(__file__).resolve().parent.parent
+LEFT_OUT = shutil.ignore_patterns(
+    *(".git", "__pycache__", ".venv", ".*_cache", ".hypothesis", "*.egg-info", "build", "dist"),
+    "openai_sft_outputs",
+)
+NAMED_SECONDS, SUITE_SECONDS = 180, 1200  # a run that takes longer hangs
+
+
+class Mutant(NamedTuple):
+    """``old`` becomes ``new``, and ``test`` should notice.
+
+    Where ``old`` stands more than once, ``within`` names the function or class it is meant in.
+    """
+
+    name: str
+    old: str
+    new: str
+    test: str
+    within: str = ""
+    file: str = "openai_sft.py"
+
+
+EXAMPLE = "openai_sft_example.py"
+
+MONEY = (
+    Mutant(
+        "what was spent is forgotten at authorisation",
+        "if estimate.total_usd + spent > self.max_cost_usd:",
+        "if estimate.total_usd > self.max_cost_usd:",
+        "test_recovery.py::test_what_the_record_says_was_paid_counts_before_a_job_is_asked_for",
+    ),
+    Mutant(
+        "what training cost is forgotten by the stop over budget",
+        "before + spent > self.max_cost_usd",
+        "spent > self.max_cost_usd",
+        "test_recovery.py::test_an_evaluation_stops_where_its_answers_and_the_training_have_passed_the_limit",
+    ),
+    Mutant(
+        "what is answered already is priced again",
+        "if (model, name, case.id) not in journal.answers:",
+        "if case.id:",
+        "test_asking.py::test_what_is_answered_already_is_not_held_against_the_limit_twice",
+    ),
+    Mutant(
+        "an untuned baseline is priced as a tuned model",
+        'rates_of(baseline, None, tuned=baseline.startswith("ft:"))',
+        "rates_of(baseline, None, tuned=True)",
+        "test_cost.py::test_a_baseline_is_asked_the_same_at_its_own_rate",
+    ),
+    Mutant(
+        "an untuned baseline is paid as a tuned model",
+        'rates_of(model, given, tuned=model.startswith("ft:"))',
+        "rates_of(model, given, tuned=True)",
+        "test_asking.py::test_tokens_and_dollars_are_of_all_that_was_asked_of_both",
+    ),
+    Mutant(
+        "an estimate has no margin",
+        "MAX_EXAMPLE_TOKENS * 9 // 10",
+        "MAX_EXAMPLE_TOKENS",
+        "test_cost.py::test_without_a_vocabulary_counts_are_marked_as_estimates_and_the_run_goes_on",
+    ),
+    Mutant(
+        "epochs are forgotten in the price",
+        "training_tokens * epochs * price.training",
+        "training_tokens * price.training",
+        "test_cost.py::test_ten_epochs_of_kokorochat_on_4o_mini_cost_348_dollars_and_60_cents",
+    ),
+    Mutant(
+        "answers are priced as questions",
+        "evaluation += evaluation_output_tokens * rates[1]",
+        "evaluation += evaluation_output_tokens * rates[0]",
+        "test_cost.py::test_each_known_model_is_priced_by_the_published_table",
+    ),
+    Mutant(
+        "a given price is the baseline's too",
+        "given = self.price if model == tuned_model else None",
+        "given = self.price",
+        "test_asking.py::test_a_given_price_is_that_of_the_tuned_model_and_not_of_its_baseline",
+    ),
+    Mutant(
+        "a given price is the estimated baseline's too",
+        "rates_of(baseline, None,",
+        "rates_of(baseline, price if given else None,",
+        "test_cost.py::test_a_baseline_is_asked_the_same_at_its_own_rate",
+    ),
+    Mutant(
+        "the total counts itself",
+        'cost["total_usd"] = sum(value for key, value in cost.items() if key != "total_usd")',
+        'cost["total_usd"] = sum(cost.values())',
+        "test_recovery.py::test_checkpoints_the_shutdown_date_and_the_real_cost_beside_the_estimate_are_recorded",
+    ),
+    Mutant(
+        "earlier answers cost nothing",
+        "dollars += self._cost_of(journal.usage_by_model(), models[0]) or 0.0",
+        "dollars += 0.0",
+        "test_asking.py::test_what_the_answers_so_far_have_cost_counts_before_another_is_asked_for",
+    ),
+    Mutant(
+        "training costs nothing before the evaluation",
+        'dollars = self._current_run.data.get("cost", {}).get("training_usd", 0.0)',
+        "dollars = 0.0",
+        "test_recovery.py::test_the_budget_covers_what_earlier_attempts_of_the_run_have_cost",
+    ),
+    Mutant(
+        "an evaluation over the limit begins",
+        "if dollars > self.max_cost_usd:",
+        "if False:",
+        "test_recovery.py::test_the_budget_covers_what_earlier_attempts_of_the_run_have_cost",
+    ),
+    Mutant(
+        "an evaluation never stops over the limit",
+        "spent and before + spent >",
+        "spent and 0 >",
+        "test_recovery.py::test_an_evaluation_stops_where_its_answers_and_the_training_have_passed_the_limit",
+    ),
+    Mutant(
+        "the limit itself is too much",
+        "if estimate.total_usd + spent > self.max_cost_usd",
+        "if estimate.total_usd + spent >= self.max_cost_usd",
+        "test_pipeline.py::test_the_limit_itself_may_be_reached",
+    ),
+    Mutant(
+        "the pool never halves",
+        "max(1.0, self._bound / 2)",
+        "max(1.0, self._bound)",
+        "test_asking.py::test_a_wave_of_refusals_halves_once_what_is_asked_at_once",
+    ),
+    Mutant(
+        "the pool never widens again",
+        "self._bound + 1 / self._bound)",
+        "self._bound)",
+        "test_asking.py::test_answers_widen_again_what_is_asked_at_once",
+    ),
+    Mutant(
+        "the pool halves at every refusal",
+        "if wave == self._wave:",
+        "if True:",
+        "test_asking.py::test_a_wave_of_refusals_halves_once_what_is_asked_at_once",
+    ),
+    Mutant(
+        "Retry-After is not heard",
+        "return max(backoff, min(retry_after or 0.0, RETRY_SECONDS))",
+        "return backoff",
+        "test_recovery.py::test_the_services_own_retry_after_is_honoured_for_every_call",
+    ),
+    Mutant(
+        "waiting does not double",
+        "0.5 * 2.0 ** min(attempt, 10)",
+        "0.5 * 2.0",
+        "test_recovery.py::test_an_outage_of_any_length_is_survived_and_logged_once_with_its_length_and_its_end",
+    ),
+    Mutant(
+        "waiting grows beyond a minute",
+        "backoff = min(60.0, ",
+        "backoff = min(600.0, ",
+        "test_job.py::test_any_other_call_is_given_up_after_ten_minutes",
+    ),
+    Mutant(
+        "a spent quota is tried again",
+        '"insufficient_quota"',
+        '"nothing"',
+        "test_recovery.py::test_what_cannot_succeed_is_tried_once",
+        within="is_transient",
+    ),
+    Mutant(
+        "an empty account fails case by case",
+        '"insufficient_quota"',
+        '"nothing"',
+        "test_asking.py::test_an_error_that_meets_every_case_stops_at_once_and_leaves_no_thread",
+        within="_ask",
+    ),
+    Mutant(
+        "what isn't implemented is tried again",
+        "status >= 500 and status not in MISSING_STATUSES",
+        "status >= 500",
+        "test_recovery.py::test_what_cannot_succeed_is_tried_once",
+    ),
+    Mutant(
+        "training is billed at the rate of asking",
+        "actual = job.trained_tokens * price.training",
+        "actual = job.trained_tokens * price.tuned_input",
+        "test_recovery.py::test_a_job_made_elsewhere_is_watched_to_its_end_and_priced_as_what_it_is",
+    ),
+    Mutant(
+        "a failed job has cost nothing",
+        "self._record_training_cost(job)  # what was trained",
+        "code = code  # what was trained",
+        "test_recovery.py::test_the_tokens_of_a_job_that_failed_are_a_cost_too",
+    ),
+    Mutant(
+        "the estimate knows no baseline",
+        'names = ("max_test_cases", "seed", "eval_turns", "baseline")',
+        'names = ("max_test_cases", "seed", "eval_turns")',
+        "test_pipeline.py::test_the_price_that_is_confirmed_is_of_the_very_cases_that_will_be_asked",
+    ),
+    Mutant(
+        "the estimate knows no turns",
+        'names = ("max_test_cases", "seed", "eval_turns", "baseline")',
+        'names = ("max_test_cases", "seed", "baseline")',
+        "test_pipeline.py::test_the_price_that_is_confirmed_is_of_the_very_cases_that_will_be_asked",
+    ),
+    Mutant(
+        "the estimate draws other cases",
+        'names = ("max_test_cases", "seed", "eval_turns", "baseline")',
+        'names = ("max_test_cases", "eval_turns", "baseline")',
+        "test_pipeline.py::test_the_price_that_is_confirmed_is_of_the_very_cases_that_will_be_asked",
+    ),
+    Mutant(
+        "an example costs nothing besides its messages",
+        "overhead = 3",
+        "overhead = 0",
+        "test_cost.py::test_tokens_are_counted_by_the_cookbooks_formula",
+        within="count_many",
+    ),
+    Mutant(
+        "a name is free",
+        "overhead += 4 + names",
+        "overhead += 4",
+        "test_cost.py::test_tokens_are_counted_by_the_cookbooks_formula",
+    ),
+    Mutant(
+        "tool calls are free",
+        "for value in message.values() if isinstance(value, list | dict)]",
+        "for value in message.values() if isinstance(value, dict)]",
+        "test_cost.py::test_what_a_tool_is_called_with_is_paid_for_as_its_json_text",
+    ),
+    Mutant(
+        "a dollar is always 150 yen",
+        "usd * self.yen_per_dollar",
+        "usd * 150",
+        "test_cost.py::test_yen_are_said_to_be_an_assumption",
+    ),
+    Mutant(
+        "a tuned model's price is its last part's",
+        'model.split(":")[1] if model.startswith("ft:") and',
+        'model.split(":")[-1] if model.startswith("ft:") and',
+        "test_cost.py::test_an_evaluation_alone_is_priced_at_the_rate_of_the_model_that_answers",
+    ),
+    Mutant(
+        "a price may be negative",
+        "math.isfinite(rate) and rate >= 0",
+        "math.isfinite(rate)",
+        "test_cli.py::test_what_makes_no_sense_together_ends_with_2_before_anything_is_sent",
+    ),
+    Mutant(
+        "confirmation is not heard",
+        "not self._confirm(estimate)",
+        "self._confirm(estimate) is None",
+        "test_pipeline.py::test_the_price_is_shown_and_confirmed_before_anything_is_sent",
+    ),
+    Mutant(
+        "tokens of failed answers are free",
+        "totals[key] += tokens if isinstance(tokens, int) else 0",
+        'totals[key] += tokens if isinstance(tokens, int) and "error" not in response else 0',
+        "test_asking.py::test_an_answer_that_is_none_fails_its_case_and_is_named",
+    ),
+    Mutant(
+        "the baseline of a tuned model is this instance's model",
+        'return model_id.split(":")[1] if model_id.startswith("ft:") else self.model',
+        "return self.model",
+        "test_asking.py::test_the_base_model_is_read_from_the_models_name",
+    ),
+    Mutant(
+        "a run without a price may be limited",
+        "estimate.total_usd is None",
+        "estimate.total_usd == -1",
+        "test_pipeline.py::test_over_the_budget_or_where_the_price_is_unknown_nothing_is_sent",
+        within="_authorise",
+    ),
+)
+STATISTICS = (
+    Mutant(
+        "the interval of a score is one of 90 %",
+        "np.nanpercentile(samples[1:], (2.5, 97.5))",
+        "np.nanpercentile(samples[1:], (5, 95))",
+        "test_score_task.py::test_the_interval_of_a_share_of_scores_is_the_textbooks",
+    ),
+    Mutant(
+        "an interval is one of 90 %",
+        "np.percentile(samples, (2.5, 97.5))",
+        "np.percentile(samples, (5, 95))",
+        "test_figures.py::test_the_interval_of_a_share_is_the_textbooks",
+    ),
+    Mutant(
+        "the interval of Dist is one of 90 %",
+        "half = 1.96 *",
+        "half = 1.645 *",
+        "test_figures.py::test_the_interval_of_dist_is_196_deviations_of_resampled_answers_each_way",
+    ),
+    Mutant(
+        "the seed of the bootstrap is fixed",
+        "np.random.default_rng(seed).multinomial",
+        "np.random.default_rng(0).multinomial",
+        "test_figures.py::test_the_same_seed_gives_the_same_figures_and_another_seed_other_intervals",
+    ),
+    Mutant(
+        "a bootstrap sample has half the dialogues",
+        "count, np.full",
+        "count // 2, np.full",
+        "test_figures.py::test_chrf_and_bleu_are_what_sacrebleu_says",
+        within="_resample",
+    ),
+    Mutant(
+        "answers are resampled, not dialogues",
+        "[order[answer.dialogue_id] for answer in answers], len(order)",
+        "list(range(len(answers))), len(answers)",
+        "test_figures.py::test_more_cases_of_the_same_dialogues_do_not",
+        within="_dialogue_indexes",
+    ),
+    Mutant(
+        "the sign test has one side",
+        "float(2 * tail / 2**trials)",
+        "float(tail / 2**trials)",
+        "test_comparison.py::test_the_sign_test_is_the_share_of_coin_throws_at_least_as_uneven",
+    ),
+    Mutant(
+        "p below .1 is enough",
+        "SIGNIFICANCE = 0.05",
+        "SIGNIFICANCE = 0.1",
+        "test_comparison.py::test_a_verdict_needs_the_sign_test_too",
+    ),
+    Mutant(
+        "a verdict needs no sign test",
+        "or p_value >= SIGNIFICANCE",
+        "or p_value > 1",
+        "test_comparison.py::test_a_verdict_needs_the_sign_test_too",
+    ),
+    Mutant(
+        "a verdict needs no interval",
+        "if direction * lead <= 0 or",
+        "if",
+        "test_comparison.py::test_a_verdict_needs_the_interval_too",
+    ),
+    Mutant(
+        "fewer errors are worse",
+        "good = one.better or 1",
+        "good = 1",
+        "test_score_task.py::test_the_lower_error_is_the_better_one_and_the_higher_accuracy",
+    ),
+    Mutant(
+        "ties are losses",
+        '"ties": len(deltas) - wins - losses',
+        '"ties": len(deltas) - wins',
+        "test_comparison.py::test_swapping_the_models_turns_everything_round",
+    ),
+    Mutant(
+        "what one side left out is not counted",
+        '"left_out_pairs": cases - len(tuned)',
+        '"left_out_pairs": 0',
+        "test_comparison.py::test_a_pair_with_an_error_on_either_side_is_left_out_and_counted",
+    ),
+    Mutant(
+        "pairs stand as they come",
+        "[others[answer.case_id] for answer in both]",
+        "list(others.values())[: len(both)]",
+        "test_comparison.py::test_a_pair_with_an_error_on_either_side_is_left_out_and_counted",
+    ),
+    Mutant(
+        "a difference is not paired",
+        "samples - other_samples, symmetric",
+        "samples - other_value, symmetric",
+        "test_comparison.py::test_an_identical_model_is_not_told_apart",
+    ),
+    Mutant(
+        "the interval of Dist leaves the scale",
+        "low, high = max(0.0, low), min(100.0, high)",
+        "pass",
+        "test_figures.py::test_an_interval_holds_its_score_and_stays_on_the_scale",
+    ),
+    Mutant(
+        "ROUGE-L is a recall",
+        "return 2 * LCSseq.similarity(answer.output, answer.reference) / lengths",
+        "return LCSseq.similarity(answer.output, answer.reference) / len(answer.reference)",
+        "test_figures.py::test_rouge_l_is_the_mean_f1_of_the_longest_common_subsequence",
+    ),
+    Mutant(
+        "BLEU counts words",
+        '"BLEU（文字）", "char", answers',
+        '"BLEU（文字）", "13a", answers',
+        "test_figures.py::test_chrf_and_bleu_are_what_sacrebleu_says",
+    ),
+    Mutant(
+        "a short answer has no BLEU",
+        "effective_order=True",
+        "effective_order=False",
+        "test_figures.py::test_sacrebleus_own_signature_stands_beside_its_figures",
+    ),
+    Mutant(
+        "two points off are within one",
+        "shares @ (misses <= 1)",
+        "shares @ (misses <= 2)",
+        "test_score_task.py::test_the_measures_agree_with_computation_by_hand",
+    ),
+    Mutant(
+        "a prediction is cut, not rounded",
+        "errors, misses = x - y, np.abs(np.rint(x) - y)",
+        "errors, misses = x - y, np.abs(np.floor(x) - y)",
+        "test_score_task.py::test_predictions_that_are_no_integers_are_rounded_for_the_accuracies_alone",
+    ),
+    Mutant(
+        "ties rank last",
+        "(np.cumsum(mass, axis=1) - mass / 2)",
+        "np.cumsum(mass, axis=1)",
+        "test_score_task.py::test_the_measures_agree_with_computation_by_hand",
+    ),
+    Mutant(
+        "a constant correlates",
+        "np.where(spread > 1e-12,",
+        "np.where(spread >= 0,",
+        "test_score_task.py::test_with_weights_of_one_the_measures_are_those_of_the_textbook",
+    ),
+    Mutant(
+        "dialogues of several scores are one each",
+        "rows = np.arange(len(predicted)) if owners is None else np.asarray(owners)",
+        "rows = np.arange(len(predicted))",
+        "test_score_task.py::test_answers_of_one_dialogue_are_drawn_together",
+    ),
+    Mutant(
+        "the mean is of one example more",
+        "/ len(scores) for item in SCORE_ITEMS",
+        "/ (len(scores) + 1) for item in SCORE_ITEMS",
+        "test_score_task.py::test_the_mean_is_held_against_the_model_on_the_cases_with_a_valid_answer_only",
+    ),
+    Mutant(
+        "true is a score",
+        "return type(value) is int and 0 <= value",
+        "return isinstance(value, int) and 0 <= value",
+        "test_score_task.py::test_a_dialogue_without_complete_scores_is_left_out_and_counted",
+    ),
+    Mutant(
+        "a percentile skips the last rank",
+        "rank = (len(ordered) - 1) * percent / 100",
+        "rank = len(ordered) * percent / 100",
+        "test_cost.py::test_the_spread_of_tokens_is_by_linear_interpolation",
+    ),
+    Mutant(
+        "the wider loss is the validation's",
+        'metrics.get("full_valid_loss", metrics.get("valid_loss"))',
+        'metrics.get("valid_loss", metrics.get("full_valid_loss"))',
+        "test_score_task.py::test_the_loss_over_all_validation_data_is_taken_where_it_is_told",
+    ),
+    Mutant(
+        "invalid answers are scored",
+        'if "error" not in response and "invalid" not in response',
+        'if "error" not in response',
+        "test_score_task.py::test_invalid_answers_are_counted_never_clipped_and_stand_outside_the_figures",
+    ),
+    Mutant(
+        "a cut answer is not counted",
+        'r.get("finish_reason") == "length"',
+        'r.get("finish_reason") == "cut"',
+        "test_asking.py::test_a_cut_answer_is_kept_counted_and_named",
+    ),
+    Mutant(
+        "the mean squared error per case is absolute",
+        '"mse": (errors**2).mean(axis=1),',
+        '"mse": np.abs(errors).mean(axis=1),',
+        "test_score_task.py::test_of_two_errors_of_one_point_and_one_of_two_only_the_square_tells",
+    ),
+)
+RECOVERY = (
+    Mutant(
+        "a known file of another size is used again",
+        'kept.bytes == facts["bytes"] and ',
+        "",
+        "test_recovery.py::test_a_known_file_that_is_not_there_as_it_was_sent_is_uploaded_again",
+    ),
+    Mutant(
+        "a known file that failed is used again",
+        ' and kept.status != "error":',
+        ":",
+        "test_recovery.py::test_a_known_file_that_is_not_there_as_it_was_sent_is_uploaded_again",
+    ),
+    Mutant(
+        "a known file of another endpoint is used again",
+        'or run.data["settings"]["base_url"] != self.base_url:',
+        ":",
+        "test_recovery.py::test_a_file_that_is_known_at_one_endpoint_is_not_looked_for_at_another",
+    ),
+    Mutant(
+        "a known file of other data is used again",
+        'if upload["sha256"] != facts["sha256"] or "file_id" not in upload:',
+        'if "file_id" not in upload:',
+        "test_recovery.py::test_other_content_of_the_same_name_and_size_is_never_adopted",
+    ),
+    Mutant(
+        "any file of the name is taken for ours",
+        'same = (file.filename, file.bytes) == (facts["name"], facts["bytes"])',
+        'same = file.filename == facts["name"]',
+        "test_recovery.py::test_a_file_of_the_same_name_that_nobody_here_knows_is_never_adopted",
+    ),
+    Mutant(
+        "a file of long ago is taken for ours",
+        'late = file.created_at >= facts["intent_time"] - 3600',
+        "late = True",
+        "test_recovery.py::test_a_file_of_the_same_name_that_nobody_here_knows_is_never_adopted",
+    ),
+    Mutant(
+        "other content of the same size is taken for ours",
+        'other = file.purpose != "fine-tune" or file.id in facts["other_content"]',
+        'other = file.purpose != "fine-tune"',
+        "test_recovery.py::test_other_content_of_the_same_name_and_size_is_never_adopted",
+    ),
+    Mutant(
+        "any job found is ours",
+        '.get("openai_sft_intent") == token',
+        '.get("openai_sft_intent") != ""',
+        "test_recovery.py::test_an_endpoint_that_ignores_the_filter_has_no_foreign_job_adopted",
+        within="_find_job",
+    ),
+    Mutant(
+        "a lost job is looked for once",
+        "LOOK_DELAYS = (0.0, 3.0, 3.0)",
+        "LOOK_DELAYS = (0.0,)",
+        "test_recovery.py::test_a_job_is_looked_for_three_times_while_the_list_lags",
+    ),
+    Mutant(
+        "a refusal for the rate is looked after",
+        'getattr(failure, "status_code", None) != 429',
+        'getattr(failure, "status_code", None) != 430',
+        "test_recovery.py::test_a_refusal_for_the_rate_is_not_looked_after_for_nothing_happened",
+    ),
+    Mutant(
+        "a resumed run forgets its intent",
+        "and (found := self._job_of_intent(run)):",
+        "and (found := None):",
+        "test_recovery.py::test_the_job_of_a_lost_answer_is_found_even_where_its_file_is_gone",
+    ),
+    Mutant(
+        "a job with other settings is taken over",
+        'if any(sent.get(k) != v for k, v in request.items() if not k.endswith("_file")):',
+        "if False:",
+        "test_recovery.py::test_a_job_sent_with_other_settings_is_never_taken_for_the_one_that_is_asked",
+    ),
+    Mutant(
+        "a file that was there is deleted by a refusal",
+        'if not file_id or upload.get("reused"):',
+        "if not file_id:",
+        "test_recovery.py::test_a_file_that_was_there_before_is_not_deleted_by_a_refusal",
+    ),
+    Mutant(
+        "a cancelled run can be resumed",
+        'facts.get("job_status") not in ("failed", "cancelled")',
+        'facts.get("job_status") not in ("failed",)',
+        "test_recovery.py::test_an_instance_cancels_its_own_job_and_has_nothing_left_to_resume",
+    ),
+    Mutant(
+        "a rehearsal can be resumed",
+        'not facts.get("rehearsal")',
+        '"kind" in facts',
+        "test_recovery.py::test_a_rehearsal_is_marked_and_never_resumed_nor_the_newest_model",
+        within="unfinished",
+    ),
+    Mutant(
+        "a record is not locked",
+        "fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "pass",
+        "test_recovery.py::test_two_processes_never_write_one_record",
+    ),
+    Mutant(
+        "half a record stays",
+        "left_behind.unlink(missing_ok=True)",
+        "pass",
+        "test_kill.py::test_a_file_that_a_killed_process_left_half_written_is_cleared_away",
+    ),
+    Mutant(
+        "an answer waits in memory",
+        "self._file.flush()",
+        "pass",
+        "test_kill.py::test_a_run_killed_at_any_moment_is_taken_up_to_the_end_of_one_that_was_not",
+        within="_Journal",
+    ),
+    Mutant(
+        "a line that was cut swallows the next",
+        'if content and not content.endswith(b"\\n"):',
+        "if False:",
+        "test_kill.py::test_a_file_that_a_killed_process_left_half_written_is_cleared_away",
+    ),
+    Mutant(
+        "a failed case is not asked again",
+        'if "error" not in response',
+        'if "case_id" in response',
+        "test_asking.py::test_a_case_that_failed_is_asked_again_when_an_evaluation_is_resumed",
+        within="_take",
+    ),
+    Mutant(
+        "answers to other settings are taken over",
+        "== asked",
+        "!= {}",
+        "test_asking.py::test_other_settings_are_asked_anew_and_nothing_is_taken_from_the_run_before",
+        within="_journal",
+    ),
+    Mutant(
+        "a rehearsed model is the newest",
+        'if models[0] and not run.data.get("rehearsal") and',
+        "if models[0] and",
+        "test_pipeline.py::test_the_newest_model_is_never_a_rehearsals_and_never_an_unfinished_runs",
+    ),
+    Mutant(
+        "a checkpoint's model is unknown",
+        '*run.data.get("checkpoints", ())]',
+        "]",
+        "test_manifest.py::test_a_checkpoint_is_asked_the_split_of_its_own_run",
+    ),
+    Mutant(
+        "events come newest first",
+        "return fresh[::-1]",
+        "return fresh",
+        "test_job.py::test_every_event_is_shown_once_and_oldest_first_while_the_job_goes_on",
+    ),
+    Mutant(
+        "events of a failed poll are lost",
+        "fresh.extend(unseen)",
+        "fresh.extend(unseen), seen.update(e.id for e in unseen)",
+        "test_job.py::test_a_page_of_events_that_fails_is_asked_for_again_and_no_event_is_lost",
+        within="_new_events",
+    ),
+    Mutant(
+        "only the first page of jobs is read",
+        "if not fresh or not page.has_next_page():",
+        "if True:",
+        "test_recovery.py::test_more_jobs_than_a_page_holds_are_all_listed",
+    ),
+    Mutant(
+        "an outage ends the watch",
+        "if not is_transient(error)",
+        "if attempt > 30 or not is_transient(error)",
+        "test_recovery.py::test_an_outage_of_any_length_is_survived_and_logged_once_with_its_length_and_its_end",
+        within="_survive",
+    ),
+    Mutant(
+        "a wait goes on to its next look",
+        "delay = min(delay, deadline - self._clock())",
+        "pass",
+        "test_recovery.py::test_a_wait_that_runs_out_carries_the_job_and_leaves_it_alone",
+    ),
+    Mutant(
+        "an unknown status is an end",
+        "if status in TERMINAL_STATUSES",
+        "if status in TERMINAL_STATUSES or status not in KNOWN_STATUSES",
+        "test_job.py::test_a_status_nobody_has_heard_of_is_no_end_either",
+        within="monitor_fine_tune_job",
+    ),
+    Mutant(
+        "a model that loads is not waited for",
+        "+ MODEL_LOADING_SECONDS",
+        "+ 0",
+        "test_recovery.py::test_a_model_that_is_still_loading_is_waited_for_with_the_first_case_and_no_probe",
+        within="_record_outcome",
+    ),
+    Mutant(
+        "a cancellation whose answer was lost is an error",
+        "if job.status not in TERMINAL_STATUSES",
+        "if job.status",
+        "test_recovery.py::test_whatever_goes_wrong_ends_well_or_in_a_clear_error_and_never_in_two_jobs",
+        within="cancel_job",
+    ),
+    Mutant(
+        "the parts go up the wrong way round",
+        "part_ids=part_ids)",
+        "part_ids=part_ids[::-1])",
+        "test_recovery.py::test_a_file_above_the_limit_goes_up_in_parts_of_which_one_may_fail",
+    ),
+    Mutant(
+        "a refused job leaves its files",
+        "raise TrainingNotAvailable(endpoint, self._delete_uploads(run)) from error",
+        "raise TrainingNotAvailable(endpoint, []) from error",
+        "test_recovery.py::test_whatever_goes_wrong_ends_well_or_in_a_clear_error_and_never_in_two_jobs",
+    ),
+    Mutant(
+        "the client tries again by itself",
+        "if self._client.max_retries:",
+        "if False:",
+        "test_settings.py::test_the_client_does_not_retry_on_its_own",
+    ),
+    Mutant(
+        "a job's record is another's",
+        'if self._current_run.data.get("job_id", job_id) != job_id:',
+        "if False:",
+        "test_job.py::test_jobs_that_are_watched_in_another_order_than_made_keep_their_own_records",
+    ),
+    Mutant(
+        "a resumed run keeps this instance's settings",
+        "setattr(self, name, settings.get(name))",
+        "pass",
+        "test_recovery.py::test_a_run_goes_on_with_its_recorded_settings",
+    ),
+    Mutant(
+        "another split may be evaluated",
+        "if changed",
+        "if not asked",
+        "test_manifest.py::test_an_option_that_would_change_the_split_is_refused_by_name",
+        within="_require_same_split",
+    ),
+    Mutant(
+        "a failed poll forgets Retry-After",
+        "_retry_after(error)",
+        "None",
+        "test_job.py::test_a_watch_outlasts_an_outage_of_hours",
+        within="_survive",
+    ),
+)
+DATA = (
+    Mutant(
+        "leakage counts validation as training",
+        "for dialogue in splits.train}",
+        "for dialogue in (*splits.train, *splits.valid)}",
+        "test_selection.py::test_who_is_known_from_validation_alone_was_not_seen_in_training",
+    ),
+    Mutant(
+        "a special token passes",
+        "endoftext|endofprompt|",
+        "endoftext|",
+        "test_check_file.py::test_every_special_token_is_named_wherever_it_stands",
+    ),
+    Mutant(
+        "five percent may be unreadable",
+        "MAX_UNREADABLE_SHARE = 0.01",
+        "MAX_UNREADABLE_SHARE = 0.05",
+        "test_data.py::test_more_than_one_percent_that_cannot_be_read_stops_the_run",
+    ),
+    Mutant(
+        "ids may be shared",
+        "if n > 1}",
+        "if n > 2}",
+        "test_data.py::test_different_dialogues_with_one_id_are_told_apart_by_what_they_hold",
+    ),
+    Mutant(
+        "the lower bound of the score is left out",
+        "d.score >= low",
+        "d.score > low",
+        "test_selection.py::test_the_bounds_of_the_score_are_inclusive_and_no_score_is_within_none",
+    ),
+    Mutant(
+        "a dialogue without a score has one",
+        "lambda d: d.score is not None and d.score <= high",
+        "lambda d: (d.score or 0) <= high",
+        "test_selection.py::test_the_bounds_of_the_score_are_inclusive_and_no_score_is_within_none",
+    ),
+    Mutant(
+        "one flag is not seen",
+        '"other_potentially_unethical")',
+        '"other")',
+        "test_selection.py::test_flagged_dialogues_are_left_out_where_that_is_asked_for",
+    ),
+    Mutant(
+        "a tenth is cut, not rounded",
+        "held_out = round(len(chosen) / 10)",
+        "held_out = len(chosen) // 10",
+        "test_data.py::test_a_split_is_disjoint_and_complete_in_the_ratio_8_1_1",
+    ),
+    Mutant(
+        "validation is tested",
+        "valid=chosen[held_out : 2 * held_out]",
+        "valid=chosen[:held_out]",
+        "test_data.py::test_messages_pass_unchanged_through_the_files",
+    ),
+    Mutant(
+        "the order of the files has a say",
+        "key=lambda dialogue: (dialogue.digest, dialogue.id)",
+        "key=lambda dialogue: 0",
+        "test_data.py::test_the_same_seed_gives_the_same_split_in_whatever_order_the_files_come",
+        within="split_dialogues",
+    ),
+    Mutant(
+        "duplicates stay",
+        "kept = [next(same) for _, same in itertools.groupby(ordered, key=lambda d: d.digest)]",
+        "kept = ordered",
+        "test_selection.py::test_each_filter_counts_what_it_took_of_what_the_ones_before_it_left",
+    ),
+    Mutant(
+        "the client has the last word",
+        'messages[-1]["role"] != "assistant"',
+        'messages[-1]["role"] == ""',
+        "test_data.py::test_merged_messages_alternate_and_end_with_the_assistant",
+        within="to_example",
+    ),
+    Mutant(
+        "a line separator stays as it is",
+        'for character in "\\u2028\\u2029\\x85":',
+        'for character in "\\u2028\\u2029":',
+        "test_data.py::test_a_written_file_is_one_the_service_takes_and_any_reader_sees_the_same_lines",
+    ),
+    Mutant(
+        "nine examples are enough",
+        "MIN_TRAINING_EXAMPLES = 10",
+        "MIN_TRAINING_EXAMPLES = 9",
+        "test_check_file.py::test_too_few_examples_count_for_training_and_one_is_enough_for_validation",
+    ),
+    Mutant(
+        "the limit of an example is one more",
+        "MAX_EXAMPLE_TOKENS = 65_536",
+        "MAX_EXAMPLE_TOKENS = 65_537",
+        "test_check_file.py::test_the_longest_example_the_service_takes_is_65_536_tokens",
+    ),
+    Mutant(
+        "a long example is cut at any turn",
+        'and message["role"] == "user"',
+        "",
+        "test_check_file.py::test_the_parts_of_a_conversation_fit_end_with_the_assistant_and_lose_nothing",
+        within="split_long_example",
+    ),
+    Mutant(
+        "the system's message is not repeated",
+        '"messages": [*head, *part]}',
+        '"messages": [*(head if n == 1 else []), *part]}',
+        "test_check_file.py::test_the_parts_of_a_conversation_fit_end_with_the_assistant_and_lose_nothing",
+    ),
+    Mutant(
+        "a short example may be long",
+        "if 4 * size + 4 * len(messages) + 3 <= MAX_EXAMPLE_TOKENS:",
+        "if size <= MAX_EXAMPLE_TOKENS:",
+        "test_check_file.py::test_a_conversation_is_over_the_limit_of_tokens_however_few_characters_it_has",
+    ),
+    Mutant(
+        "a long example of many short turns passes",
+        "if 4 * size + 4 * len(messages) + 3 <= MAX_EXAMPLE_TOKENS:",
+        "if 4 * size <= MAX_EXAMPLE_TOKENS:",
+        "test_check_file.py::test_a_conversation_is_over_the_limit_of_tokens_however_few_characters_it_has",
+    ),
+    Mutant(
+        "a part with nothing to train stays",
+        'if any(m["role"] == "assistant" and m.get("weight") != 0 for m in part)',
+        "if part",
+        "test_check_file.py::test_a_part_with_nothing_to_train_on_is_no_example",
+    ),
+    Mutant(
+        "a weight of 0 is trained",
+        'trained or (role == "assistant" and message.get("weight") != 0)',
+        'trained or role == "assistant"',
+        "test_check_file.py::test_a_problem_is_named_with_its_line_and_message",
+    ),
+    Mutant(
+        "a repeated line is not told",
+        "if first != number",
+        "if first > number",
+        "test_check_file.py::test_a_repeated_line_is_a_warning_that_names_the_first",
+        within="check_file",
+    ),
+    Mutant(
+        "mending keeps the client's last word",
+        'if "assistant" in roles:',
+        'if "" in roles:',
+        "test_check_file.py::test_what_can_be_mended_is_mended_and_nothing_else_is_changed",
+    ),
+    Mutant(
+        "a special token is found in the text alone",
+        "*_find_text_problems(text)]",
+        "]",
+        "test_check_file.py::test_a_problem_is_named_with_its_line_and_message",
+    ),
+    Mutant(
+        "the farewell is asked",
+        "turns.pop()",
+        "pass",
+        "test_evaluation.py::test_a_case_is_the_context_up_to_an_answer_and_that_answer",
+        within="_turns_to_ask",
+    ),
+    Mutant(
+        "one dialogue is asked twice before another is asked once",
+        "ranked.append((order, rank,",
+        "ranked.append((0, rank,",
+        "test_asking.py::test_no_dialogue_gives_its_second_case_before_each_has_given_its_first",
+    ),
+    Mutant(
+        "the seed has no say in the turns",
+        "draw = random.Random(f\"{seed}/{example['id']}/turn\")",
+        "draw = random.Random(f\"{example['id']}/turn\")",
+        "test_evaluation.py::test_the_choice_depends_on_the_seed_and_differs_between_dialogues",
+    ),
+    Mutant(
+        "the seed has no say in the dialogues",
+        "rank = random.Random(f\"{seed}/{example['id']}\").random()",
+        "rank = random.Random(f\"{example['id']}\").random()",
+        "test_evaluation.py::test_another_seed_asks_other_dialogues",
+    ),
+    Mutant(
+        "the score task reads no English review",
+        "dialogue.review_en.get(english) if score is None else score",
+        "score",
+        "test_score_task.py::test_the_english_review_serves_where_there_is_no_japanese_one",
+    ),
+    Mutant(
+        "a dialogue without all scores is learnt",
+        "if not dialogue.turns or not all(map(is_item_score, scores.values())):",
+        "if not dialogue.turns:",
+        "test_score_task.py::test_a_dialogue_without_complete_scores_is_left_out_and_counted",
+    ),
+    Mutant(
+        "the topic is Japanese only",
+        'or d.topic.get("main_en") in topics',
+        "or False",
+        "test_selection.py::test_a_topic_is_named_in_japanese_or_english",
+    ),
+    Mutant(
+        "a pair is its counsellor",
+        "return None if counselor is None or client is None else (client, counselor)",
+        "return counselor",
+        "test_selection.py::test_a_pair_is_a_client_and_a_counsellor_and_who_is_unknown_stands_alone",
+    ),
+    Mutant(
+        "what is on the Hub's other revision is read",
+        '[revision] if revision else [None, "refs/convert/parquet"]',
+        '[revision, "refs/convert/parquet"] if revision else [None, "refs/convert/parquet"]',
+        "test_hub.py::test_a_pinned_revision_is_the_one_that_is_read",
+    ),
+    Mutant(
+        "the manifest's dialogue is that of the first part",
+        'sources.get(id_.rpartition("/")[0])',
+        "None",
+        "test_check_file.py::test_an_over_long_conversation_is_split_at_a_turn_by_default_and_that_is_said",
+    ),
+)
+FILES = (
+    Mutant(
+        "SIGTERM ends as Ctrl-C",
+        "return 143 if isinstance(interrupt, Terminated) else 130",
+        "return 130",
+        "test_cli.py::test_a_termination_says_what_goes_on_and_how_to_come_back",
+        file=EXAMPLE,
+    ),
+    Mutant(
+        "a failed check ends with 0",
+        'return 1 if any(item.level == "fail" for item in items) else 0',
+        "return 0",
+        "test_check.py::test_the_command_ends_with_1_where_a_line_fails",
+        file=EXAMPLE,
+    ),
+    Mutant(
+        "a watched job that failed ends with 0",
+        'code = 0 if results.status == "succeeded" else 1',
+        "code = 0",
+        "test_cli.py::test_a_watched_job_that_fails_ends_with_1",
+        file=EXAMPLE,
+    ),
+    Mutant(
+        "anything is a yes",
+        'in ("y", "yes", "はい")',
+        'not in ("n", "no", "いいえ")',
+        "test_cli.py::test_on_a_terminal_the_price_is_shown_and_asked_about",
+        file=EXAMPLE,
+    ),
+    Mutant(
+        "a part of a price is enough",
+        "if None in prices",
+        "if prices[0] is None",
+        "test_cost.py::test_prices_can_be_given_on_the_command_line_for_any_model",
+        within="price_from",
+        file=EXAMPLE,
+    ),
+    Mutant(
+        "a quiet run shows no price",
+        "if options.quiet",
+        "if not options.quiet",
+        "test_cli.py::test_on_a_terminal_the_price_is_shown_and_asked_about",
+        within="confirm_with",
+        file=EXAMPLE,
+    ),
+    Mutant(
+        "a failure hides the way back",
+        "if sft is not None and sft.goes_on_remotely:",
+        "if False:",
+        "test_cli.py::test_an_error_while_the_job_goes_on_says_so_and_how_to_come_back",
+        file=EXAMPLE,
+    ),
+    Mutant(
+        "the data need a key",
+        "offline=options.data_only,",
+        "offline=False,",
+        "test_cli.py::test_the_data_and_the_price_need_no_key",
+        file=EXAMPLE,
+    ),
+    Mutant(
+        "the exit code of an error is always 1",
+        "return error.exit_code",
+        "return 1",
+        "test_cli.py::test_without_a_key_one_line_says_how_to_set_it",
+        file=EXAMPLE,
+    ),
+    Mutant(
+        "a long column is not cut",
+        "widths[0] = min(widths[0], max(room, 20))",
+        "pass",
+        "test_score_task.py::test_a_table_fits_its_terminal_by_cutting_the_items",
+        file=EXAMPLE,
+    ),
+    Mutant(
+        "a cancellation is not asked about",
+        'if not agrees(f"ジョブ {options.cancel} を取り消しますか？", options):',
+        "if False:",
+        "test_cli.py::test_on_a_terminal_a_cancellation_is_asked_about",
+        file=EXAMPLE,
+    ),
+    Mutant(
+        "the environment beats the argument",
+        "return argument or os.environ.get(name) or",
+        "return os.environ.get(name) or argument or",
+        "test_settings.py::test_an_argument_beats_the_environment_which_beats_dotenv_which_beats_the_default",
+    ),
+    Mutant(
+        "a control character is shown",
+        'c if c.isprintable() else " " for c in str(text)',
+        "c for c in str(text)",
+        "test_job.py::test_a_status_nobody_has_heard_of_is_no_end_either",
+    ),
+    Mutant(
+        "files are anybody's",
+        "os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)",
+        "os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)",
+        "test_secrets.py::test_every_file_of_a_run_is_the_users_alone",
+    ),
+    Mutant(
+        "a file is written over",
+        "os.link(temporary, path)",
+        "temporary.replace(path)",
+        "test_data.py::test_an_existing_file_is_never_overwritten_and_no_temporary_file_stays",
+        within="write_new_file",
+    ),
+    Mutant(
+        "a key in an error's body is shown",
+        "error.body = json.loads(clean(_dump(error.body)))",
+        "pass",
+        "test_secrets.py::test_the_key_is_nowhere_even_where_the_endpoint_tells_it",
+    ),
+    Mutant(
+        "a result file in Base64 is not read",
+        'content = base64.b64decode(b"".join(content.split()), validate=True)',
+        "pass",
+        "test_job.py::test_a_result_file_is_read_by_its_header_and_empty_cells_are_no_numbers",
+    ),
+    Mutant(
+        "the first loss is the final one",
+        "reversed(rows))))",
+        "rows)))",
+        "test_recovery.py::test_the_columns_of_azure_are_kept_one_row_a_step",
+    ),
+    Mutant(
+        "ten cases are eleven",
+        "max_test_cases: int | None = 10",
+        "max_test_cases: int | None = 11",
+        "test_evaluation.py::test_ten_of_each_split_are_asked_by_default",
+        within="evaluate_model_comprehensive",
+    ),
+    Mutant(
+        "the model's last day is not its end",
+        '"warn" if left > 0 else "fail"',
+        '"warn" if left > -2 else "fail"',
+        "test_check.py::test_a_model_past_its_last_day_fails",
+    ),
+    Mutant(
+        "a symbolic link is followed",
+        "if path.is_symlink()",
+        "if not path",
+        "test_secrets.py::test_a_data_file_that_is_a_link_is_refused",
+        within="file",
+    ),
+    Mutant(
+        "a rehearsal uses the environment's proxy",
+        "openai.DefaultHttpxClient(trust_env=False) if self.rehearse else None",
+        "None",
+        "test_settings.py::test_a_rehearsal_ignores_every_key_url_and_proxy_of_the_environment",
+    ),
+    Mutant(
+        "the way back names no folder",
+        '"" if str(self.output_dir) == DEFAULT_OUTPUT_DIR else',
+        '"" if True else',
+        "test_cli.py::test_the_way_back_that_is_named_after_ctrl_c_works",
+    ),
+    Mutant(
+        "two runs share a stamp",
+        'if any(folder.glob(f"*_{stamp}.*"))',
+        "if not folder",
+        "test_pipeline.py::test_two_runs_of_the_same_second_keep_their_own_files",
+        within="_new_stamp",
+    ),
+)
+MUTANTS = (*MONEY, *STATISTICS, *RECOVERY, *DATA, *FILES)
+
+
+class Misplaced(Exception):
+    """A mutant's text isn't where it should be, or what comes of it isn't Python."""
+
+
+def mutate(mutant: Mutant, text: str) -> str:
+    start, end = 0, len(text)
+    if mutant.within:
+        heads = list(re.finditer(rf"^( *)(?:def|class) {mutant.within}\b", text, re.MULTILINE))
+        if len(heads) != 1:
+            raise Misplaced(f"{mutant.within} is defined {len(heads)} times in {mutant.file}")
+        start, depth = heads[0].end(), len(heads[0][1])
+        following = re.compile(rf"^ {{0,{depth}}}[\w@#\"]", re.MULTILINE).search(text, start)
+        end = following.start() if following else end
+    if (count := text.count(mutant.old, start, end)) != 1:
+        place = mutant.within or mutant.file
+        raise Misplaced(f"its text stands {count} times in {place}: {mutant.old}")
+    at = text.index(mutant.old, start, end)
+    mutated = text[:at] + mutant.new + text[at + len(mutant.old) :]
+    try:
+        compile(mutated, mutant.file, "exec", dont_inherit=True)
+    except SyntaxError as error:
+        raise Misplaced(f"it is not Python any more: {error}") from error
+    return mutated
+
+
+class Ended(NamedTuple):
+    """How pytest ended: its exit code (``None``: it hung) and the first test that failed."""
+
+    code: int | None
+    first: str
+
+
+def run_tests(folder: Path, tests: Sequence[str], *more: str, seconds: float) -> Ended:
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider"]
+    # Bytecode is told apart by second and size, which two mutants may have in common.
+    environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    process = subprocess.Popen(
+        [*command, *more, *(f"tests/{test}" for test in tests)],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        out = process.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        return Ended(None, "it hangs")
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # with all that the tests started
+            process.wait()
+    found = re.search(r"^(?:FAILED|ERROR) tests/(\S+::\S+)", out, re.MULTILINE)
+    if found:
+        return Ended(1, found[1])  # whatever xdist makes of being stopped
+    return Ended(process.returncode, out.strip()[-300:])
+
+
+def try_mutant(mutant: Mutant, folder: Path) -> tuple[bool, str]:
+    """Whether a test noticed, and which or why not; ``folder`` is left as it was."""
+    path = folder / mutant.file
+    text = path.read_text("utf-8")
+    path.write_text(mutate(mutant, text), "utf-8")
+    parallel = ("-n", "2") if importlib.util.find_spec("xdist") else ()
+    try:
+        ended = run_tests(folder, [mutant.test], seconds=NAMED_SECONDS)
+        named = ended.code != 0
+        if not named:
+            ended = run_tests(folder, [], *parallel, seconds=SUITE_SECONDS)
+    finally:
+        path.write_text(text, "utf-8")
+    if ended.code in (1, None):
+        return True, "" if named else f"by {ended.first}, not by {mutant.test}"
+    return False, "" if ended.code == 0 else f"pytest ended with {ended.code}: {ended.first}"
+
+
+def tell(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("-j", type=int, default=1, metavar="N", dest="workers")
+    parser.add_argument("--texts", action="store_true")
+    options = parser.parse_args(argv)
+    for name in options.names:
+        if not any(name in mutant.name for mutant in MUTANTS):
+            parser.error(f"no mutant is called {name!r}")
+    chosen = [
+        mutant
+        for mutant in MUTANTS
+        if not options.names or any(name in mutant.name for name in options.names)
+    ]
+    sound = []
+    for mutant in chosen:
+        try:
+            mutate(mutant, (PROJECT / mutant.file).read_text("utf-8"))
+        except Misplaced as error:
+            tell(f"MISPLACED  {mutant.name}: {error}")
+        else:
+            sound.append(mutant)
+    if options.texts:
+        tell(f"{len(sound)} of {len(chosen)} texts are in their place")
+        return 0 if len(sound) == len(chosen) else 1
+    killed = 0
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(options.workers) as pool:
+        copies: queue.SimpleQueue[Path] = queue.SimpleQueue()
+        for number in range(options.workers):
+            copy = Path(scratch, str(number), "project")  # alone, as a project is
+            copies.put(shutil.copytree(PROJECT, copy, ignore=LEFT_OUT))
+        unmutated = run_tests(copy, sorted({m.test for m in sound}), seconds=SUITE_SECONDS)
+        if unmutated.code != 0:
+            tell(f"without any mutant pytest ends with {unmutated.code}: {unmutated.first}")
+            return 2
+
+        def attempt(mutant: Mutant) -> tuple[bool, str, float]:
+            folder, began = copies.get(), time.monotonic()
+            try:
+                return *try_mutant(mutant, folder), time.monotonic() - began
+            finally:
+                copies.put(folder)
+
+        for mutant, (dead, reason, took) in zip(sound, pool.map(attempt, sound), strict=True):
+            killed += dead
+            ended = "killed  " if dead else "SURVIVED"
+            tell(f"{ended}  {took:4.0f} s  {mutant.name} {reason}".rstrip())
+    tell(f"{killed} of {len(chosen)} killed")
+    return 0 if killed == len(chosen) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
