@@ -1,0 +1,1168 @@
+"""One job at the edges: whatever a network, a service or a user does, one is paid for."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import importlib.util
+import io
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import openai
+import pytest
+from edges import Forward, Gateway, Late, Reply, Request, page, refusal, saying
+from faults import CHAT, JOBS, Clock, asked, made
+from helpers import (
+    PROJECT,
+    example,
+    examples,
+    job,
+    posts,
+    read_json,
+    record,
+    records,
+    training_file,
+    write_jsonl,
+)
+
+import openai_sft_example
+from openai_sft import (
+    BudgetError,
+    ConfigurationError,
+    CostEstimate,
+    Declined,
+    JobFailed,
+    OpenAISFT,
+    OpenAISFTError,
+    Splits,
+    TokenCounter,
+    WaitTimeout,
+    load_vocabulary,
+    split_long_example,
+)
+from openai_sft_rehearsal import Fault, Rehearsal
+
+MakeSFT = Callable[..., OpenAISFT]
+Log = Callable[[], list[str]]
+Serve = Callable[[Request, Forward], Reply]
+
+BASE = "gpt-4o-mini-2024-07-18"
+JOB = rf"{JOBS}/ftjob-[^/]+"  # one job, and not its events or checkpoints
+SHORT: dict[str, Any] = {"epochs": 1, "batch_size": 4, "max_test_cases": 1}
+KEY = "sk-recognisable-0123456789-wxyz"
+HOSTILE = "\x1b[31m赤\x07\x9b2J\u202e"
+FAILURES = (OpenAISFTError, openai.OpenAIError)
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Cli = Callable[..., Ended]
+
+
+@pytest.fixture
+def clock(endpoint: Rehearsal) -> Clock:
+    return Clock(endpoint, moment=0.002)
+
+
+@pytest.fixture
+def at(make_sft: MakeSFT, clock: Clock) -> MakeSFT:
+    """Makes instances that make their own client for a URL; time passes while they sleep."""
+
+    def make(url: str, **options: Any) -> OpenAISFT:
+        usual = {"client": None, "base_url": url, "clock": clock, "sleep": clock.sleep}
+        return make_sft(**(usual | options))
+
+    return make
+
+
+@pytest.fixture
+def file(clean_environment: Path) -> Path:
+    return training_file(clean_environment)
+
+
+@pytest.fixture
+def out(clean_environment: Path) -> Path:
+    return clean_environment / "out"
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], clean_environment: Path) -> Cli:
+    """The command line in this process."""
+
+    def run(*arguments: str | Path) -> Ended:
+        try:
+            code = openai_sft_example.main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else -1
+        return Ended(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def online(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], tuple[str, ...]]:
+    """Arguments and a key for a short run that is agreed to, against the endpoint at a URL."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+    def arguments(url: str) -> tuple[str, ...]:
+        return (
+            *("--base-url", url, "--dataset", str(dataset), "--poll-interval", "0", "--yes"),
+            *("--epochs", "1", "--batch-size", "4", "--max-test-cases", "1"),
+            *("--output-dir", "out"),
+        )
+
+    return arguments
+
+
+def start(sft: OpenAISFT, file: Path) -> str:
+    return sft.create_fine_tune_job(sft.upload_training_file(file), 1, 4)
+
+
+def record_of(sft: OpenAISFT) -> Any:
+    return read_json(sft.files["record"])
+
+
+def status_at(endpoint: Rehearsal, sdk: openai.OpenAI, job_id: str) -> str:
+    return sdk.with_options(base_url=endpoint.url).fine_tuning.jobs.retrieve(job_id).status
+
+
+def interrupt_at(number: int) -> Callable[[float], None]:
+    """A sleep in which Ctrl-C is pressed the so-manieth time."""
+    count = itertools.count(1)
+
+    def sleep(_: float) -> None:
+        if next(count) >= number:
+            raise KeyboardInterrupt
+
+    return sleep
+
+
+def inert(text: str) -> bool:
+    return all(line.isprintable() for line in text.split("\n"))
+
+
+# ── A job whose answer is lost ───────────────────────────────────────────────────────────────
+
+
+@pytest.mark.xfail(strict=True, reason="after 6 s a second job is made", raises=AssertionError)
+@pytest.mark.parametrize("seconds", [7, 75, 110])
+def test_a_job_that_turns_up_late_is_found_and_not_made_again(
+    at: MakeSFT, endpoint: Rehearsal, clock: Clock, file: Path, log: Log, seconds: float
+) -> None:
+    late = Late(clock, seconds)
+    with Gateway(endpoint, late) as gateway:
+        job_id = start(at(gateway.url), file)
+
+    assert made(endpoint, JOBS) == 1
+    assert [job_id] == late.jobs
+    assert any("確認" in line or "探し" in line for line in log())
+
+
+@pytest.mark.xfail(strict=True, reason="the client gives up after 60 s", raises=AssertionError)
+def test_a_creation_is_given_minutes(at: MakeSFT, endpoint: Rehearsal, file: Path) -> None:
+    with Gateway(endpoint, lambda request, forward: forward(request)) as gateway:
+        start(at(gateway.url), file)
+        (creation,) = gateway.of("POST", JOBS)
+
+    assert float(creation.headers.get("x-stainless-read-timeout", "inf")) >= 120
+
+
+@pytest.mark.xfail(strict=True, reason="the resumed run makes a second job", raises=AssertionError)
+def test_a_termination_while_a_job_is_being_made_makes_no_second_one(
+    at: MakeSFT,
+    cli: Cli,
+    online: Callable[[str], tuple[str, ...]],
+    endpoint: Rehearsal,
+    clock: Clock,
+) -> None:
+    late = Late(clock, 20)
+    terminated = threading.Event()
+
+    def serve(request: Request, forward: Forward) -> Reply:
+        reply = late(request, forward)
+        if request.line == ("POST", JOBS) and not terminated.is_set():
+            terminated.set()
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)  # still at it
+        return reply
+
+    with Gateway(endpoint, serve) as gateway:
+        ended = cli(*online(gateway.url))
+        (name,) = re.findall(r"--resume (run_\d+_\d+)", ended.err)
+        results = at(gateway.url).resume(name)
+
+    assert ended.code == 143
+    assert results is not None
+    assert made(endpoint, JOBS) == 1
+
+
+def test_a_search_that_is_interrupted_goes_on_with_the_next_resume(
+    at: MakeSFT, endpoint: Rehearsal, clock: Clock
+) -> None:
+    late = Late(clock)
+    with Gateway(endpoint, late) as gateway:
+        for number in (1, 2):
+            with (
+                at(gateway.url, sleep=interrupt_at(number)) as sft,
+                pytest.raises(KeyboardInterrupt),
+            ):
+                sft.run_full_pipeline(**SHORT) if number == 1 else sft.resume()
+        late.shown = True
+        results = at(gateway.url).resume()
+
+    assert results is not None
+    assert made(endpoint, JOBS) == 1
+
+
+@pytest.mark.xfail(strict=True, reason="nobody looks for a surplus job", raises=AssertionError)
+@pytest.mark.parametrize("look", ["resume", "list"])
+def test_a_surplus_job_that_turns_up_later_is_cancelled_and_named(
+    at: MakeSFT,
+    endpoint: Rehearsal,
+    clock: Clock,
+    sdk: openai.OpenAI,
+    file: Path,
+    log: Log,
+    look: str,
+) -> None:
+    endpoint.hold("validating_files")
+    late = Late(clock)
+    with Gateway(endpoint, late) as gateway:
+        with at(gateway.url) as sft, pytest.raises(WaitTimeout) as caught:
+            sft.run_full_pipeline(**SHORT, timeout=60)
+        with at(gateway.url, output_dir="elsewhere") as stranger:
+            other = start(stranger, file)
+        late.shown = True
+        before = len(log())
+        with at(gateway.url) as later, contextlib.suppress(WaitTimeout):
+            later.list_runs() if look == "list" else later.resume(timeout=60)
+    (surplus,) = late.jobs
+
+    assert status_at(endpoint, sdk, surplus) == "cancelled"
+    assert any(surplus in line for line in log()[before:])
+    assert status_at(endpoint, sdk, caught.value.job_id) == "validating_files"
+    assert status_at(endpoint, sdk, other) == "validating_files"
+
+
+# ── An endpoint that keeps no metadata ───────────────────────────────────────────────────────
+
+
+class Forgetful:
+    """Passes everything on but metadata and filters, as some gateways do.
+
+    ``lose`` says what becomes of the first creation: it is carried out and its answer lost
+    (``"answer"``), it never arrives (``"request"``), or while it is carried out and its answer lost
+    somebody else has the same file trained (``"both"``).
+    """
+
+    def __init__(self, lose: str) -> None:
+        self.lose = lose
+
+    def __call__(self, request: Request, forward: Forward) -> Reply:
+        if request.line == ("POST", JOBS):
+            asked = {key: value for key, value in request.json.items() if key != "metadata"}
+            lose, self.lose = self.lose, ""
+            if lose == "request":
+                return page(502)
+            request = request._replace(body=json.dumps(asked).encode())
+            if lose == "both":
+                forward(request)
+            reply = forward(request)
+            return page(504) if lose else reply
+        return forward(request._replace(query=""))
+
+
+@pytest.mark.xfail(strict=True, reason="a second job is made", raises=AssertionError)
+@pytest.mark.parametrize("resumed", [False, True], ids=["at once", "by a resume"])
+def test_a_job_without_metadata_is_known_by_its_file_its_model_and_its_time(
+    at: MakeSFT, endpoint: Rehearsal, resumed: bool
+) -> None:
+    with Gateway(endpoint, Forgetful("answer")) as gateway:
+        if resumed:
+            endpoint.inject(Fault("401", "GET", JOBS))
+            with at(gateway.url) as sft, pytest.raises(openai.AuthenticationError):
+                sft.run_full_pipeline(**SHORT)
+            results = at(gateway.url).resume()
+        else:
+            results = at(gateway.url).run_full_pipeline(**SHORT)
+
+    assert results is not None
+    assert made(endpoint, JOBS) == 1
+
+
+def test_a_job_of_another_file_or_model_is_not_taken_for_the_one_that_never_arrived(
+    at: MakeSFT, endpoint: Rehearsal, file: Path, clean_environment: Path
+) -> None:
+    endpoint.hold("validating_files")
+    with Gateway(endpoint, Forgetful("request")) as gateway:
+        sft = at(gateway.url)
+        raw = sft.client.with_options(base_url=endpoint.url)
+        other = raw.files.create(file=("別.jsonl", file.read_bytes()), purpose="fine-tune").id
+        ours = sft.upload_training_file(file)
+        foreign = [
+            raw.fine_tuning.jobs.create(model=model, training_file=sent).id
+            for model, sent in ((BASE, other), ("gpt-4.1-mini-2025-04-14", ours))
+        ]
+        job_id = sft.create_fine_tune_job(ours, 1, 4)
+
+    assert job_id not in foreign
+    assert made(endpoint, JOBS) == 3
+
+
+@pytest.mark.xfail(strict=True, reason="a third job is made", raises=pytest.fail.Exception)
+def test_where_it_can_not_be_told_which_job_is_ours_nobody_is_billed_again(
+    at: MakeSFT, endpoint: Rehearsal, file: Path
+) -> None:
+    endpoint.hold("validating_files")
+    with Gateway(endpoint, Forgetful("both")) as gateway, pytest.raises(OpenAISFTError) as caught:
+        start(at(gateway.url), file)
+
+    assert made(endpoint, JOBS) == 2
+    assert all(job.response["id"] in str(caught.value) for job in posts(endpoint, JOBS))
+
+
+def test_where_jobs_are_not_listed_nobody_is_billed_again(at: MakeSFT, endpoint: Rehearsal) -> None:
+    endpoint.inject(Fault("reset_after", "POST", JOBS))
+    endpoint.inject(Fault("404", "GET", JOBS, times=None))
+    for act in ("begin", "resume", "resume"):
+        with at(endpoint.url) as sft, pytest.raises(FAILURES):
+            sft.run_full_pipeline(**SHORT) if act == "begin" else sft.resume()
+
+    assert made(endpoint, JOBS) == 1
+
+
+# ── An empty value ───────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(
+            flags,
+            id=" ".join(flags),
+            marks=pytest.mark.xfail(strict=True, reason=reason, raises=AssertionError),
+        )
+        for flags, reason in (
+            (("--cancel",), "the whole paid pipeline runs"),
+            (("--job-id",), "the whole paid pipeline runs"),
+            (("--check-file",), "the whole paid pipeline runs"),
+            (("--dataset",), "falls to the default data"),
+            (("--base-url",), "falls to the default endpoint"),
+            (("--model",), "falls to the default model"),
+            (("--output-dir",), "falls to the current folder"),
+            (("--resume",), "takes the newest"),
+            (("--evaluate-only", "--model-id"), "a model without a name is asked"),
+        )
+    ],
+)
+def test_an_empty_value_of_a_flag_is_refused_and_nothing_is_sent(
+    cli: Cli,
+    online: Callable[[str], tuple[str, ...]],
+    endpoint: Rehearsal,
+    dataset: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: tuple[str, ...],
+) -> None:
+    # What an empty value falls to is nowhere outside this machine.
+    monkeypatch.setenv("OPENAI_BASE_URL", endpoint.url)
+    monkeypatch.setenv("OPENAI_SFT_DATASET", str(dataset))
+    ended = cli(*online(endpoint.url), *flags, "")
+
+    assert ended.code == 2
+    assert flags[-1] in ended.err
+    assert endpoint.exchanges == []
+
+
+@pytest.mark.xfail(strict=True, reason="falls to the default", raises=pytest.fail.Exception)
+@pytest.mark.parametrize("name", ["dataset", "base_url", "model", "output_dir"])
+def test_an_empty_setting_is_refused_by_name(make_sft: MakeSFT, name: str) -> None:
+    with pytest.raises(ConfigurationError, match=name):
+        make_sft(**{name: ""})
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "name"),
+    [
+        pytest.param(
+            method, arguments, name, id=method, marks=pytest.mark.xfail(strict=True, reason=reason)
+        )
+        for method, arguments, name, reason in (
+            ("cancel_job", ("",), "job_id", "a ValueError of the SDK"),
+            ("attach", ("",), "job_id", "a ValueError of the SDK, and a record is left"),
+            ("monitor_fine_tune_job", ("",), "job_id", "a ValueError of the SDK"),
+            ("create_fine_tune_job", ("",), "file_id", "sent to the service"),
+            ("run_evaluation", ("",), "model_id", "sent to the service"),
+            ("evaluate_model_comprehensive", ("", examples(1), []), "model_id", "sent"),
+        )
+    ],
+)
+def test_an_empty_argument_is_refused_by_name_and_nothing_is_sent(
+    make_sft: MakeSFT,
+    endpoint: Rehearsal,
+    out: Path,
+    method: str,
+    arguments: tuple[Any, ...],
+    name: str,
+) -> None:
+    with pytest.raises(ConfigurationError, match=name):
+        getattr(make_sft(), method)(*arguments)
+
+    assert endpoint.exchanges == []
+    assert list(out.glob("run_*")) == []
+
+
+# ── What the service doesn't tell ────────────────────────────────────────────────────────────
+
+
+def untold_tokens(request: Request, forward: Forward) -> Reply:
+    reply = forward(request)
+    if request.method == "GET" and re.fullmatch(JOB, request.path):
+        return saying({**reply.json, "trained_tokens": None})
+    return reply
+
+
+@pytest.mark.xfail(strict=True, reason="the training counts as free", raises=AssertionError)
+def test_a_training_whose_tokens_are_not_told_costs_what_was_estimated(
+    at: MakeSFT, endpoint: Rehearsal
+) -> None:
+    estimates: list[CostEstimate] = []
+    with Gateway(endpoint, untold_tokens) as gateway:
+        sft = at(gateway.url, confirm=lambda estimate: not estimates.append(estimate))
+        cost = sft.run_full_pipeline(**SHORT)["cost"]
+    expected = estimates[0].training_usd
+
+    assert expected
+    assert cost.get("training_usd") == pytest.approx(expected)
+    assert cost["total_usd"] == pytest.approx(expected + cost["evaluation_usd"])
+
+
+@pytest.mark.xfail(strict=True, reason="the training counts as free", raises=pytest.fail.Exception)
+def test_a_training_whose_tokens_are_not_told_counts_against_the_limit(
+    at: MakeSFT, endpoint: Rehearsal
+) -> None:
+    def serve(request: Request, forward: Forward) -> Reply:
+        reply = untold_tokens(request, forward)
+        if request.line != ("POST", CHAT):
+            return reply
+        usage = {"prompt_tokens": 2000, "completion_tokens": 0, "total_tokens": 2000}
+        return saying({**reply.json, "usage": usage})
+
+    with Gateway(endpoint, serve) as gateway:
+        estimates: list[CostEstimate] = []
+        with at(gateway.url, confirm=estimates.append) as sft, pytest.raises(Declined):
+            sft.run_full_pipeline(**SHORT)
+        # The answers cost more than a tenth of it, for the service counts more tokens.
+        limit = 1.05 * (estimates[0].total_usd or 0.0)
+        with at(gateway.url, max_cost_usd=limit) as sft, pytest.raises(BudgetError):
+            sft.run_full_pipeline(**SHORT)
+
+    assert made(endpoint, JOBS) == 1
+
+
+@pytest.mark.xfail(strict=True, reason="the answers count as free", raises=AssertionError)
+@pytest.mark.parametrize("usage", [None, {}], ids=str)
+def test_answers_whose_tokens_are_not_told_cost_what_was_estimated(
+    at: MakeSFT, endpoint: Rehearsal, usage: Any
+) -> None:
+    def serve(request: Request, forward: Forward) -> Reply:
+        reply = forward(request)
+        return saying({**reply.json, "usage": usage}) if request.path == CHAT else reply
+
+    with Gateway(endpoint, serve) as gateway:
+        sft = at(gateway.url)
+        results = sft.evaluate_model_comprehensive(BASE, examples(6), examples(3))
+        estimate = sft.estimate(Splits([], examples(6), examples(3)), None).evaluation_usd
+
+    assert estimate
+    assert 0.5 * estimate < results["cost"]["evaluation_usd"] < 3 * estimate
+
+
+# ── A long outage in the evaluation ──────────────────────────────────────────────────────────
+
+
+def evaluated_whole(at: MakeSFT, url: str, clock: Clock) -> Any:
+    """The results of a run, taken up again every ten minutes where it ends unfinished."""
+    results = None
+    with at(url) as sft, contextlib.suppress(*FAILURES):
+        results = sft.run_full_pipeline(1, 4, max_test_cases=2, concurrency=1)
+    for _ in range(8):
+        clock.now += 600
+        with at(url) as later, contextlib.suppress(*FAILURES):
+            results = later.resume() or results
+    return results
+
+
+@pytest.mark.xfail(strict=True, reason="the failures are final", raises=AssertionError)
+def test_an_outage_of_an_hour_loses_no_answer_of_an_evaluation(
+    at: MakeSFT, endpoint: Rehearsal, clock: Clock
+) -> None:
+    began: list[float] = []
+
+    def serve(request: Request, forward: Forward) -> Reply:
+        if request.line != ("POST", CHAT):
+            return forward(request)
+        if len(asked(endpoint, "POST", CHAT)) == 1 and not began:
+            began.append(clock.now)
+        return page(503) if began and clock.now < began[0] + 3600 else forward(request)
+
+    with Gateway(endpoint, serve) as gateway:
+        results = evaluated_whole(at, gateway.url, clock)
+    questions = Counter(json.dumps(e.request["messages"]) for e in asked(endpoint, "POST", CHAT))
+
+    assert results is not None
+    assert results["summary"]["total_cases_evaluated"] == 4
+    assert results["test_evaluation"]["failed_cases"] == 0
+    assert list(questions.values()) == [1] * 4
+
+
+@pytest.mark.xfail(strict=True, reason="the case fails for good", raises=AssertionError)
+def test_a_wait_of_a_quarter_of_an_hour_that_the_service_asks_for_fails_no_case(
+    at: MakeSFT, endpoint: Rehearsal, clock: Clock
+) -> None:
+    began: list[float] = []
+
+    def serve(request: Request, forward: Forward) -> Reply:
+        if request.line != ("POST", CHAT):
+            return forward(request)
+        began.append(clock.now)
+        left = began[0] + 900 - clock.now
+        if left <= 0:
+            return forward(request)
+        refused = refusal(429, code="rate_limit_exceeded")
+        return refused._replace(headers={"Retry-After": f"{left:.0f}"})
+
+    with Gateway(endpoint, serve) as gateway:
+        results = evaluated_whole(at, gateway.url, clock)
+
+    assert results["summary"]["total_cases_evaluated"] == 4
+    assert len(asked(endpoint, "POST", CHAT)) == 4
+
+
+# ── What a paid success doesn't need ─────────────────────────────────────────────────────────
+
+OPTIONAL = ("/models/*", "*/checkpoints", "/files/*/content")
+
+
+@pytest.mark.xfail(strict=True, reason="the run ends with its error", raises=openai.APIStatusError)
+@pytest.mark.parametrize(
+    ("kind", "paths"),
+    [("403", (path,)) for path in OPTIONAL] + [("503", OPTIONAL)],
+    ids=["model", "checkpoints", "result file", "all three, out of order"],
+)
+def test_a_step_that_can_be_done_without_does_not_end_a_paid_success(
+    at: MakeSFT, endpoint: Rehearsal, log: Log, kind: str, paths: tuple[str, ...]
+) -> None:
+    for path in paths:
+        endpoint.inject(Fault(kind, "GET", path, times=None))
+    results = at(endpoint.url).run_full_pipeline(**SHORT)
+
+    assert results["summary"]["total_cases_evaluated"] == 2
+    assert any(kind in line for line in log())
+
+
+# ── Answers that aren't the API's ────────────────────────────────────────────────────────────
+
+
+def without_model(reply: Reply) -> Reply:
+    return saying({key: value for key, value in reply.json.items() if key != "model"})
+
+
+def without_data(reply: Reply) -> Reply:
+    return saying({**reply.json, "data": None})
+
+
+def of_texts(reply: Reply) -> Reply:
+    return saying({**reply.json, "data": ["文", None, 3]})
+
+
+def no_list(_: Reply) -> Reply:
+    return saying(["文"])
+
+
+def a_page(_: Reply) -> Reply:
+    return page()
+
+
+Bad = tuple[str, str, str, Callable[[Reply], Reply], bool, str]
+EVENTS, CHECKPOINTS, CONTENT = r".*/events", r".*/checkpoints", r"/files/.*/content"
+#: What is asked, by which method and path, what is said instead, whether the run gets past it,
+#: and what happens today where that is wrong.
+BAD: list[Bad] = [
+    ("file sent", "POST", "/files", a_page, True, ""),
+    ("job made", "POST", JOBS, a_page, True, ""),
+    ("list of files", "GET", "/files", a_page, False, "AttributeError"),
+    ("list of files", "GET", "/files", of_texts, False, "AttributeError"),
+    ("list of jobs", "GET", JOBS, a_page, False, "AttributeError"),
+    ("list of jobs", "GET", JOBS, without_data, False, "TypeError"),
+    ("list of jobs", "GET", JOBS, of_texts, False, "AttributeError"),
+    ("job", "GET", JOB, a_page, False, ""),
+    ("job", "GET", JOB, without_model, True, "AttributeError"),
+    ("events", "GET", EVENTS, a_page, False, "AttributeError"),
+    ("events", "GET", EVENTS, without_data, False, "TypeError"),
+    ("events", "GET", EVENTS, of_texts, False, "AttributeError"),
+    ("checkpoints", "GET", CHECKPOINTS, a_page, True, "AttributeError"),
+    ("checkpoints", "GET", CHECKPOINTS, without_data, True, "TypeError"),
+    ("checkpoints", "GET", CHECKPOINTS, of_texts, True, "AttributeError"),
+    ("result file", "GET", CONTENT, a_page, True, ""),
+    ("model", "GET", "/models/.*", a_page, True, "BrokenAnswer"),
+    ("model", "GET", "/models/.*", no_list, True, ""),
+    ("answer", "POST", CHAT, a_page, False, ""),
+]
+
+
+RAISED = {"AttributeError": AttributeError, "TypeError": TypeError}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "instead", "passed"),
+    [
+        pytest.param(
+            method,
+            path,
+            instead,
+            passed,
+            id=f"{name}: {instead.__name__}",
+            marks=[
+                pytest.mark.xfail(
+                    strict=True,
+                    reason=f"ends with {error}",
+                    raises=RAISED.get(error, AssertionError),
+                )
+            ]
+            if error
+            else [],
+        )
+        for name, method, path, instead, passed, error in BAD
+    ],
+)
+def test_an_answer_that_is_not_the_apis_is_gone_past_or_a_clear_error_and_the_way_back_is_told(
+    at: MakeSFT,
+    endpoint: Rehearsal,
+    clock: Clock,
+    method: str,
+    path: str,
+    instead: Callable[[Reply], Reply],
+    passed: bool,
+) -> None:
+    looked_for = {"/files": ("POST", "/files"), JOBS: ("POST", JOBS)}.get(path)
+    lost = [looked_for] if method == "GET" and looked_for else []
+
+    def serve(request: Request, forward: Forward) -> Reply:
+        reply = forward(request)
+        if request.line in lost:
+            lost.remove(request.line)
+            return page(504)
+        if request.method == method and re.fullmatch(path, request.path):
+            return instead(reply)
+        return reply
+
+    failure = None
+    with Gateway(endpoint, serve) as gateway, at(gateway.url) as sft:
+        try:
+            sft.run_full_pipeline(**SHORT, timeout=3600)
+        except FAILURES as error:
+            failure = error
+        back = sft.describe_remote_state()
+
+    assert not (passed and failure)
+    assert made(endpoint, JOBS) <= 1
+    assert clock.now - clock.began < 2 * 3600
+    if failure is not None:
+        assert str(failure).strip()
+        assert "--resume run_" in back or made(endpoint, JOBS) == 0 or path == CHAT
+
+
+@pytest.mark.xfail(strict=True, reason="AttributeError, or UnicodeEncodeError in the record")
+@pytest.mark.parametrize(
+    "error",
+    ["残高が足りません\ud83d", {"code": None, "message": "残高が足りません\ud83d"}],
+    ids=["a text", "half an emoji"],
+)
+def test_the_reason_of_a_failed_job_is_told_whatever_its_form(
+    at: MakeSFT, endpoint: Rehearsal, error: Any
+) -> None:
+    def serve(request: Request, forward: Forward) -> Reply:
+        reply = forward(request)
+        if request.method == "GET" and re.fullmatch(JOB, request.path):
+            return saying({**reply.json, "status": "failed", "error": error})
+        return reply
+
+    with Gateway(endpoint, serve) as gateway:
+        sft = at(gateway.url)
+        with pytest.raises(JobFailed, match="残高が足りません") as caught:
+            sft.run_full_pipeline(**SHORT)
+
+    assert str(caught.value).encode()
+    assert record_of(sft)["job_status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [refusal(401, code="invalid_api_key"), page(403), saying({"error": "だめ\ud83d"}, 400)],
+    ids=["key", "page", "text"],
+)
+def test_the_command_line_tells_the_way_back_whatever_ends_the_watch(
+    cli: Cli, online: Callable[[str], tuple[str, ...]], endpoint: Rehearsal, reply: Reply
+) -> None:
+    def serve(request: Request, forward: Forward) -> Reply:
+        return reply if re.fullmatch(JOB, request.path) else forward(request)
+
+    with Gateway(endpoint, serve) as gateway:
+        ended = cli(*online(gateway.url))
+
+    assert ended.code == 1
+    assert re.search(r"openai-sft --resume run_\d+_\d+ --output-dir out", ended.err)
+    assert posts(endpoint, JOBS)[0].response["id"] in ended.err
+
+
+# ── What never ends ──────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.xfail(strict=True, reason="the answer is read to its end", raises=AssertionError)
+def test_an_answer_that_drips_does_not_outlast_the_wait(make_sft: MakeSFT) -> None:
+    dripped = threading.Event()
+
+    def drip() -> Iterator[bytes]:
+        for _ in range(30):
+            time.sleep(0.05)
+            yield b" "
+        dripped.set()
+        yield json.dumps(job("running")).encode()
+
+    def serve(request: Request, _: Forward) -> Reply:
+        if request.path.endswith("/events"):
+            return saying({"object": "list", "data": [], "has_more": False})
+        return Reply(200, pieces=drip())
+
+    with Gateway(None, serve) as gateway:
+        sft = make_sft(client=None, base_url=gateway.url, clock=time.time, sleep=time.sleep)
+        with pytest.raises(WaitTimeout):
+            sft.monitor_fine_tune_job("ftjob-script", timeout=0.3)
+        outlasted = dripped.is_set()
+
+    assert not outlasted
+
+
+@pytest.mark.xfail(strict=True, reason="every page is read first", raises=AssertionError)
+def test_events_without_end_do_not_outlast_the_wait(at: MakeSFT, clock: Clock) -> None:
+    pages: list[str] = []
+
+    def serve(request: Request, _: Forward) -> Reply:
+        if not request.path.endswith("/events"):
+            return saying(job("running"))
+        pages.append(request.query)
+        clock.now += 1
+        event = {
+            "id": f"ftevent-{len(pages)}",
+            "object": "fine_tuning.job.event",
+            "created_at": 1,
+            "level": "info",
+            "message": "まだまだ",
+            "type": "message",
+        }
+        return saying({"object": "list", "data": [event], "has_more": len(pages) < 80})
+
+    with Gateway(None, serve) as gateway, pytest.raises(WaitTimeout):
+        at(gateway.url).monitor_fine_tune_job("ftjob-script", timeout=5)
+
+    assert len(pages) < 20
+
+
+@pytest.mark.xfail(strict=True, reason="every page is read first", raises=AssertionError)
+@pytest.mark.parametrize("deed", ["list", "search"])
+def test_jobs_without_end_are_not_all_read(
+    at: MakeSFT, endpoint: Rehearsal, clock: Clock, file: Path, deed: str
+) -> None:
+    pages: list[str] = []
+    lost = [("POST", JOBS)]
+
+    def serve(request: Request, forward: Forward) -> Reply:
+        if request.line in lost:
+            lost.clear()
+            return page(502)
+        if request.line != ("GET", JOBS):
+            return forward(request)
+        pages.append(request.query)
+        clock.now += 10
+        listed = {**job("succeeded"), "id": f"ftjob-{len(pages)}"}
+        return saying({"object": "list", "data": [listed], "has_more": len(pages) < 150})
+
+    with Gateway(endpoint, serve) as gateway, contextlib.suppress(*FAILURES):
+        at(gateway.url).list_runs() if deed == "list" else start(at(gateway.url), file)
+
+    assert 1 <= len(pages) < 150
+
+
+@pytest.fixture
+def again(monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, Callable[[float], None]]:
+    """The library loaded where the machine's clock can be set, and what sets it."""
+    real, moved = time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: real() + moved[0])
+    spec = importlib.util.spec_from_file_location("openai_sft_again", PROJECT / "openai_sft.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module, lambda seconds: moved.__setitem__(0, seconds)
+
+
+@pytest.mark.xfail(strict=True, reason="the wait grows by the hour", raises=TimeoutError)
+def test_a_clock_that_is_set_back_lengthens_no_wait(
+    again: tuple[ModuleType, Callable[[float], None]], endpoint: Rehearsal, file: Path, out: Path
+) -> None:
+    module, set_clock = again
+    naps = itertools.count()
+
+    def sleep(_: float) -> None:
+        set_clock(-3600)
+        time.sleep(0.02)
+        if next(naps) > 40:
+            raise TimeoutError
+
+    endpoint.hold("running")
+    with module.OpenAISFT(
+        "k", base_url=endpoint.url, output_dir=out, sleep=sleep, verbose=False
+    ) as sft:
+        job_id = start(sft, file)
+        with pytest.raises(module.WaitTimeout):
+            sft.monitor_fine_tune_job(job_id, timeout=0.3)
+
+
+# ── Files ────────────────────────────────────────────────────────────────────────────────────
+
+
+def strictly(path: Path) -> Any:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{path.name}: {constant}")
+
+    return json.loads(path.read_text("utf-8"), parse_constant=refuse)
+
+
+@pytest.mark.xfail(strict=True, reason="NaN is written into the record", raises=ValueError)
+@pytest.mark.parametrize("told", ["by the result file", "by the events"])
+def test_a_loss_that_is_no_number_leaves_valid_files(
+    at: MakeSFT, endpoint: Rehearsal, out: Path, told: str
+) -> None:
+    def serve(request: Request, forward: Forward) -> Reply:
+        reply = forward(request)
+        if request.path.endswith("/content"):
+            table = b"step,train_loss,valid_loss\n1,2.5,inf\n2,nan,-inf\n"
+            return reply._replace(body=table) if told == "by the result file" else refusal(404)
+        if request.path.endswith("/events"):
+            text = re.sub(rb'"(train_loss|valid_loss)": [-0-9.e]+', rb'"\1": NaN', reply.body)
+            return reply._replace(body=text)
+        return reply
+
+    with Gateway(endpoint, serve) as gateway:
+        at(gateway.url).run_full_pipeline(**SHORT)
+    files = [*out.glob("*.json")]
+
+    assert len(files) == 3
+    assert all(strictly(path) for path in files)
+
+
+@pytest.mark.xfail(strict=True, reason="another process is blamed", raises=ConfigurationError)
+@pytest.mark.parametrize("reason", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_where_files_cannot_be_locked_it_works_and_says_that_nothing_guards_them(
+    at: MakeSFT,
+    endpoint: Rehearsal,
+    log: Log,
+    monkeypatch: pytest.MonkeyPatch,
+    reason: int,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)  # as Lustre and some NFS do
+    results = at(endpoint.url).run_full_pipeline(**SHORT)
+
+    assert results["summary"]["total_cases_evaluated"] == 2
+    assert any("ロック" in line or "排他" in line for line in log())
+
+
+@pytest.mark.xfail(strict=True, reason="another process is blamed", raises=ConfigurationError)
+def test_after_an_interrupt_in_a_notebook_a_new_instance_takes_the_run_over(
+    at: MakeSFT, endpoint: Rehearsal
+) -> None:
+    endpoint.hold("running")
+    kept = at(endpoint.url, sleep=interrupt_at(3))  # a name that the notebook still holds
+    with pytest.raises(KeyboardInterrupt):
+        kept.run_full_pipeline(**SHORT)
+    endpoint.release()
+
+    assert at(endpoint.url).resume() is not None
+    assert made(endpoint, JOBS) == 1
+
+
+HALTED = """
+import os, signal, sys
+from openai_sft import OpenAISFT
+
+def stop(_):
+    print(flush=True)
+    while True:
+        signal.pause()
+
+os.fsync = stop  # what is written is on its way to the disk
+OpenAISFT(offline=True, dataset=sys.argv[1], output_dir=sys.argv[2], verbose=False).prepare_data()
+"""
+
+
+@pytest.mark.xfail(strict=True, reason="the hidden copy is never cleared", raises=AssertionError)
+def test_a_process_that_is_killed_while_it_writes_leaves_no_hidden_copy_of_dialogues(
+    dataset: Path, out: Path
+) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", HALTED, str(dataset), str(out)],
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdout
+        said = process.stdout.readline()
+        process.kill()
+    with OpenAISFT(offline=True, dataset=str(dataset), output_dir=out, verbose=False) as sft:
+        sft.prepare_data()
+    hidden = [path for path in out.iterdir() if path.name.startswith(".")]
+
+    assert said
+    assert [path.name for path in hidden if "眠れ" in path.read_text("utf-8")] == []
+
+
+# ── Where the key goes ───────────────────────────────────────────────────────────────────────
+
+SECRET = "p%40ss-wörd"
+
+
+@pytest.mark.xfail(strict=True, reason="saved in the record and shown", raises=AssertionError)
+def test_credentials_in_a_base_url_are_neither_saved_nor_shown(
+    at: MakeSFT,
+    cli: Cli,
+    online: Callable[[str], tuple[str, ...]],
+    endpoint: Rehearsal,
+    out: Path,
+    log: Log,
+) -> None:
+    with Gateway(endpoint, lambda request, forward: forward(request)) as gateway:
+        url = gateway.url.replace("//", f"//taro:{SECRET}@")
+        arguments = online(url)
+        shown = [cli(*arguments, "--verbose"), cli("--check", *arguments[:2])]
+        endpoint.hold("running")
+        with at(url) as sft, pytest.raises(WaitTimeout):
+            sft.attach(start(sft, training_file(out.parent)), timeout=60)
+        told = [sft.describe_remote_state(), repr(sft), *map(str, sft.check()), *log()]
+    written = "".join(p.read_text("utf-8") for p in out.iterdir() if p.is_file())
+    everything = "\n".join([written, *told, *(text for end in shown for text in end[1:])])
+
+    assert shown[0].code == 0
+    for secret in (SECRET, "p@ss-wörd", "p%40ss-w%C3%B6rd"):
+        assert secret not in everything
+
+
+def test_a_run_at_a_base_url_with_credentials_is_resumed_there(
+    at: MakeSFT, endpoint: Rehearsal
+) -> None:
+    endpoint.inject(Fault("insufficient_quota", "POST", CHAT))
+    with Gateway(endpoint, lambda request, forward: forward(request)) as gateway:
+        url = gateway.url.replace("//", "//taro:p%40ss@")
+        with at(url) as sft, pytest.raises(openai.RateLimitError):
+            sft.run_full_pipeline(**SHORT)
+        before = len(gateway.asked)
+        results = at(url).resume()
+        sent = {request.headers["authorization"] for request in gateway.asked[before:]}
+
+    assert results is not None
+    assert len(sent) == 1
+    assert sent == {request.headers["authorization"] for request in gateway.asked[:before]}
+
+
+@pytest.mark.xfail(strict=True, reason="it is followed", raises=AssertionError)
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("POST", "/files", 307), ("POST", JOBS, 308), ("POST", CHAT, 307), ("GET", JOB, 302)],
+    ids=["file", "job", "question", "watch"],
+)
+def test_a_redirect_to_another_host_is_refused(
+    at: MakeSFT, endpoint: Rehearsal, clock: Clock, method: str, path: str, status: int
+) -> None:
+    with Gateway(endpoint, lambda request, forward: forward(request)) as elsewhere:
+
+        def serve(request: Request, forward: Forward) -> Reply:
+            if request.method != method or not re.fullmatch(path, request.path):
+                return forward(request)
+            target = f"http://localhost:{elsewhere.port}/v1{request.path}"
+            return Reply(status, headers={"Location": target})
+
+        failure = None
+        with Gateway(endpoint, serve) as gateway:
+            try:
+                at(gateway.url).run_full_pipeline(**SHORT, timeout=3600)
+            except FAILURES as error:
+                failure = error
+
+    assert elsewhere.asked == []
+    assert failure is not None
+
+
+@pytest.fixture
+def configured_elsewhere(
+    endpoint: Rehearsal, at: MakeSFT, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Gateway]:
+    """A run that waits for its evaluation at ``endpoint``, where now another one is configured."""
+    endpoint.inject(Fault("insufficient_quota", "POST", CHAT))
+    with at(endpoint.url) as sft, pytest.raises(openai.RateLimitError):
+        sft.run_full_pipeline(**SHORT)
+    endpoint.exchanges.clear()
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with Gateway(endpoint, lambda *_: refusal(404)) as gateway:
+        monkeypatch.setenv("OPENAI_BASE_URL", gateway.url)
+        yield gateway
+
+
+@pytest.mark.xfail(strict=True, reason="the key is sent there", raises=pytest.fail.Exception)
+@pytest.mark.parametrize("deed", ["resume", "run_evaluation"])
+def test_no_key_is_sent_to_a_recorded_endpoint_that_is_not_the_one_configured(
+    make_sft: MakeSFT, endpoint: Rehearsal, configured_elsewhere: Gateway, deed: str
+) -> None:
+    sft = make_sft(client=None, base_url=None, api_key=None)
+    with pytest.raises(OpenAISFTError, match=re.escape(endpoint.url)):
+        getattr(sft, deed)()
+
+    assert endpoint.exchanges == []
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        pytest.param(
+            "いいえ",
+            2,
+            marks=pytest.mark.xfail(
+                strict=True, reason="the key is sent there unasked", raises=AssertionError
+            ),
+        ),
+        ("はい", 0),
+    ],
+)
+def test_on_a_terminal_a_recorded_endpoint_that_is_not_the_one_configured_is_asked_about(
+    cli: Cli,
+    endpoint: Rehearsal,
+    configured_elsewhere: Gateway,
+    monkeypatch: pytest.MonkeyPatch,
+    answer: str,
+    code: int,
+) -> None:
+    monkeypatch.setattr(sys, "stdin", Terminal(f"{answer}\n" * 3))
+    ended = cli("--resume", "--output-dir", "out", "--poll-interval", "0")
+
+    assert ended.code == code
+    assert bool(endpoint.exchanges) == (code == 0)
+
+
+# ── What a terminal would obey ───────────────────────────────────────────────────────────────
+
+
+@pytest.mark.xfail(strict=True, reason="shown as it is", raises=AssertionError)
+def test_the_id_of_a_job_is_shown_inert(at: MakeSFT, endpoint: Rehearsal, log: Log) -> None:
+    real: list[str] = []
+
+    def serve(request: Request, forward: Forward) -> Reply:
+        known = re.sub(r"(?<=/)ftjob-[^/]+", real[0] if real else "", request.path)
+        reply = forward(request._replace(path=known))
+        if request.path.startswith(JOBS) and reply.json.get("object") == "fine_tuning.job":
+            real[:] = [reply.json["id"]]
+            return saying({**reply.json, "id": f"ftjob-1{HOSTILE}"})
+        return reply
+
+    with Gateway(endpoint, serve) as gateway:
+        at(gateway.url).run_full_pipeline(**SHORT)
+
+    assert any("ftjob-1" in line for line in log())
+    assert [line for line in log() if not line.isprintable()] == []
+
+
+@pytest.mark.xfail(strict=True, reason="shown as it is", raises=AssertionError)
+@pytest.mark.parametrize("what", ["topic", "id", "unknown role", "file name", "checked file"])
+def test_what_data_are_called_is_shown_inert(
+    cli: Cli, clean_environment: Path, log: Log, what: str
+) -> None:
+    folder = clean_environment / "data"
+    folder.mkdir()
+    rows = [*records(12)]
+    flags: list[str] = []
+    if what == "topic":
+        rows[0]["topic"] = {"main_jp": f"家族{HOSTILE}"}
+        flags = ["--topics", "ない話題"]
+    elif what == "id":  # nothing to learn from
+        rows.append({**record(13, ("client", "眠れません")), "id": f"d13{HOSTILE}"})
+    elif what == "unknown role":
+        rows.append({**record(13, ("医師", "眠れません")), "id": f"d13{HOSTILE}"})
+    elif what == "file name":
+        (folder / f"壊れた{HOSTILE}.json").write_text("{", "utf-8")
+        rows = records(120)
+    data = write_jsonl(folder / "dialogues.jsonl", rows)
+    if what == "checked file":
+        ended = cli("--check-file", data.rename(folder / f"壊れた{HOSTILE}.jsonl"))
+    else:
+        ended = cli("--data-only", "--dataset", folder, *flags)
+    shown = "\n".join([ended.out, ended.err, *log()])
+
+    assert any(word in shown for word in ("家族", "d13", "壊れた"))
+    assert inert(shown)
+
+
+# ── A conversation without end ───────────────────────────────────────────────────────────────
+
+
+class Tally:
+    """A vocabulary that counts the characters it is asked about."""
+
+    def __init__(self, encoding: Any) -> None:
+        self._encoding = encoding
+        self.characters = 0
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._encoding, name)
+        if not callable(method):
+            return method
+
+        def count(text: Any, *rest: Any, **options: Any) -> Any:
+            self.characters += sum(map(len, [text] if isinstance(text, str) else text))
+            return method(text, *rest, **options)
+
+        return count
+
+
+@pytest.mark.xfail(strict=True, reason="each part is counted anew with every turn")
+def test_a_long_conversation_is_counted_a_few_times_over_to_be_split() -> None:
+    tally = Tally(load_vocabulary())
+    counter = TokenCounter(tally)
+    long = example("d1", *("眠れません。仕事のことを考えてしまいます。" * 6 for _ in range(400)))
+    size = sum(len(message["content"]) for message in long["messages"])
+    whole = TokenCounter(load_vocabulary()).count(long["messages"]).total
+    parts = split_long_example(long, counter, whole // 3)  # type: ignore[arg-type]
+
+    assert len(parts) >= 3
+    assert tally.characters < 8 * size
