@@ -1191,6 +1191,24 @@ def tell(line: str) -> None:
     sys.stdout.flush()
 
 
+def choose(names: Sequence[str]) -> list[Mutant]:
+    """The mutants whose names hold one of ``names``, or all of them."""
+    return [m for m in MUTANTS if not names or any(name in m.name for name in names)]
+
+
+def find_places(chosen: Sequence[Mutant]) -> list[Mutant]:
+    """Those mutants whose text is in its place; the others are told."""
+    sound = []
+    for mutant in chosen:
+        try:
+            mutate(mutant, (PROJECT / mutant.file).read_text("utf-8"))
+        except Misplaced as error:
+            tell(f"MISPLACED  {mutant.name}: {error}")
+        else:
+            sound.append(mutant)
+    return sound
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -1200,21 +1218,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--texts", action="store_true")
     options = parser.parse_args(argv)
     for name in options.names:
-        if not any(name in mutant.name for mutant in MUTANTS):
+        if not choose([name]):
             parser.error(f"no mutant is called {name!r}")
-    chosen = [
-        mutant
-        for mutant in MUTANTS
-        if not options.names or any(name in mutant.name for name in options.names)
-    ]
-    sound = []
-    for mutant in chosen:
-        try:
-            mutate(mutant, (PROJECT / mutant.file).read_text("utf-8"))
-        except Misplaced as error:
-            tell(f"MISPLACED  {mutant.name}: {error}")
-        else:
-            sound.append(mutant)
+    chosen = choose(options.names)
+    sound = find_places(chosen)
     if options.texts:
         tell(f"{len(sound)} of {len(chosen)} texts are in their place")
         return 0 if len(sound) == len(chosen) else 1

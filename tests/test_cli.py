@@ -426,7 +426,8 @@ def test_an_error_while_the_job_goes_on_says_so_and_how_to_come_back(
 
     assert ended.code == 1
     assert len(ended.errors) == 1
-    assert job_id in ended.err and "料金" in ended.err
+    assert job_id in ended.err
+    assert "料金" in ended.err
     assert re.search(r"openai-sft --resume run_\d{8}_\d{6} --output-dir out", ended.err)
 
 

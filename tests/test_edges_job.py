@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import openai
 import pytest
 from edges import Forward, Gateway, Late, Reply, Request, page, refusal, saying
+from endpoint import Fault, Rehearsal
 from faults import CHAT, JOBS, Clock, asked, made
 from helpers import (
     PROJECT,
@@ -54,7 +55,6 @@ from openai_sft import (
     load_vocabulary,
     split_long_example,
 )
-from openai_sft_rehearsal import Fault, Rehearsal
 
 MakeSFT = Callable[..., OpenAISFT]
 Log = Callable[[], list[str]]
@@ -817,7 +817,8 @@ def again(monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, Callable[[float]
     real, moved = time.time, [0.0]
     monkeypatch.setattr(time, "time", lambda: real() + moved[0])
     spec = importlib.util.spec_from_file_location("openai_sft_again", PROJECT / "openai_sft.py")
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import openai
 import pytest
 from edges import Forward, Gateway, Reply, Request, refusal, saying
+from endpoint import Fault, Rehearsal
 from faults import CHAT, JOBS, asked, made, until
 from helpers import examples, posts, read_json, records, training_file, write_jsonl
 
@@ -32,7 +33,6 @@ from openai_sft import (
     load_vocabulary,
     read_examples,
 )
-from openai_sft_rehearsal import Fault, Rehearsal
 
 MakeSFT = Callable[..., OpenAISFT]
 Log = Callable[[], list[str]]
@@ -283,7 +283,8 @@ def test_a_whole_run_is_asked_about_once_for_both(make_sft: MakeSFT) -> None:
     sft.run_full_pipeline(**SHORT)
     (estimate,) = estimates
 
-    assert estimate.training_usd and estimate.evaluation_usd
+    assert estimate.training_usd
+    assert estimate.evaluation_usd
 
 
 # ── The estimate ─────────────────────────────────────────────────────────────────────────────
@@ -373,7 +374,8 @@ def test_epochs_left_to_the_service_are_held_to_a_limit_as_the_fifty_they_may_be
 ) -> None:
     one = OpenAISFT(offline=True, dataset=str(dataset), verbose=False).prepare_data(1)
     training, evaluation = one.estimate.training_usd, one.estimate.evaluation_usd
-    assert training and evaluation
+    assert training
+    assert evaluation
     most = 50 * training + evaluation
     options: dict[str, Any] = {"epochs": "auto", "batch_size": 4}
     enough = make_sft(max_cost_usd=1.5 * most).run_full_pipeline(**options)
@@ -488,11 +490,13 @@ def test_price_job_and_loss_are_seen_where_the_application_hides_what_is_said_by
 def test_a_run_that_was_declined_is_closed(
     make_sft: MakeSFT, endpoint: Rehearsal, deed: str
 ) -> None:
-    with make_sft(confirm=lambda _: False) as sft, pytest.raises(Declined):
-        if deed == "whole run":
-            sft.run_full_pipeline(**SHORT)
-        else:
-            sft.run_evaluation(BASE, max_test_cases=1)
+    with make_sft(confirm=lambda _: False) as sft:
+        start = {
+            "whole run": lambda: sft.run_full_pipeline(**SHORT),
+            "evaluation": lambda: sft.run_evaluation(BASE, max_test_cases=1),
+        }[deed]
+        with pytest.raises(Declined):
+            start()
     name = Path(sft.files["record"]).stem
 
     assert make_sft().resume() is None
@@ -616,5 +620,6 @@ def test_a_job_that_is_not_there_neither_goes_on_nor_leaves_a_record(
 
     assert ended.code == 1
     assert "見つかりません" in ended.err
-    assert "続いて" not in ended.err and "料金" not in ended.err
+    assert "続いて" not in ended.err
+    assert "料金" not in ended.err
     assert list(out.glob("run_*.json")) == []

@@ -806,8 +806,10 @@ def test_a_dotenv_that_is_not_utf_8_is_one_line_that_names_it(
     said = capsys.readouterr().err
 
     assert code == 2
-    assert said.startswith("エラー: ") and said.count("\n") == 1
-    assert ".env" in said and "UTF-8" in said
+    assert said.startswith("エラー: ")
+    assert said.count("\n") == 1
+    assert ".env" in said
+    assert "UTF-8" in said
 
 
 @pytest.mark.xfail(strict=True, reason="an ImportError passes through")
@@ -825,5 +827,6 @@ def test_a_proxy_whose_package_is_missing_is_one_line(
     said = capsys.readouterr().err
 
     assert code in (1, 2)
-    assert said.startswith("エラー: ") and said.count("\n") == 1
+    assert said.startswith("エラー: ")
+    assert said.count("\n") == 1
     assert "ALL_PROXY" in said

@@ -414,7 +414,7 @@ def test_a_file_that_is_known_at_one_endpoint_is_not_looked_for_at_another(
 ) -> None:
     with timed() as sft:
         sft.upload_training_file(file)
-    with Rehearsal(keep_exchanges=True) as other:
+    with Rehearsal() as other:
         client = sdk.with_options(base_url=other.url)
         with timed(base_url=other.url, client=client) as sft:
             sft.upload_training_file(file)
