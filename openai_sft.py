@@ -1119,9 +1119,10 @@ def split_dialogues(
 
     ``max_samples`` takes a seeded sample first; a smaller sample is part of a larger one. The
     same dialogues give the same split on every machine, in whatever order they come. With
-    ``group_by`` no counsellor, client or pair stands in two splits, and test and validation
-    come as near to their sizes as whole groups allow; raises :class:`DataError` below three
-    groups, and :class:`ConfigurationError` for a value out of range.
+    ``group_by`` no counsellor, client or pair stands in two splits: groups are drawn by
+    ``seed``, and test and validation come as near to their sizes as whole groups allow; raises
+    :class:`DataError` below three groups, and :class:`ConfigurationError` for a value out of
+    range.
     """
     Selection(max_samples, seed, group_by=group_by)  # checks the values
     shuffled = sorted(dialogues, key=lambda dialogue: (dialogue.digest, dialogue.id))
@@ -1144,8 +1145,10 @@ def split_dialogues(
             f"group_by={group_by} では{len(groups)}組しかなく、3つに分けられません。"
             "対話を増やすか、group_by を外してください。"
         )
-    # Large groups first, for they are tried first: few groups are taken, and enough are left.
-    rest = sorted(groups.values(), key=len, reverse=True)
+    # They stand in the order in which the shuffled dialogues name them, where a large group comes
+    # early: they are shuffled themselves, so that each is as likely to be held out.
+    rest = list(groups.values())
+    random.Random(seed).shuffle(rest)
     parts = []
     for left in (2, 1):
         taken = _nearest_subset([len(group) for group in rest], max(1, held_out), left)
@@ -1156,10 +1159,10 @@ def split_dialogues(
 
 def _nearest_subset(sizes: Sequence[int], target: int, left: int) -> set[int]:
     """Indexes of a non-empty subset with a sum as near ``target`` as can be had while ``left``
-    sizes remain.
+    sizes remain; the first sizes go first.
 
     Subset sum by dynamic programming; the sums that are reachable with the first ``k`` sizes
-    are the bits of ``reachable[k]``.
+    are the bits of ``reachable[k]``. A size is taken where the sum can't be had without it.
     """
     reachable = [1]
     for size in sizes:
@@ -1173,7 +1176,7 @@ def _nearest_subset(sizes: Sequence[int], target: int, left: int) -> set[int]:
                 total -= sizes[index]
         if len(taken) <= len(sizes) - left:
             return taken
-    raise AssertionError("one size alone is always a subset")
+    raise AssertionError("the smallest size alone is always a subset")
 
 
 def measure_leakage(splits: Splits) -> dict[str, float]:

@@ -256,11 +256,26 @@ def test_many_small_groups_make_8_1_1_exactly() -> None:
 def test_another_seed_puts_others_to_the_test() -> None:
     pool = grouped([1, 2, 3, 4] * 20)
     tested = [
-        {d.id for d in split_dialogues(pool, seed=seed, group_by="counselor").test}
+        frozenset(d.id for d in split_dialogues(pool, seed=seed, group_by="counselor").test)
         for seed in range(4)
     ]
 
-    assert len(set(map(frozenset, tested))) > 1
+    assert len(set(tested)) == 4
+
+
+@pytest.mark.parametrize("part", ["test", "valid"])
+def test_who_has_many_dialogues_is_held_out_no_more_often_than_others(part: str) -> None:
+    pool = grouped([24] * 6 + [2] * 128)  # 400; most dialogues that 40 hold is one large group
+    sizes = Counter(dialogue.group("counselor") for dialogue in pool)
+    held_out = [
+        sum(sizes[d.group("counselor")] == 24 for d in getattr(splits, part))
+        for splits in (
+            split_dialogues(pool, seed=seed, group_by="counselor") for seed in range(100)
+        )
+    ]
+
+    assert set(held_out) == {0, 24}
+    assert 8 < sum(held_out) / 100 < 20  # a part of 40 that is like the whole holds 14.4
 
 
 def test_a_pair_is_a_client_and_a_counsellor_and_who_is_unknown_stands_alone() -> None:
