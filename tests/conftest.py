@@ -15,9 +15,10 @@ import openai
 import pytest
 from endpoint import Rehearsal
 from faults import Clock
-from helpers import KOKOROCHAT, records, write_jsonl
+from helpers import KOKOROCHAT, Ended, records, training_file, write_jsonl
 from hypothesis import settings
 
+import openai_sft_example
 from openai_sft import Dialogue, OpenAISFT, read_dialogues
 from openai_sft_rehearsal import example_dialogues
 
@@ -74,6 +75,47 @@ def dataset(clean_environment: Path) -> Path:
 def example_file(clean_environment: Path) -> Path:
     """The rehearsal's own dialogues in a JSONL file."""
     return write_jsonl(clean_environment / "examples.jsonl", example_dialogues())
+
+
+@pytest.fixture
+def file(clean_environment: Path) -> Path:
+    """A training file of twelve examples."""
+    return training_file(clean_environment)
+
+
+@pytest.fixture
+def out(clean_environment: Path) -> Path:
+    """Where ``make_sft`` and ``place`` have a run's files go."""
+    return clean_environment / "out"
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], clean_environment: Path) -> Callable[..., Ended]:
+    """The command line in this process, which has no terminal."""
+
+    def run(*arguments: str | Path) -> Ended:
+        try:
+            code = openai_sft_example.main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else -1
+        return Ended(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def place(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], tuple[str, ...]]:
+    """Arguments and a key for a short run against the endpoint at a URL."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-recognisable-0123456789-wxyz")
+
+    def arguments(url: str) -> tuple[str, ...]:
+        return (
+            *("--base-url", url, "--dataset", str(dataset), "--poll-interval", "0"),
+            *("--epochs", "1", "--batch-size", "4", "--max-test-cases", "1"),
+            *("--output-dir", "out"),
+        )
+
+    return arguments
 
 
 @pytest.fixture(scope="session")

@@ -14,11 +14,12 @@ import os
 import re
 import threading
 from collections.abc import Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from helpers import LoopbackHandler, LoopbackServer
 
 Files = Mapping[str, bytes]
 
@@ -105,15 +106,11 @@ class FakeHub:
         return self._revisions[name][revision]
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
+class _Server(LoopbackServer):
     hub: FakeHub
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    wbufsize = -1
-    disable_nagle_algorithm = True
+class _Handler(LoopbackHandler):
     server: _Server
 
     def do_GET(self) -> None:
@@ -129,9 +126,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.hub.strays.append(self.path)
         self.close_connection = True
         self._send(502, b"", {})
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Say nothing: a test reads ``requests`` instead."""
 
     def _answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))

@@ -7,11 +7,11 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple, Self
 from urllib.parse import urlsplit
 
 from endpoint import Exchange, Rehearsal
+from helpers import LoopbackHandler, LoopbackServer
 
 JOBS = "/fine_tuning/jobs"
 JOB = f"{JOBS}/ftjob-{'?' * 24}"  # one job, and not its events or checkpoints
@@ -107,11 +107,7 @@ class Bent:
     ) -> None:
         behind = urlsplit(endpoint.url).netloc
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            wbufsize = -1
-            disable_nagle_algorithm = True
-
+        class Handler(LoopbackHandler):
             def do_GET(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 path, _, query = self.path.partition("?")
@@ -149,14 +145,7 @@ class Bent:
 
             do_POST = do_DELETE = do_GET
 
-            def log_message(self, *_: object) -> None:
-                pass
-
-        class Server(ThreadingHTTPServer):
-            daemon_threads = True
-            block_on_close = False
-
-        self._server = Server(("127.0.0.1", 0), Handler)
+        self._server = LoopbackServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
 
     def __enter__(self) -> Self:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from hypothesis import strategies as st
 
@@ -103,6 +103,37 @@ def hearing_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+class Ended(NamedTuple):
+    """How a command line ended, and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def errors(self) -> list[str]:
+        return [line for line in self.err.splitlines() if line.startswith("エラー: ")]
+
+
+class LoopbackHandler(BaseHTTPRequestHandler):
+    """Keeps its connection, sends each answer at once and says nothing on the terminal."""
+
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1
+    disable_nagle_algorithm = True
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class LoopbackServer(ThreadingHTTPServer):
+    """Closes without waiting for the requests that it holds."""
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 128
+
+
 class Script:
     """A loopback endpoint that says what it is told to: a list of answers for each request line.
 
@@ -115,11 +146,7 @@ class Script:
         self.asked: list[str] = []
         script = self
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            wbufsize = -1
-            disable_nagle_algorithm = True
-
+        class Handler(LoopbackHandler):
             def do_GET(self) -> None:
                 self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 status, body = script.answer(f"{self.command} {self.path.partition('?')[0]}")
@@ -132,14 +159,7 @@ class Script:
 
             do_POST = do_GET
 
-            def log_message(self, *_: object) -> None:
-                pass
-
-        class Server(ThreadingHTTPServer):
-            daemon_threads = True
-            block_on_close = False
-
-        self.server = Server(("127.0.0.1", 0), Handler)
+        self.server = LoopbackServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
 
     def answer(self, asked: str) -> tuple[int, Any]:

@@ -13,7 +13,6 @@ import threading
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,7 +20,16 @@ import openai
 import pytest
 from endpoint import Fault, Rehearsal
 from faults import CHAT, Answer, Asked, Bent, Clock, until
-from helpers import example, examples, posts, read_json, records, write_jsonl
+from helpers import (
+    LoopbackHandler,
+    LoopbackServer,
+    example,
+    examples,
+    posts,
+    read_json,
+    records,
+    write_jsonl,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from sacrebleu.metrics.bleu import BLEU
@@ -59,11 +67,7 @@ class Counsellor:
         self._meeting = threading.Barrier(together, timeout=10)
         counsellor = self
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            wbufsize = -1
-            disable_nagle_algorithm = True
-
+        class Handler(LoopbackHandler):
             def do_POST(self) -> None:
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 answer = counsellor.answer(request)
@@ -76,15 +80,7 @@ class Counsellor:
                 self.end_headers()
                 self.wfile.write(content)
 
-            def log_message(self, *_: object) -> None:
-                pass
-
-        class Server(ThreadingHTTPServer):
-            daemon_threads = True
-            block_on_close = False
-            request_queue_size = 128
-
-        self.server = Server(("127.0.0.1", 0), Handler)
+        self.server = LoopbackServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
 
     def answer(self, request: dict[str, Any]) -> Any:

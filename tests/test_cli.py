@@ -12,13 +12,14 @@ import sys
 import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from endpoint import Fault, Rehearsal
 from faults import until
 from helpers import (
     PROJECT,
+    Ended,
     hearing_interrupts,
     posts,
     read_json,
@@ -27,7 +28,6 @@ from helpers import (
     write_jsonl,
 )
 
-import openai_sft_example
 from openai_sft import OpenAISFT, RunRecord
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
@@ -37,30 +37,6 @@ CHANGELOG = PROJECT / "CHANGELOG.md"
 SCRIPT = str(PROJECT / "openai_sft_example.py")
 JOBS = "/fine_tuning/jobs"
 HEAVY = ("openai", "datasets", "tiktoken", "pyarrow", "psutil", "tqdm", "dotenv", "numpy")
-
-
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def errors(self) -> list[str]:
-        return [line for line in self.err.splitlines() if line.startswith("エラー: ")]
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
-    """The command line in this process."""
-
-    def run(*arguments: str | Path) -> Ended:
-        try:
-            code = openai_sft_example.main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else -1
-        return Ended(code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import openai
 import pytest
@@ -29,6 +29,7 @@ from endpoint import Fault, Rehearsal
 from faults import CHAT, JOBS, Clock, asked, made
 from helpers import (
     PROJECT,
+    Ended,
     example,
     examples,
     job,
@@ -40,7 +41,6 @@ from helpers import (
     write_jsonl,
 )
 
-import openai_sft_example
 from openai_sft import (
     BudgetError,
     ConfigurationError,
@@ -66,14 +66,6 @@ SHORT: dict[str, Any] = {"epochs": 1, "batch_size": 4, "max_test_cases": 1}
 KEY = "sk-recognisable-0123456789-wxyz"
 HOSTILE = "\x1b[31m赤\x07\x9b2J\u202e"
 FAILURES = (OpenAISFTError, openai.OpenAIError)
-
-
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 Cli = Callable[..., Ended]
 
 
@@ -94,42 +86,9 @@ def at(make_sft: MakeSFT, clock: Clock) -> MakeSFT:
 
 
 @pytest.fixture
-def file(clean_environment: Path) -> Path:
-    return training_file(clean_environment)
-
-
-@pytest.fixture
-def out(clean_environment: Path) -> Path:
-    return clean_environment / "out"
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], clean_environment: Path) -> Cli:
-    """The command line in this process."""
-
-    def run(*arguments: str | Path) -> Ended:
-        try:
-            code = openai_sft_example.main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else -1
-        return Ended(code, *capsys.readouterr())
-
-    return run
-
-
-@pytest.fixture
-def online(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], tuple[str, ...]]:
+def online(place: Callable[[str], tuple[str, ...]]) -> Callable[[str], tuple[str, ...]]:
     """Arguments and a key for a short run that is agreed to, against the endpoint at a URL."""
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-
-    def arguments(url: str) -> tuple[str, ...]:
-        return (
-            *("--base-url", url, "--dataset", str(dataset), "--poll-interval", "0", "--yes"),
-            *("--epochs", "1", "--batch-size", "4", "--max-test-cases", "1"),
-            *("--output-dir", "out"),
-        )
-
-    return arguments
+    return lambda url: (*place(url), "--yes")
 
 
 def start(sft: OpenAISFT, file: Path) -> str:

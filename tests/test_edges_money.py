@@ -10,16 +10,15 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import openai
 import pytest
 from edges import Forward, Gateway, Reply, Request, refusal, saying
 from endpoint import Fault, Rehearsal
 from faults import CHAT, JOBS, asked, made, until
-from helpers import examples, posts, read_json, records, training_file, write_jsonl
+from helpers import Ended, examples, posts, read_json, records, write_jsonl
 
-import openai_sft_example
 from openai_sft import (
     BudgetError,
     CostEstimate,
@@ -39,54 +38,7 @@ Log = Callable[[], list[str]]
 
 BASE = "gpt-4o-mini-2024-07-18"
 SHORT: dict[str, Any] = {"epochs": 1, "batch_size": 4, "max_test_cases": 1}
-
-
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 Cli = Callable[..., Ended]
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], clean_environment: Path) -> Cli:
-    """The command line in this process, which has no terminal."""
-
-    def run(*arguments: str | Path) -> Ended:
-        try:
-            code = openai_sft_example.main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else -1
-        return Ended(code, *capsys.readouterr())
-
-    return run
-
-
-@pytest.fixture
-def place(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], tuple[str, ...]]:
-    """Arguments and a key for a short run against the endpoint at a URL."""
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
-
-    def arguments(url: str) -> tuple[str, ...]:
-        return (
-            *("--base-url", url, "--dataset", str(dataset), "--poll-interval", "0"),
-            *("--epochs", "1", "--batch-size", "4", "--max-test-cases", "1"),
-            *("--output-dir", "out"),
-        )
-
-    return arguments
-
-
-@pytest.fixture
-def file(clean_environment: Path) -> Path:
-    return training_file(clean_environment)
-
-
-@pytest.fixture
-def out(clean_environment: Path) -> Path:
-    return clean_environment / "out"
 
 
 def tokens_of(path: str | Path) -> int:

@@ -41,11 +41,6 @@ def sft(make_sft: MakeSFT) -> OpenAISFT:
     return make_sft()
 
 
-@pytest.fixture
-def file(clean_environment: Path) -> Path:
-    return training_file(clean_environment)
-
-
 def start(sft: OpenAISFT, file: Path, epochs: int = 1, batch_size: int = 4) -> str:
     return sft.create_fine_tune_job(sft.upload_training_file(file), epochs, batch_size)
 

@@ -87,16 +87,6 @@ def sft(timed: MakeSFT) -> OpenAISFT:
     return timed()
 
 
-@pytest.fixture
-def file(clean_environment: Path) -> Path:
-    return training_file(clean_environment)
-
-
-@pytest.fixture
-def out(clean_environment: Path) -> Path:
-    return clean_environment / "out"
-
-
 def start(sft: OpenAISFT, file: Path) -> str:
     return sft.create_fine_tune_job(sft.upload_training_file(file), 1, 4)
 
