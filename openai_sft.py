@@ -46,6 +46,7 @@ import codecs
 import collections
 import contextlib
 import csv
+import difflib
 import functools
 import gc
 import hashlib
@@ -69,14 +70,15 @@ import unicodedata
 import urllib.parse
 import uuid
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import date, datetime
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
     Any,
+    ClassVar,
     Literal,
     NamedTuple,
     NotRequired,
@@ -84,6 +86,7 @@ from typing import (
     TypeVar,
     Unpack,
     cast,
+    get_args,
 )
 
 try:
@@ -92,12 +95,14 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]  # told by `fcntl is None`
 
 if TYPE_CHECKING:
-    from types import TracebackType
+    from types import ModuleType, TracebackType
     from typing import Self
 
     from datasets import Dataset
     from openai import OpenAI
+    from openai.types import FileObject, Model
     from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
+    from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 
     from openai_sft_rehearsal import Rehearsal
 
@@ -105,6 +110,9 @@ __version__ = "0.2.0"
 __all__ = [
     "GROUPS",
     "PRICES",
+    "Answer",
+    "Asked",
+    "Asking",
     "BrokenAnswer",
     "BudgetError",
     "Case",
@@ -112,53 +120,86 @@ __all__ = [
     "ConfigurationError",
     "CostEstimate",
     "DataError",
+    "DataFile",
     "DataSummary",
     "Declined",
     "Dialogue",
+    "Endpoint",
+    "Evaluation",
     "EvaluationFailed",
+    "EvaluationResults",
     "Example",
+    "Figure",
     "Finding",
+    "FineTuning",
+    "Intent",
     "JobFailed",
+    "Journal",
+    "Ledger",
+    "Loaded",
     "OpenAISFT",
     "OpenAISFTError",
+    "Plan",
+    "Pool",
+    "Preparation",
+    "Prepared",
     "Price",
-    "RunRecord",
+    "Run",
+    "RunOptions",
     "RunRow",
+    "RunSettings",
+    "Runs",
+    "Sample",
     "Selection",
     "SelectionOptions",
+    "Settings",
     "Splits",
+    "Step",
     "SystemMonitor",
+    "Task",
     "TokenCounter",
     "TokenStats",
     "Tokens",
+    "Training",
     "TrainingNotAvailable",
     "UnknownRole",
+    "Upload",
     "WaitTimeout",
+    "agreement",
     "check_file",
-    "check_hyperparameters",
     "choose_cases",
+    "compare_answers",
+    "compare_figures",
     "dialogue_row",
     "estimate_cost",
     "example_line",
     "explain_api_error",
-    "find_run",
     "fix_file",
+    "is_backchannel",
     "is_transient",
     "load_vocabulary",
+    "make_score_figures",
+    "mean_scores",
     "measure_leakage",
     "parse_dialogue",
     "parse_result_file",
+    "parse_scores",
     "percentile",
     "price_of",
     "printable",
     "read_dialogues",
     "read_examples",
     "retry_delay",
+    "score_answers",
+    "score_predictions",
     "select_dialogues",
+    "sign_test",
     "split_dialogues",
     "split_long_example",
     "to_example",
+    "to_score_example",
     "token_stats",
+    "write_new_file",
 ]
 
 logger = logging.getLogger("openai_sft")
@@ -265,6 +306,75 @@ RETRY_SECONDS = 600.0
 LOOK_DELAYS = (0.0, 3.0, 3.0)  # a list may lag behind what was just created
 MODEL_LOADING_SECONDS = 600.0  # a model may answer 404 for a while after its job succeeded
 MISSING_STATUSES = frozenset({404, 405, 501})  # the endpoint lacks this part of the API
+COUNTED_AT_ONCE = 64  # conversations a call of the tokeniser
+MIN_FREE_BYTES = 2**30
+NO_KEY = (
+    "OpenAI API keyが設定されていません。環境変数 OPENAI_API_KEY か .env ファイルに設定するか、"
+    "OpenAISFT(api_key=...) で渡してください。キーなしで試すにはリハーサル（rehearse=True、"
+    "--rehearse）を使えます。"
+)
+SPLIT_LABELS = {"test": "テスト", "valid": "検証"}
+
+
+# ── Text and files ───────────────────────────────────────────────────────────────────────────────
+
+
+def printable(text: object) -> str:
+    """``text`` on one line without control characters: safe to show, whoever wrote it."""
+    return "".join(c if c.isprintable() else " " for c in str(text)).strip()
+
+
+_encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+
+
+def _dump(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _to_json(value: object) -> str:
+    """Readable JSON, UTF-8 as it is."""
+    return json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n"
+
+
+def write_new_file(path: Path, lines: str | Iterable[bytes]) -> None:
+    """Write ``path`` whole or not at all; an existing file raises ``FileExistsError``."""
+    temporary = _write_temporary(path, lines)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        path.open("x").close()
+        temporary.replace(path)
+        return
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_temporary(path: Path, lines: str | Iterable[bytes]) -> Path:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.writelines([lines.encode()] if isinstance(lines, str) else lines)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary
+
+
+def _sha256_of(path: Path) -> str:
+    """The hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _time_text(seconds: float) -> str:
+    """A moment in seconds since the epoch as local ISO 8601 text."""
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
 
 
 # ── Errors ───────────────────────────────────────────────────────────────────────────────────
@@ -504,13 +614,6 @@ class TokenStats:
     per_turn_format: int
 
 
-class _Loaded(NamedTuple):
-    selection: Selection
-    removed: dict[str, int]
-    leakage: dict[str, float]
-    sources: dict[str, str]
-
-
 class Splits(NamedTuple):
     """Three disjoint lists, in the order in which the public methods give them."""
 
@@ -565,7 +668,7 @@ class CostEstimate:
 
     model: str
     epochs: int | Literal["auto"] | None
-    training_tokens: int
+    training_tokens: int | None
     evaluation_input_tokens: int
     evaluation_output_tokens: int
     training_usd: float | None
@@ -575,6 +678,17 @@ class CostEstimate:
     baseline: str | None
     price: Price | None
     price_source: str
+    unpriced: tuple[str, ...] = ()
+
+    @property
+    def most_usd(self) -> float | None:
+        """:attr:`total_usd`, or with ``auto`` what the most epochs that a job may take cost."""
+        if self.epochs != "auto" or self.price is None or self.training_tokens is None:
+            return self.total_usd
+        if self.evaluation_usd is None:
+            return None
+        dollars = self.training_tokens * MAX_EPOCHS * self.price.training / 1e6
+        return dollars + self.evaluation_usd
 
     @property
     def total_usd(self) -> float | None:
@@ -591,25 +705,32 @@ class CostEstimate:
                 return "不明"
             return f"${usd:,.4f}（約{usd * self.yen_per_dollar:,.0f}円）"
 
+        def counted(tokens: int | None) -> str:
+            return "不明な数の" if tokens is None else f"{tokens:,}"
+
         mark = "" if self.exact_tokens else "（推定）"
         lines = []
         if self.epochs is not None:
             lines.append(
-                f"学習: {self.training_tokens:,}トークン{mark} × {self.epochs}エポック"
+                f"学習: {counted(self.training_tokens)}トークン{mark} × {self.epochs}エポック"
                 f" = {money(self.training_usd)}"
             )
-        lines += [
-            f"評価: 入力 {self.evaluation_input_tokens:,} + 出力 約"
-            f"{self.evaluation_output_tokens:,}トークン{mark}"
-            f"{f' × 2（比較: {self.baseline}）' if self.baseline else ''}"
-            f" = {money(self.evaluation_usd)}",
-            f"合計: {money(self.total_usd)}",
-        ]
-        if self.total_usd is None:
+        if self.epochs is None or self.evaluation_input_tokens:
             lines.append(
-                "エポック数 auto はサービスが決めるため、料金は事前に分かりません。"
-                if self.epochs == "auto" and self.price
-                else f"{self.model} の単価は不明です。--price-training などで指定できます。"
+                f"評価: 入力 {self.evaluation_input_tokens:,} + 出力 約"
+                f"{self.evaluation_output_tokens:,}トークン{mark}"
+                f"{f' × 2（比較: {self.baseline}）' if self.baseline else ''}"
+                f" = {money(self.evaluation_usd)}"
+            )
+        lines.append(f"合計: {money(self.total_usd)}")
+        lines += [
+            f"{model} の単価は不明です。--price-training などで指定できます。"
+            for model in self.unpriced
+        ]
+        if self.epochs == "auto" and self.price:
+            lines.append(
+                "エポック数 auto はサービスが決めるため、料金は事前に分かりません"
+                f"（最大の{MAX_EPOCHS}エポックで {money(self.most_usd)}）。"
             )
         lines.append(
             f"単価: {self.price_source}、1ドル={self.yen_per_dollar:g}円と仮定。"
@@ -618,12 +739,29 @@ class CostEstimate:
         return lines
 
 
+def _removed_line(removed: Mapping[str, int]) -> str:
+    """What the duplicates and each filter took out, in Japanese."""
+    labels = {"duplicates": "重複"}
+    parts = (f"{labels.get(name, name)} {count:,}件" for name, count in removed.items())
+    return f"除いた対話: {'、'.join(parts)}"
+
+
+def _leakage_line(leakage: Mapping[str, float]) -> str:
+    """:func:`measure_leakage` in Japanese."""
+    labels = {"counselor": "カウンセラー", "client": "クライアント", "pair": "同じ組"}
+    shares = "、".join(f"{labels[name]} {share:.1%}" for name, share in leakage.items())
+    return (
+        f"テスト対話のうち、相手が学習データにも現れるものの割合: {shares}"
+        "（--group-by で分けられます）"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class DataSummary:
     """What the data stages made: the examples and tokens of each split, the files, the price."""
 
     examples: Mapping[str, int]
-    tokens: Mapping[str, TokenStats]
+    tokens: Mapping[SplitName, TokenStats]
     files: Mapping[str, str]
     estimate: CostEstimate
     removed: Mapping[str, int]
@@ -635,9 +773,9 @@ class DataSummary:
         tokens = self.tokens["train"]
         lines = [f"件数: 学習 {train:,}件、テスト {test:,}件、検証 {valid:,}件"]
         if self.removed:
-            lines.append(removed_line(self.removed))
+            lines.append(_removed_line(self.removed))
         if self.leakage:
-            lines.append(leakage_line(self.leakage))
+            lines.append(_leakage_line(self.leakage))
         lines += [
             f"学習データの1件あたりのトークン: 5% {tokens.p5:,} | 中央 {tokens.p50:,} | "
             f"95% {tokens.p95:,} | 最大 {tokens.max:,}",
@@ -699,6 +837,303 @@ class Sample(NamedTuple):
     memory_used: int
     memory_total: int
     disk_percent: float
+
+
+# ── Options and records of a run ─────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The settings that a run is taken up with again, whoever takes it up."""
+
+    model: str = DEFAULT_MODEL
+    dataset: str | None = DEFAULT_DATASET
+    base_url: str | None = OPENAI_BASE_URL
+    task: TaskName = "response"
+    revision: str | None = None
+    system_prompt: str | None = None
+    long_examples: LongExamples = "split"
+    max_cost_usd: float | None = None
+    price: Price | None = None
+
+
+@dataclass(frozen=True)
+class Settings(RunSettings):
+    """All that an instance was told, resolved once.
+
+    ``given`` names the settings that came as arguments: they are not silently overruled by what
+    a run has recorded. Raises :class:`ConfigurationError` for values out of range.
+    """
+
+    output_dir: Path = Path(DEFAULT_OUTPUT_DIR)
+    poll_interval: float = 10.0
+    yen_per_dollar: float = DEFAULT_YEN_PER_DOLLAR
+    max_single_upload_bytes: int = MAX_SINGLE_UPLOAD_BYTES
+    rehearse: bool = False
+    offline: bool = False
+    verbose: bool = True
+    api_key: str | None = field(default=None, repr=False)
+    api_key_source: str = ""
+    organization: str | None = None
+    project: str | None = None
+    given: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise ConfigurationError(
+                "OpenAI API keyに使えない文字（全角文字や改行など）が含まれています。"
+                "OPENAI_API_KEY を確認してください。"
+            )
+        for name in ("model", "dataset", "system_prompt"):
+            if not _is_text(getattr(self, name)):
+                raise ConfigurationError(f"{name} にUTF-8で表せない文字が含まれています。")
+        if self.base_url is not None and not _is_http_url(self.base_url):
+            raise ConfigurationError(
+                "base_url は http:// か https:// で始まるURLです"
+                f"（指定: {printable(self.base_url)}）。"
+            )
+        _require_range("poll_interval", self.poll_interval, self.poll_interval >= 0, "0以上")
+        _require_range("yen_per_dollar", self.yen_per_dollar, self.yen_per_dollar > 0, "正の数")
+        limit = self.max_cost_usd
+        _require_range("max_cost_usd", limit, limit is None or limit >= 0, "0以上")
+        tasks = get_args(TaskName)
+        _require_range("task", self.task, self.task in tasks, f"{'、'.join(tasks)} のどれか")
+        if self.task == "score" and self.system_prompt:
+            raise ConfigurationError(
+                "task=score は決まった指示を使うため、system_prompt は指定できません。"
+            )
+        ways = get_args(LongExamples)
+        is_way = self.long_examples in ways
+        _require_range("long_examples", self.long_examples, is_way, f"{'、'.join(ways)} のどれか")
+
+    @property
+    def recorded(self) -> RunSettings:
+        """What a run keeps of these."""
+        names = [f.name for f in fields(RunSettings)]
+        return RunSettings(**{name: getattr(self, name) for name in names})
+
+    def working_as(self, run: RunSettings) -> Settings:
+        """These settings with what a run was begun with; a limit or a price of now goes first."""
+        changes = vars(run).copy()
+        for name in ("max_cost_usd", "price"):
+            if getattr(self, name) is not None:
+                del changes[name]
+        return replace(self, **changes)
+
+    @property
+    def host(self) -> str:
+        """The host of ``base_url``, or nothing."""
+        return urllib.parse.urlsplit(self.base_url or "").hostname or ""
+
+
+def _require_range(name: str, value: object, ok: bool, allowed: str) -> None:
+    """Raise :class:`ConfigurationError` unless ``ok``: ``name`` has to be ``allowed``."""
+    if not ok:
+        raise ConfigurationError(
+            f"{name} は{allowed}でなければなりません（指定: {printable(value)}）。"
+        )
+
+
+def _require_filled(**values: object) -> None:
+    """Raise :class:`ConfigurationError` for an empty text: a shell variable that isn't set."""
+    for name, value in values.items():
+        if isinstance(value, str) and not value.strip():
+            raise ConfigurationError(
+                f"{name} が空です。値を指定するか、{name} の指定を外してください。"
+            )
+
+
+def _is_whole(value: object, low: int, high: int) -> bool:
+    return type(value) is int and low <= value <= high
+
+
+def _is_text(value: str | None) -> bool:
+    """Whether ``value`` can be written as UTF-8; an odd byte of a command line can't."""
+    return value is None or not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _is_http_url(url: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError:
+        return False
+    host = parts.hostname or ""
+    return parts.scheme in ("http", "https") and host.isprintable() and host.split() == [host]
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a job is asked for. Raises :class:`ConfigurationError` for what would be refused.
+
+    Ranges: the API description of ``POST /fine_tuning/jobs``. ``None`` leaves a value to the
+    service.
+    """
+
+    epochs: int | Literal["auto"] = 10
+    batch_size: int | Literal["auto"] = 32
+    learning_rate_multiplier: float | Literal["auto"] | None = None
+    suffix: str | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, high in (("epochs", MAX_EPOCHS), ("batch_size", MAX_BATCH_SIZE)):
+            value = getattr(self, name)
+            ok = value == "auto" or _is_whole(value, 1, high)
+            _require_range(name, value, ok, f"1〜{high}の整数または auto ")
+        rate = self.learning_rate_multiplier
+        ok = rate in (None, "auto") or (isinstance(rate, int | float) and 0 < rate < math.inf)
+        _require_range("learning_rate_multiplier", rate, ok, "正の数または auto ")
+        suffix, seed = self.suffix, self.seed
+        ok = suffix is None or 1 <= len(suffix) <= MAX_SUFFIX_LENGTH
+        _require_range("suffix", suffix, ok, f"1〜{MAX_SUFFIX_LENGTH}文字")
+        ok = seed is None or _is_whole(seed, 0, MAX_SEED)
+        _require_range("seed", seed, ok, f"0〜{MAX_SEED}の整数")
+
+    def request(
+        self, model: str, file_id: str, validation_file_id: str | None
+    ) -> Mapping[str, Any]:
+        """The body of ``POST /fine_tuning/jobs``, without metadata."""
+        hyperparameters: dict[str, Any] = {"n_epochs": self.epochs, "batch_size": self.batch_size}
+        if self.learning_rate_multiplier is not None:
+            hyperparameters["learning_rate_multiplier"] = self.learning_rate_multiplier
+        options = {
+            "validation_file": validation_file_id,
+            "suffix": self.suffix,
+            "seed": self.seed,
+        }
+        return {
+            "model": model,
+            "training_file": file_id,
+            "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+            **{key: value for key, value in options.items() if value is not None},
+        }
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How an evaluation asks; ``max_test_cases`` is per split, 0 or ``None``: all.
+
+    Raises :class:`ConfigurationError` for values out of range.
+    """
+
+    max_test_cases: int | None = 10
+    seed: int = 42
+    eval_turns: EvalTurns = 1
+    baseline: str | bool | None = None
+    concurrency: int = 8
+    temperature: float = 0.0
+    max_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        cases, turns = self.max_test_cases, self.eval_turns
+        _require_range("max_test_cases", cases, (cases or 0) >= 0, "0以上（0は全部）")
+        ok = turns in ("last", "all") or (type(turns) is int and turns >= 1)
+        _require_range("eval_turns", turns, ok, "last、all、1以上の整数のどれか")
+        _require_range("concurrency", self.concurrency, self.concurrency >= 1, "1以上")
+        _require_range("temperature", self.temperature, 0 <= self.temperature <= 2, "0〜2")
+        _require_range("max_tokens", self.max_tokens, self.max_tokens >= 1, "1以上")
+
+    def baseline_of(self, model: str, base_model: str) -> str | None:
+        """The model to compare ``model`` with, if any; ``baseline=True`` means its base model."""
+        if self.baseline is True:
+            return model.split(":")[1] if model.startswith("ft:") else base_model
+        return self.baseline or None
+
+    @property
+    def generation(self) -> Mapping[str, float]:
+        """What each question carries besides its messages."""
+        return {
+            "temperature": self.temperature,
+            "seed": self.seed,
+            "max_tokens": self.max_tokens,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run was asked for: the whole path, or with ``training=None`` an evaluation alone.
+
+    ``split_of`` names the run whose split is asked; without it the data are read anew by
+    ``selection``.
+    """
+
+    asking: Asking
+    training: Training | None = None
+    model_id: str | None = None
+    split_of: str | None = None
+    selection: Selection | None = None
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One written data file: the sha256 of its bytes, its examples and, once counted, tokens."""
+
+    sha256: str
+    examples: int
+    tokens: int | None = None
+
+
+UploadPart = Literal["training", "validation"]
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file on its way to the endpoint, recorded before it is sent; ``file_id`` after.
+
+    ``intent_time`` is the moment of the first attempt in seconds since the epoch; ``reused``
+    tells a file that another run has sent.
+    """
+
+    name: str
+    bytes: int
+    sha256: str
+    intent_time: float
+    file_id: str | None = None
+    reused: bool = False
+    path: str | None = None
+
+
+@dataclass(frozen=True)
+class Intent:
+    """A job that is about to be created: its request, and the token that it will carry."""
+
+    token: str
+    at: str
+    request: Mapping[str, Any]
+
+
+class Loaded(NamedTuple):
+    """Dialogues as they were chosen and split, and what there is to say about them."""
+
+    splits: Splits
+    selection: Selection
+    removed: Mapping[str, int]
+    leakage: Mapping[str, float]
+    sources: tuple[Mapping[str, str], ...]  # of each split: dialogue id to where it stands
+
+    def without_dialogues(self) -> Loaded:
+        """What there is to say, without holding the dialogues in memory."""
+        return self._replace(splits=Splits([], [], []))
+
+    def holds(self, examples: Splits) -> bool:
+        """Whether these examples, split by split, can have been made from these dialogues."""
+        return all(
+            _source_of(example["id"], known) is not None
+            for part, known in zip(examples, self.sources, strict=True)
+            for example in part
+        )
+
+
+def _source_of(example_id: str, sources: Mapping[str, str]) -> str | None:
+    """Where an example's dialogue stands; a part of a long one is called ``ID/NUMBER``."""
+    return sources.get(example_id) or sources.get(example_id.rpartition("/")[0])
+
+
+class Prepared(NamedTuple):
+    """The examples of the three splits, and the load that they were made from."""
+
+    splits: Splits
+    loaded: Loaded | None
 
 
 # ── Reading ──────────────────────────────────────────────────────────────────────────────────
@@ -1101,13 +1536,6 @@ def select_dialogues(
     return kept, {name: count for name, count in removed.items() if count or name in filters}
 
 
-def removed_line(removed: Mapping[str, int]) -> str:
-    """What the duplicates and each filter took out, in Japanese."""
-    labels = {"duplicates": "重複"}
-    parts = (f"{labels.get(name, name)} {count:,}件" for name, count in removed.items())
-    return f"除いた対話: {'、'.join(parts)}"
-
-
 def split_dialogues(
     dialogues: Iterable[Dialogue],
     *,
@@ -1193,16 +1621,6 @@ def measure_leakage(splits: Splits) -> dict[str, float]:
     return shares
 
 
-def leakage_line(leakage: Mapping[str, float]) -> str:
-    """:func:`measure_leakage` in Japanese."""
-    labels = {"counselor": "カウンセラー", "client": "クライアント", "pair": "同じ組"}
-    shares = "、".join(f"{labels[name]} {share:.1%}" for name, share in leakage.items())
-    return (
-        f"テスト対話のうち、相手が学習データにも現れるものの割合: {shares}"
-        "（--group-by で分けられます）"
-    )
-
-
 # ── Converting ───────────────────────────────────────────────────────────────────────────────
 
 
@@ -1253,7 +1671,7 @@ def to_score_example(dialogue: Dialogue, *, system_prompt: str | None = None) ->
     for item, english in SCORE_ITEMS.items():
         score = dialogue.review_jp.get(item)
         scores[item] = dialogue.review_en.get(english) if score is None else score
-    if not dialogue.turns or not all(map(is_item_score, scores.values())):
+    if not dialogue.turns or not all(map(_is_item_score, scores.values())):
         return None
     speakers = {"assistant": "カウンセラー", "user": "クライアント"}
     text = "\n".join(f"{speakers[role]}: {text}" for role, text in dialogue.turns)
@@ -1267,12 +1685,9 @@ def to_score_example(dialogue: Dialogue, *, system_prompt: str | None = None) ->
     }
 
 
-def is_item_score(value: object) -> bool:
+def _is_item_score(value: object) -> bool:
     """Whether a value is one of the scale's integers (``True`` is none)."""
     return type(value) is int and 0 <= value <= MAX_ITEM_SCORE
-
-
-_encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
 def example_line(example: Example) -> str:
@@ -1339,360 +1754,6 @@ def split_long_example(example: Example, counter: TokenCounter, limit: int) -> l
         cast("Example", {**example, "id": f"{example['id']}/{n}", "messages": [*head, *part]})
         for n, part in enumerate(trained, 1)
     ]
-
-
-# ── Checking ─────────────────────────────────────────────────────────────────────────────────
-
-# code: (severity, what is wrong, what to do). The texts are formatted with what was found.
-PROBLEMS: dict[str, tuple[Literal["error", "warning"], str, str]] = {
-    "encoding": ("error", "UTF-8ではありません", "UTF-8で保存し直してください"),
-    "bom": ("error", "先頭にBOMがあります", "BOMなしのUTF-8で保存し直してください"),
-    "invalid_json": ("error", "JSONとして読めません（{0}）", "1行に1つのJSONを書いてください"),
-    "blank_line": ("error", "空行です", "行を削除してください"),
-    "not_object": (
-        "error",
-        "JSONオブジェクトではありません",
-        '{{"messages": [...]}} の形にしてください',
-    ),
-    "unknown_key": ("error", "使えないキー {0} があります", "キーを削除してください"),
-    "missing_messages": ("error", "messages の配列がありません", "messages を書いてください"),
-    "empty_messages": ("error", "messages が空です", "発話を書くか、行を削除してください"),
-    "unknown_role": (
-        "error",
-        "role {0} は使えません",
-        "system、user、assistant、tool のどれかにしてください",
-    ),
-    "wrong_type": ("error", "{0} の型が違います", "サービスの形式に直してください"),
-    "empty_content": ("error", "content が空です", "本文を書くか、発話を削除してください"),
-    "blank_content": ("warning", "content が空白だけです", "本文を書くか、削除してください"),
-    "no_trained_message": (
-        "error",
-        "学習する assistant の発話がありません",
-        "weight が0でない assistant の発話を加えてください",
-    ),
-    "last_not_assistant": (
-        "error",
-        "最後の発話が assistant ではありません",
-        "最後の assistant より後の発話を削除してください",
-    ),
-    "bad_weight": ("error", "weight は assistant の0か1だけです", "0か1にするか、削除してください"),
-    "special_token": (
-        "error",
-        "特殊トークンの文字列 {0} があります",
-        "取り除いてください。1行でもあるとジョブ全体が失敗します",
-    ),
-    "lone_surrogate": (
-        "error",
-        "UTF-8で表せない文字（対になっていないサロゲート）があります",
-        "その文字を取り除いてください",
-    ),
-    "too_long": (
-        "error",
-        "{0}トークンあり、上限{1}を超えた末尾は学習されません",
-        "発話の切れ目で分割してください",
-    ),
-    "too_few_examples": ("error", "学習例が{0}件しかありません", "{1}件以上にしてください"),
-    "file_too_large": ("error", "{0}MBあり、上限{1}MBを超えています", "ファイルを分けてください"),
-    "duplicate_line": ("warning", "{0}行目と同じ内容です", "重複を削除してください"),
-    "shared_conversation": (
-        "warning",
-        "学習データの{0}行目と同じ対話です",
-        "どちらかから除いてください。検証の損失が実際より良く見えます",
-    ),
-}
-
-
-class Problem(NamedTuple):
-    """A finding before it has a place: its code, the message it is in, what was found."""
-
-    code: str
-    message_index: int | None = None
-    details: tuple[object, ...] = ()
-
-
-def find_problems(example: object) -> Iterator[Problem]:
-    """Every problem in the value of one line, but for its length. The order is the reading's."""
-    if not isinstance(example, dict):
-        yield Problem("not_object")
-        return
-    for key in example.keys() - LINE_KEYS:
-        yield Problem("unknown_key", None, (key,))
-    messages = example.get("messages")
-    if not isinstance(messages, list):
-        yield Problem("missing_messages")
-        return
-    if not messages:
-        yield Problem("empty_messages")
-        return
-    trained = False
-    role: object = None
-    for index, message in enumerate(messages):
-        if not isinstance(message, dict):
-            role = None
-            yield Problem("wrong_type", index, ("発話",))
-            continue
-        role = message.get("role")
-        content = message.get("content")
-        plain = type(role) is str and role in _PLAIN_ROLES and len(message) == 2
-        if not (plain and type(content) is str and content):
-            yield from _find_message_problems(index, message)
-        if type(content) is str and content.isspace():
-            yield Problem("blank_content", index)
-        trained = trained or (role == "assistant" and message.get("weight") != 0)
-    if not trained:
-        yield Problem("no_trained_message")
-    if role != "assistant":
-        yield Problem("last_not_assistant", len(messages) - 1)
-
-
-_PLAIN_ROLES = CHAT_ROLES - {"tool"}
-
-
-def _find_message_problems(index: int, message: Mapping[str, Any]) -> Iterator[Problem]:
-    for key in message.keys() - MESSAGE_KEYS:
-        yield Problem("unknown_key", index, (key,))
-    role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str) or role not in CHAT_ROLES:
-        yield Problem("unknown_role", index, (role,))
-    if "weight" in message and (
-        role != "assistant" or type(message["weight"]) is not int or message["weight"] not in (0, 1)
-    ):
-        yield Problem("bad_weight", index)
-    if role == "tool" and not isinstance(message.get("tool_call_id"), str):
-        yield Problem("wrong_type", index, ("tool_call_id",))
-    if content is None:
-        calls = message.get("tool_calls")
-        if not (role == "assistant" and isinstance(calls, list) and calls):
-            yield Problem("wrong_type", index, ("content",))
-    elif content in ("", []):
-        yield Problem("empty_content", index)
-    elif not isinstance(content, str) and not (
-        isinstance(content, list) and all(map(_is_content_part, content))
-    ):
-        yield Problem("wrong_type", index, ("content",))
-
-
-def _is_content_part(part: object) -> bool:
-    return (
-        isinstance(part, dict)
-        and isinstance(part.get("type"), str)
-        and (part["type"] != "text" or isinstance(part.get("text"), str))
-    )
-
-
-def _find_text_problems(line: str) -> Iterator[Problem]:
-    """Problems of the text of a line as JSON without escapes, wherever they stand in it."""
-    if "<|" in line:
-        for token in sorted(set(SPECIAL_TOKEN.findall(line))):
-            yield Problem("special_token", None, (token,))
-    try:
-        line.encode()
-    except UnicodeEncodeError:
-        yield Problem("lone_surrogate")
-
-
-def find_length_problem(messages: object, size: int, limit: int) -> Problem | None:
-    """``too_long``, for the ``messages`` of a line of ``size`` bytes.
-
-    No token is shorter than a byte, so that only lines over ``limit`` need the vocabulary.
-    """
-    if size <= limit or not isinstance(messages, list):
-        return None
-    if not all(isinstance(message, dict) for message in messages):
-        return None
-    tokens = TokenCounter(load_vocabulary()).count(messages).total
-    return Problem("too_long", None, (f"{tokens:,}", f"{limit:,}")) if tokens > limit else None
-
-
-def check_file(
-    path: str | os.PathLike[str],
-    *,
-    kind: Literal["training", "validation"] = "training",
-    compare_with: str | os.PathLike[str] | None = None,
-    max_tokens: int = MAX_EXAMPLE_TOKENS,
-    max_bytes: int = MAX_FILE_BYTES,
-) -> list[Finding]:
-    """Every problem of a JSONL file on disk, in the order of its lines.
-
-    ``compare_with`` names the training file of a validation file: conversations in both are
-    found. The file is read line by line; only hashes of them stay in memory. The vocabulary is
-    needed for lines of more than ``max_tokens`` bytes alone. Raises :class:`DataError` where
-    the file can't be read.
-    """
-    path = Path(path)
-    trained = {} if compare_with is None else _conversation_lines(Path(compare_with))
-    findings: list[Finding] = []
-
-    def report(line: int | None, problem: Problem) -> None:
-        findings.append(_finding(str(path), line, problem))
-
-    seen: dict[bytes, int] = {}
-    count = 0
-    for number, raw, value, problems in _read_checked(path):
-        for problem in problems:
-            report(number, problem)
-        if not any(problem.code == "blank_line" for problem in problems):
-            count += 1
-        if value is None:
-            continue
-        first = seen.setdefault(hashlib.sha256(raw.strip()).digest(), number)
-        if first != number:
-            report(number, Problem("duplicate_line", None, (first,)))
-        messages = value.get("messages") if isinstance(value, dict) else None
-        if trained and (shared := trained.get(_conversation_digest(messages))):
-            report(number, Problem("shared_conversation", None, (shared,)))
-        if too_long := find_length_problem(messages, len(raw), max_tokens):
-            report(number, too_long)
-    needed = MIN_TRAINING_EXAMPLES if kind == "training" else 1
-    if count < needed:
-        report(None, Problem("too_few_examples", None, (count, needed)))
-    size = path.stat().st_size
-    if size > max_bytes:
-        details = (f"{size / 2**20:,.0f}", f"{max_bytes / 2**20:,.0f}")
-        report(None, Problem("file_too_large", None, details))
-    return findings
-
-
-def _read_checked(path: Path) -> Iterator[tuple[int, bytes, Any, list[Problem]]]:
-    """Yield (line number, bytes, value or ``None``, problems) of each physical line."""
-    try:
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, 1):
-                yield number, raw, *_check_line(raw, first=number == 1)
-    except OSError as error:
-        raise DataError(f"{path}: 読めません（{error.strerror}）。") from error
-
-
-def _check_line(raw: bytes, *, first: bool) -> tuple[Any, list[Problem]]:
-    problems = []
-    if first and raw.startswith(codecs.BOM_UTF8):
-        problems.append(Problem("bom"))
-        raw = raw.removeprefix(codecs.BOM_UTF8)
-    try:
-        text = raw.decode()
-    except UnicodeDecodeError:
-        return None, [*problems, Problem("encoding")]
-    if not text.strip():
-        return None, [*problems, Problem("blank_line")]
-    try:
-        value = json.loads(text, parse_constant=_refuse_constant)
-        if "\\" in text:
-            text = json.dumps(value, ensure_ascii=False)
-    except (ValueError, RecursionError) as error:
-        return None, [*problems, Problem("invalid_json", None, (printable(error)[:100],))]
-    return value, [*problems, *find_problems(value), *_find_text_problems(text)]
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} はJSONの値ではありません")
-
-
-def _conversation_digest(messages: object) -> bytes:
-    text = json.dumps(messages, sort_keys=True)
-    return hashlib.sha256(text.encode()).digest()
-
-
-def _conversation_lines(path: Path) -> dict[bytes, int]:
-    return {
-        _conversation_digest(value.get("messages")): number
-        for number, _, value, _ in _read_checked(path)
-        if isinstance(value, dict)
-    }
-
-
-def _finding(path: str, line: int | None, problem: Problem) -> Finding:
-    severity, text, remedy = PROBLEMS[problem.code]
-    details = [printable(detail) for detail in problem.details]
-    return Finding(
-        path=path,
-        line=line,
-        message_index=problem.message_index,
-        code=problem.code,
-        severity=severity,
-        text=text.format(*details),
-        remedy=remedy.format(*details),
-    )
-
-
-def fix_file(path: str | os.PathLike[str]) -> tuple[str, str, int, int]:
-    """Write ``NAME.fixed.jsonl`` and ``NAME.rejects.jsonl`` beside a JSONL file.
-
-    Mended: BOM, blank lines, unknown keys, duplicate lines, what follows the last assistant
-    message, over-long conversations (split). A line that still has an error goes to the rejects
-    as ``{"line", "codes", "raw"}``. Returns both paths, and how many examples and rejects they
-    hold. Raises :class:`DataError` rather than overwrite either.
-    """
-    path = Path(path)
-    examples: dict[str, None] = {}  # an ordered set: a repeated line is dropped
-    rejects = []
-    outputs = [path.with_name(f"{path.stem}.{name}.jsonl") for name in ("fixed", "rejects")]
-    for output in filter(Path.exists, outputs):
-        raise DataError(f"{output} がすでにあります。移動するか削除してからやり直してください。")
-    for number, raw, value, problems in _read_checked(path):
-        if any(problem.code == "blank_line" for problem in problems):
-            continue
-        mended = _mend(value)
-        remaining = [*find_problems(mended), *_find_text_problems(_dump(mended))]
-        codes = [p.code for p in (problems if value is None else remaining) if _is_error(p)]
-        parts = [mended]
-        if not codes and find_length_problem(mended["messages"], len(raw), MAX_EXAMPLE_TOKENS):
-            named = cast("Example", {"id": f"{path}:{number}", **mended})
-            counter = TokenCounter(load_vocabulary())
-            try:
-                parts = list(split_long_example(named, counter, MAX_EXAMPLE_TOKENS))
-            except DataError:
-                codes = ["too_long"]
-        if not codes:
-            try:
-                examples.update(dict.fromkeys(map(example_line, parts)))
-            except ValueError:  # an infinite number, which JSON has no way to write
-                codes = ["invalid_json"]
-        if codes:
-            text = raw.decode(errors="backslashreplace").rstrip("\r\n")
-            rejects.append(_encode_json({"line": number, "codes": codes, "raw": text}))
-    for output, lines in zip(outputs, (examples, rejects), strict=True):
-        write_new_file(output, "".join(line + "\n" for line in lines))
-    return str(outputs[0]), str(outputs[1]), len(examples), len(rejects)
-
-
-def _mend(value: Any) -> Any:
-    if not isinstance(value, dict) or not isinstance(value.get("messages"), list):
-        return value
-    messages = [
-        {key: item for key, item in message.items() if key in MESSAGE_KEYS}
-        if isinstance(message, dict)
-        else message
-        for message in value["messages"]
-    ]
-    roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
-    if "assistant" in roles:
-        messages = messages[: len(roles) - roles[::-1].index("assistant")]
-    return {**{key: item for key, item in value.items() if key in LINE_KEYS}, "messages": messages}
-
-
-def _dump(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _is_error(problem: Problem) -> bool:
-    return PROBLEMS[problem.code][0] == "error"
-
-
-def require_no_errors(findings: Iterable[Finding]) -> None:
-    """Log every finding; raise :class:`DataError` with the first errors where there are any."""
-    errors = []
-    for finding in findings:
-        if finding.severity == "error":
-            errors.append(finding)
-        else:
-            logger.warning("%s", finding)
-    if errors:
-        shown = "\n".join(f"  {finding}" for finding in errors[:20])
-        more = f"\n  ほか{len(errors) - 20:,}件" if len(errors) > 20 else ""
-        raise DataError(
-            f"データに{len(errors):,}件のエラーがあるため、アップロードしません。\n{shown}{more}\n"
-            "すべて見るには: --check-file PATH、直したファイルを作るには: --check-file PATH --fix"
-        )
 
 
 # ── Counting and pricing ─────────────────────────────────────────────────────────────────────
@@ -1794,58 +1855,6 @@ class TokenCounter:
         return [end - index for index, end in enumerate([*separators, len(tokens)])]
 
 
-class _Counting:
-    """Counts of examples, begun on threads as they are added, while the caller goes on.
-
-    Threads do, for the tokeniser works outside the interpreter's lock; a chunk a call, for the
-    end of each call has to wait for that lock.
-    """
-
-    CHUNK = 64
-
-    def __init__(self, executor: Executor) -> None:
-        self._executor = executor
-        self._vocabulary = executor.submit(load_vocabulary)  # slow to load, so it starts first
-        self._waiting: list[Example] = []
-        self._begun: list[tuple[list[str], Future[list[Tokens]]]] = []
-        self._known: set[str] = set()
-
-    @property
-    def exact(self) -> bool:
-        """Whether the vocabulary is there; waits for it."""
-        return self._vocabulary.result() is not None
-
-    def add(self, example: Example) -> None:
-        """Count ``example``, soon."""
-        self._known.add(example["id"])
-        self._waiting.append(example)
-        if len(self._waiting) == self.CHUNK:
-            self._begin()
-
-    def _begin(self) -> None:
-        chunk, self._waiting = self._waiting, []
-        conversations = [example["messages"] for example in chunk]
-        future = self._executor.submit(self._count, conversations)
-        self._begun.append(([example["id"] for example in chunk], future))
-
-    def _count(self, conversations: Sequence[Sequence[Message]]) -> list[Tokens]:
-        return TokenCounter(self._vocabulary.result()).count_many(conversations)
-
-    def finish(self) -> dict[str, Tokens]:
-        """The counts of all examples by their ids; waits for them."""
-        self._begin()
-        counts: dict[str, Tokens] = {}
-        for ids, future in self._begun:
-            counts.update(zip(ids, future.result(), strict=True))
-        return counts
-
-    def add_missing(self, examples: Iterable[Example]) -> None:
-        """Count those that were not added under their ids yet."""
-        for example in examples:
-            if example["id"] not in self._known:
-                self.add(example)
-
-
 def _billed_texts(message: Message) -> tuple[list[str], int]:
     """The texts of a message that are billed, and how many names are among them."""
     content = message.get("content")
@@ -1854,6 +1863,33 @@ def _billed_texts(message: Message) -> tuple[list[str], int]:
     texts = [v for k, v in message.items() if isinstance(v, str) and k != "role"]
     texts += [_dump(value) for value in message.values() if isinstance(value, list | dict)]
     return texts, int("name" in message)
+
+
+def _count_examples(examples: Iterable[Example]) -> tuple[int, bool]:
+    """Tokens of some examples together, and whether they are exact."""
+    counter = TokenCounter(load_vocabulary())
+    counts = counter.count_many(example["messages"] for example in examples)
+    return sum(count.total for count in counts), counter.exact
+
+
+def _count_splits(splits: Splits) -> tuple[dict[SplitName, TokenStats], bool]:
+    """Tokens of each split on threads, and whether they are exact.
+
+    Threads do, for the tokeniser works outside the interpreter's lock; a chunk of conversations
+    a call, for the end of each call has to wait for that lock.
+    """
+    counter = TokenCounter(load_vocabulary())
+    stats: dict[SplitName, TokenStats] = {}
+    with ThreadPoolExecutor(thread_name_prefix="openai-sft-tokens") as executor:
+        for name, examples in zip(SPLIT_NAMES, splits, strict=True):
+            conversations = [example["messages"] for example in examples]
+            chunks = [
+                conversations[start : start + COUNTED_AT_ONCE]
+                for start in range(0, len(conversations), COUNTED_AT_ONCE)
+            ]
+            counts = itertools.chain.from_iterable(executor.map(counter.count_many, chunks))
+            stats[name] = token_stats(list(counts))
+    return stats, counter.exact
 
 
 def token_stats(tokens: Sequence[Tokens]) -> TokenStats:
@@ -1885,19 +1921,20 @@ def price_of(model: str) -> Price | None:
     return PRICES.get(MODEL_ALIASES.get(base, base))
 
 
-def rates_of(model: str, given: Price | None, *, tuned: bool) -> tuple[float, float] | None:
-    """Input and output rate of asking ``model``, ``None`` where unknown.
-
-    A ``given`` price is that of the evaluated model, whatever its name.
-    """
-    if given is not None:
-        return given.tuned_input, given.tuned_output
-    known = price_of(model)
-    return known.rates(tuned=tuned) if known else None
+def _rates_of(
+    model: str, tuned_from: str | None, given: Price | None
+) -> tuple[float, float] | None:
+    """Dollars per 1,000,000 tokens in and out of asking a tuned model or, with ``tuned_from``
+    ``None``, a base model; ``None`` where unknown. A ``given`` price goes first."""
+    for price in filter(None, (given, price_of(tuned_from or model))):
+        rates = price.rates(tuned=tuned_from is not None)
+        if rates is not None:
+            return rates
+    return None
 
 
 def estimate_cost(
-    training_tokens: int,
+    training_tokens: int | None,
     epochs: int | Literal["auto"] | None,
     *,
     model: str = DEFAULT_MODEL,
@@ -1922,14 +1959,16 @@ def estimate_cost(
     training: float | None = None
     if epochs is None:
         training = 0.0
-    elif price is not None and epochs != "auto":
+    elif price is not None and epochs != "auto" and training_tokens is not None:
         training = training_tokens * epochs * price.training / 1e6
     tuned = epochs is not None or model.startswith("ft:")
-    asked = [rates_of(model, price if given else None, tuned=tuned)]
+    own = price if given else None
+    asked = [(model, _rates_of(model, model if given or tuned else None, own))]
     if baseline is not None:
-        asked.append(rates_of(baseline, None, tuned=baseline.startswith("ft:")))
+        base = baseline if baseline.startswith("ft:") else None
+        asked.append((baseline, _rates_of(baseline, base, own if baseline == model else None)))
     evaluation: float | None = 0.0
-    for rates in asked:
+    for _, rates in asked:
         if rates is None or evaluation is None:
             evaluation = None
         else:
@@ -1948,7 +1987,358 @@ def estimate_cost(
         baseline=baseline,
         price=price,
         price_source=source,
+        unpriced=tuple(dict.fromkeys(name for name, rates in asked if rates is None)),
     )
+
+
+# ── Checking ─────────────────────────────────────────────────────────────────────────────────
+
+# code: (severity, what is wrong, what to do). The texts are formatted with what was found.
+PROBLEMS: dict[str, tuple[Literal["error", "warning"], str, str]] = {
+    "encoding": ("error", "UTF-8ではありません", "UTF-8で保存し直してください"),
+    "bom": ("error", "先頭にBOMがあります", "BOMなしのUTF-8で保存し直してください"),
+    "invalid_json": ("error", "JSONとして読めません（{0}）", "1行に1つのJSONを書いてください"),
+    "blank_line": ("error", "空行です", "行を削除してください"),
+    "not_object": (
+        "error",
+        "JSONオブジェクトではありません",
+        '{{"messages": [...]}} の形にしてください',
+    ),
+    "unknown_key": ("error", "使えないキー {0} があります", "キーを削除してください"),
+    "missing_messages": ("error", "messages の配列がありません", "messages を書いてください"),
+    "empty_messages": ("error", "messages が空です", "発話を書くか、行を削除してください"),
+    "unknown_role": (
+        "error",
+        "role {0} は使えません",
+        "system、user、assistant、tool のどれかにしてください",
+    ),
+    "wrong_type": ("error", "{0} の型が違います", "サービスの形式に直してください"),
+    "empty_content": ("error", "content が空です", "本文を書くか、発話を削除してください"),
+    "blank_content": ("warning", "content が空白だけです", "本文を書くか、削除してください"),
+    "no_trained_message": (
+        "error",
+        "学習する assistant の発話がありません",
+        "weight が0でない assistant の発話を加えてください",
+    ),
+    "last_not_assistant": (
+        "error",
+        "最後の発話が assistant ではありません",
+        "最後の assistant より後の発話を削除してください",
+    ),
+    "bad_weight": ("error", "weight は assistant の0か1だけです", "0か1にするか、削除してください"),
+    "special_token": (
+        "error",
+        "特殊トークンの文字列 {0} があります",
+        "取り除いてください。1行でもあるとジョブ全体が失敗します",
+    ),
+    "lone_surrogate": (
+        "error",
+        "UTF-8で表せない文字（対になっていないサロゲート）があります",
+        "その文字を取り除いてください",
+    ),
+    "too_long": (
+        "error",
+        "{0}トークンあり、上限{1}を超えた末尾は学習されません",
+        "発話の切れ目で分割してください",
+    ),
+    "too_few_examples": ("error", "学習例が{0}件しかありません", "{1}件以上にしてください"),
+    "file_too_large": ("error", "{0}MBあり、上限{1}MBを超えています", "ファイルを分けてください"),
+    "duplicate_line": ("warning", "{0}行目と同じ内容です", "重複を削除してください"),
+    "shared_conversation": (
+        "warning",
+        "学習データの{0}行目と同じ対話です",
+        "どちらかから除いてください。検証の損失が実際より良く見えます",
+    ),
+}
+
+
+class _Problem(NamedTuple):
+    """A finding before it has a place: its code, the message it is in, what was found."""
+
+    code: str
+    message_index: int | None = None
+    details: tuple[object, ...] = ()
+
+
+def _find_problems(example: object) -> Iterator[_Problem]:
+    """Every problem in the value of one line, but for its length. The order is the reading's."""
+    if not isinstance(example, dict):
+        yield _Problem("not_object")
+        return
+    for key in example.keys() - LINE_KEYS:
+        yield _Problem("unknown_key", None, (key,))
+    messages = example.get("messages")
+    if not isinstance(messages, list):
+        yield _Problem("missing_messages")
+        return
+    if not messages:
+        yield _Problem("empty_messages")
+        return
+    trained = False
+    role: object = None
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict):
+            role = None
+            yield _Problem("wrong_type", index, ("発話",))
+            continue
+        role = message.get("role")
+        content = message.get("content")
+        plain = type(role) is str and role in _PLAIN_ROLES and len(message) == 2
+        if not (plain and type(content) is str and content):
+            yield from _find_message_problems(index, message)
+        if type(content) is str and content.isspace():
+            yield _Problem("blank_content", index)
+        trained = trained or (role == "assistant" and message.get("weight") != 0)
+    if not trained:
+        yield _Problem("no_trained_message")
+    if role != "assistant":
+        yield _Problem("last_not_assistant", len(messages) - 1)
+
+
+_PLAIN_ROLES = CHAT_ROLES - {"tool"}
+
+
+def _find_message_problems(index: int, message: Mapping[str, Any]) -> Iterator[_Problem]:
+    for key in message.keys() - MESSAGE_KEYS:
+        yield _Problem("unknown_key", index, (key,))
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or role not in CHAT_ROLES:
+        yield _Problem("unknown_role", index, (role,))
+    if "weight" in message and (
+        role != "assistant" or type(message["weight"]) is not int or message["weight"] not in (0, 1)
+    ):
+        yield _Problem("bad_weight", index)
+    if role == "tool" and not isinstance(message.get("tool_call_id"), str):
+        yield _Problem("wrong_type", index, ("tool_call_id",))
+    if content is None:
+        calls = message.get("tool_calls")
+        if not (role == "assistant" and isinstance(calls, list) and calls):
+            yield _Problem("wrong_type", index, ("content",))
+    elif content in ("", []):
+        yield _Problem("empty_content", index)
+    elif not isinstance(content, str) and not (
+        isinstance(content, list) and all(map(_is_content_part, content))
+    ):
+        yield _Problem("wrong_type", index, ("content",))
+
+
+def _is_content_part(part: object) -> bool:
+    return (
+        isinstance(part, dict)
+        and isinstance(part.get("type"), str)
+        and (part["type"] != "text" or isinstance(part.get("text"), str))
+    )
+
+
+def _find_text_problems(line: str) -> Iterator[_Problem]:
+    """Problems of the text of a line as JSON without escapes, wherever they stand in it."""
+    if "<|" in line:
+        for token in sorted(set(SPECIAL_TOKEN.findall(line))):
+            yield _Problem("special_token", None, (token,))
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        yield _Problem("lone_surrogate")
+
+
+def _find_length_problem(messages: object, size: int, limit: int) -> _Problem | None:
+    """``too_long``, for the ``messages`` of a line of ``size`` bytes.
+
+    No token is shorter than a byte, so that only lines over ``limit`` need the vocabulary.
+    """
+    if size <= limit or not isinstance(messages, list):
+        return None
+    if not all(isinstance(message, dict) for message in messages):
+        return None
+    tokens = TokenCounter(load_vocabulary()).count(messages).total
+    return _Problem("too_long", None, (f"{tokens:,}", f"{limit:,}")) if tokens > limit else None
+
+
+def check_file(
+    path: str | os.PathLike[str],
+    *,
+    kind: Literal["training", "validation"] = "training",
+    compare_with: str | os.PathLike[str] | None = None,
+    max_tokens: int = MAX_EXAMPLE_TOKENS,
+    max_bytes: int = MAX_FILE_BYTES,
+) -> list[Finding]:
+    """Every problem of a JSONL file on disk, in the order of its lines.
+
+    ``compare_with`` names the training file of a validation file: conversations in both are
+    found. The file is read line by line; only hashes of them stay in memory. The vocabulary is
+    needed for lines of more than ``max_tokens`` bytes alone. Raises :class:`DataError` where
+    the file can't be read.
+    """
+    path = Path(path)
+    trained = {} if compare_with is None else _conversation_lines(Path(compare_with))
+    findings: list[Finding] = []
+
+    def report(line: int | None, problem: _Problem) -> None:
+        findings.append(_finding(str(path), line, problem))
+
+    seen: dict[bytes, int] = {}
+    count = 0
+    for number, raw, value, problems in _read_checked(path):
+        for problem in problems:
+            report(number, problem)
+        if not any(problem.code == "blank_line" for problem in problems):
+            count += 1
+        if value is None:
+            continue
+        first = seen.setdefault(hashlib.sha256(raw.strip()).digest(), number)
+        if first != number:
+            report(number, _Problem("duplicate_line", None, (first,)))
+        messages = value.get("messages") if isinstance(value, dict) else None
+        if trained and (shared := trained.get(_conversation_digest(messages))):
+            report(number, _Problem("shared_conversation", None, (shared,)))
+        if too_long := _find_length_problem(messages, len(raw), max_tokens):
+            report(number, too_long)
+    needed = MIN_TRAINING_EXAMPLES if kind == "training" else 1
+    if count < needed:
+        report(None, _Problem("too_few_examples", None, (count, needed)))
+    size = path.stat().st_size
+    if size > max_bytes:
+        details = (f"{size / 2**20:,.0f}", f"{max_bytes / 2**20:,.0f}")
+        report(None, _Problem("file_too_large", None, details))
+    return findings
+
+
+def _read_checked(path: Path) -> Iterator[tuple[int, bytes, Any, list[_Problem]]]:
+    """Yield (line number, bytes, value or ``None``, problems) of each physical line."""
+    try:
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, 1):
+                yield number, raw, *_check_line(raw, first=number == 1)
+    except OSError as error:
+        raise DataError(f"{path}: 読めません（{error.strerror}）。") from error
+
+
+def _check_line(raw: bytes, *, first: bool) -> tuple[Any, list[_Problem]]:
+    problems = []
+    if first and raw.startswith(codecs.BOM_UTF8):
+        problems.append(_Problem("bom"))
+        raw = raw.removeprefix(codecs.BOM_UTF8)
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError:
+        return None, [*problems, _Problem("encoding")]
+    if not text.strip():
+        return None, [*problems, _Problem("blank_line")]
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+        if "\\" in text:
+            text = json.dumps(value, ensure_ascii=False)
+    except (ValueError, RecursionError) as error:
+        return None, [*problems, _Problem("invalid_json", None, (printable(error)[:100],))]
+    return value, [*problems, *_find_problems(value), *_find_text_problems(text)]
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} はJSONの値ではありません")
+
+
+def _conversation_digest(messages: object) -> bytes:
+    text = json.dumps(messages, sort_keys=True)
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _conversation_lines(path: Path) -> dict[bytes, int]:
+    return {
+        _conversation_digest(value.get("messages")): number
+        for number, _, value, _ in _read_checked(path)
+        if isinstance(value, dict)
+    }
+
+
+def _finding(path: str, line: int | None, problem: _Problem) -> Finding:
+    severity, text, remedy = PROBLEMS[problem.code]
+    details = [printable(detail) for detail in problem.details]
+    return Finding(
+        path=path,
+        line=line,
+        message_index=problem.message_index,
+        code=problem.code,
+        severity=severity,
+        text=text.format(*details),
+        remedy=remedy.format(*details),
+    )
+
+
+def fix_file(path: str | os.PathLike[str]) -> tuple[str, str, int, int]:
+    """Write ``NAME.fixed.jsonl`` and ``NAME.rejects.jsonl`` beside a JSONL file.
+
+    Mended: BOM, blank lines, unknown keys, duplicate lines, what follows the last assistant
+    message, over-long conversations (split). A line that still has an error goes to the rejects
+    as ``{"line", "codes", "raw"}``. Returns both paths, and how many examples and rejects they
+    hold. Raises :class:`DataError` rather than overwrite either.
+    """
+    path = Path(path)
+    examples: dict[str, None] = {}  # an ordered set: a repeated line is dropped
+    rejects = []
+    outputs = [path.with_name(f"{path.stem}.{name}.jsonl") for name in ("fixed", "rejects")]
+    for output in filter(Path.exists, outputs):
+        raise DataError(f"{output} がすでにあります。移動するか削除してからやり直してください。")
+    for number, raw, value, problems in _read_checked(path):
+        if any(problem.code == "blank_line" for problem in problems):
+            continue
+        mended = _mend(value)
+        remaining = [*_find_problems(mended), *_find_text_problems(_dump(mended))]
+        codes = [p.code for p in (problems if value is None else remaining) if _is_error(p)]
+        parts = [mended]
+        if not codes and _find_length_problem(mended["messages"], len(raw), MAX_EXAMPLE_TOKENS):
+            named = cast("Example", {"id": f"{path}:{number}", **mended})
+            counter = TokenCounter(load_vocabulary())
+            try:
+                parts = list(split_long_example(named, counter, MAX_EXAMPLE_TOKENS))
+            except DataError:
+                codes = ["too_long"]
+        if not codes:
+            try:
+                examples.update(dict.fromkeys(map(example_line, parts)))
+            except ValueError:  # an infinite number, which JSON has no way to write
+                codes = ["invalid_json"]
+        if codes:
+            text = raw.decode(errors="backslashreplace").rstrip("\r\n")
+            rejects.append(_encode_json({"line": number, "codes": codes, "raw": text}))
+    for output, lines in zip(outputs, (examples, rejects), strict=True):
+        write_new_file(output, "".join(line + "\n" for line in lines))
+    return str(outputs[0]), str(outputs[1]), len(examples), len(rejects)
+
+
+def _mend(value: Any) -> Any:
+    if not isinstance(value, dict) or not isinstance(value.get("messages"), list):
+        return value
+    messages = [
+        {key: item for key, item in message.items() if key in MESSAGE_KEYS}
+        if isinstance(message, dict)
+        else message
+        for message in value["messages"]
+    ]
+    roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
+    if "assistant" in roles:
+        messages = messages[: len(roles) - roles[::-1].index("assistant")]
+    return {**{key: item for key, item in value.items() if key in LINE_KEYS}, "messages": messages}
+
+
+def _is_error(problem: _Problem) -> bool:
+    return PROBLEMS[problem.code][0] == "error"
+
+
+def _require_no_errors(findings: Iterable[Finding]) -> None:
+    """Log every finding; raise :class:`DataError` with the first errors where there are any."""
+    errors = []
+    for finding in findings:
+        if finding.severity == "error":
+            errors.append(finding)
+        else:
+            logger.warning("%s", finding)
+    if errors:
+        shown = "\n".join(f"  {finding}" for finding in errors[:20])
+        more = f"\n  ほか{len(errors) - 20:,}件" if len(errors) > 20 else ""
+        raise DataError(
+            f"データに{len(errors):,}件のエラーがあるため、アップロードしません。\n{shown}{more}\n"
+            "すべて見るには: --check-file PATH、直したファイルを作るには: --check-file PATH --fix"
+        )
 
 
 # ── Choosing what to ask ─────────────────────────────────────────────────────────────────────
@@ -1966,7 +2356,7 @@ def choose_cases(
     ``messages``; the draws depend on the seed and the id alone, so that two runs meet on the
     same cases. Raises :class:`ConfigurationError` for a value out of range.
     """
-    check_evaluation(max_cases, eval_turns=turns)
+    Asking(max_cases, seed, turns)  # checks the values
     ranked = []
     for example in examples:
         rank = random.Random(f"{seed}/{example['id']}").random()
@@ -1983,34 +2373,6 @@ def _chosen_turns(example: Example, seed: int, turns: EvalTurns) -> list[int]:
     draw = random.Random(f"{seed}/{example['id']}/turn")
     count = len(possible) if turns == "all" else min(turns, len(possible))
     return draw.sample(possible, count)
-
-
-def check_evaluation(
-    max_test_cases: int | None,
-    *,
-    eval_turns: EvalTurns = 1,
-    concurrency: int = 1,
-    temperature: float = 0.0,
-    max_tokens: int = 1,
-    **_others: Any,
-) -> None:
-    """Raise :class:`ConfigurationError` for options of an evaluation that are out of range."""
-    for name, value, ok, allowed in (
-        ("max_test_cases", max_test_cases, (max_test_cases or 0) >= 0, "0以上（0は全部）"),
-        (
-            "eval_turns",
-            eval_turns,
-            eval_turns in ("last", "all") or (type(eval_turns) is int and eval_turns >= 1),
-            "last、all、1以上の整数のどれか",
-        ),
-        ("concurrency", concurrency, concurrency >= 1, "1以上"),
-        ("temperature", temperature, 0 <= temperature <= 2, "0〜2"),
-        ("max_tokens", max_tokens, max_tokens >= 1, "1以上"),
-    ):
-        if not ok:
-            raise ConfigurationError(
-                f"{name} は{allowed}でなければなりません（指定: {printable(value)}）。"
-            )
 
 
 def _turns_to_ask(messages: Sequence[Message]) -> list[int]:
@@ -2041,6 +2403,21 @@ def _case(example: Example, index: int) -> Case:
         reference=messages[index]["content"],
         tools=example.get("tools"),
     )
+
+
+def _choose_for(splits: Splits, asking: Asking) -> dict[str, list[Case]]:
+    """The cases of the test and the validation data."""
+    choose = functools.partial(
+        choose_cases, max_cases=asking.max_test_cases, seed=asking.seed, turns=asking.eval_turns
+    )
+    return {"test": choose(splits.test), "valid": choose(splits.valid)}
+
+
+def _count_cases(cases: Iterable[Case]) -> tuple[int, int, bool]:
+    """Tokens of the questions and of the real answers, and whether they are exact."""
+    counter, cases = TokenCounter(load_vocabulary()), list(cases)
+    asked = sum(count.total for count in counter.count_many(case.input for case in cases))
+    return asked, counter.count_texts([case.reference for case in cases]), counter.exact
 
 
 # ── Scoring ──────────────────────────────────────────────────────────────────────────────────
@@ -2091,7 +2468,7 @@ def score_answers(
     values are biased low by repetition, the score ± 1.96 standard deviations of them). Nothing
     is scored where there is no answer; chrF, BLEU and ROUGE-L need the extra ``eval``.
     """
-    figures, missing = make_figures(answers)
+    figures, missing = _make_figures(answers)
     weights = _resample(answers, seed)
     metrics = {}
     for figure in figures:
@@ -2108,7 +2485,7 @@ def score_answers(
     return metrics, missing
 
 
-def make_figures(answers: Sequence[Answer]) -> tuple[list[Figure], list[str]]:
+def _make_figures(answers: Sequence[Answer]) -> tuple[list[Figure], list[str]]:
     """The figures of some answers, and the names of those that a missing package holds back."""
     if not answers:
         return [], []
@@ -2333,7 +2710,7 @@ def compare_answers(
     return compare_figures(
         both,
         [others[answer.case_id] for answer in both],
-        make=make or make_figures,
+        make=make or _make_figures,
         seed=seed,
         cases=len({a.case_id for a in tuned} | others.keys()) if cases is None else cases,
     )
@@ -2417,7 +2794,7 @@ def parse_scores(text: str) -> dict[str, int] | str:
     for item in SCORE_ITEMS:
         if item not in value:
             return f"「{item}」がありません"
-        if not is_item_score(value[item]):
+        if not _is_item_score(value[item]):
             shown = json.dumps(value[item])[:50]
             return f"「{item}」が0〜{MAX_ITEM_SCORE}の整数ではありません（{shown}）"
     return {item: value[item] for item in SCORE_ITEMS}
@@ -2601,7 +2978,7 @@ TASKS: dict[TaskName, Task] = {
         request={},
         find_fault=lambda text: None,
         score=score_answers,
-        make_figures=make_figures,
+        make_figures=_make_figures,
     ),
     "score": Task(
         make_example=to_score_example,
@@ -2757,54 +3134,6 @@ def _short(value: float | None) -> str:
 # ── Talking to the service ───────────────────────────────────────────────────────────────────
 
 
-def check_hyperparameters(
-    epochs: int | str,
-    batch_size: int | str,
-    learning_rate_multiplier: float | str | None = None,
-    suffix: str | None = None,
-    seed: int | None = None,
-) -> None:
-    """Raise :class:`ConfigurationError` for what the service would refuse."""
-
-    def require(name: str, value: object, ok: bool, allowed: str) -> None:
-        if not ok:
-            raise ConfigurationError(
-                f"{name} は{allowed}でなければなりません（指定: {printable(value)}）。"
-            )
-
-    def whole(value: object, low: int, high: int) -> bool:
-        return type(value) is int and low <= value <= high
-
-    require(
-        "epochs",
-        epochs,
-        epochs == "auto" or whole(epochs, 1, MAX_EPOCHS),
-        f"1〜{MAX_EPOCHS}の整数または auto ",
-    )
-    require(
-        "batch_size",
-        batch_size,
-        batch_size == "auto" or whole(batch_size, 1, MAX_BATCH_SIZE),
-        f"1〜{MAX_BATCH_SIZE}の整数または auto ",
-    )
-    rate = learning_rate_multiplier
-    require(
-        "learning_rate_multiplier",
-        rate,
-        rate is None
-        or rate == "auto"
-        or (isinstance(rate, int | float) and 0 < rate < float("inf")),
-        "正の数または auto ",
-    )
-    require(
-        "suffix",
-        suffix,
-        suffix is None or 1 <= len(suffix) <= MAX_SUFFIX_LENGTH,
-        f"1〜{MAX_SUFFIX_LENGTH}文字",
-    )
-    require("seed", seed, seed is None or whole(seed, 0, MAX_SEED), f"0〜{MAX_SEED}の整数")
-
-
 def retry_delay(attempt: int, retry_after: float | None, jitter: float) -> float:
     """Seconds to wait after failed attempt number ``attempt`` (from 0).
 
@@ -2844,11 +3173,6 @@ def explain_api_error(error: Exception) -> str:
     return f"{remedy}（{printable(label)}: {printable(message or error)[:500]}）"
 
 
-def printable(text: object) -> str:
-    """``text`` on one line without control characters: safe to show, whoever wrote it."""
-    return "".join(c if c.isprintable() else " " for c in str(text)).strip()
-
-
 def parse_result_file(content: bytes) -> list[dict[str, float]]:
     """The rows of a job's result file: header names to numbers, empty cells left out.
 
@@ -2871,81 +3195,107 @@ def parse_result_file(content: bytes) -> list[dict[str, float]]:
         raise ValueError(str(error)) from error
 
 
-# ── The run record and other files ───────────────────────────────────────────────────────────
+def is_transient(error: Exception) -> bool:
+    """Whether the same request may succeed later: no connection, a broken answer, 408, 409,
+    429 (but for ``insufficient_quota``) and 5xx (but for 501)."""
+    status = getattr(error, "status_code", None)
+    if status is None:
+        return True
+    if getattr(error, "code", None) == "insufficient_quota":
+        return False
+    return status in RETRIED_STATUSES or (status >= 500 and status not in MISSING_STATUSES)
 
 
-def write_new_file(path: Path, lines: str | Iterable[bytes]) -> None:
-    """Write ``path`` whole or not at all; an existing file raises ``FileExistsError``."""
-    temporary = _write_temporary(path, lines)
+def _job_error(job: FineTuningJob) -> tuple[str | None, str | None]:
+    """Code and message; a job without an error may carry an empty object."""
+    return (job.error.code, job.error.message) if job.error else (None, None)
+
+
+def _read_shutdown_date(model: object) -> date | None:
+    """The date of a model's end; older SDKs don't declare the field, other endpoints lack it."""
     try:
-        os.link(temporary, path)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links
-        path.open("x").close()
-        temporary.replace(path)
-        return
-    finally:
-        temporary.unlink(missing_ok=True)
+        return date.fromisoformat(str(getattr(model, "shutdown_date", None)))
+    except ValueError:
+        return None
 
 
-def _write_temporary(path: Path, lines: str | Iterable[bytes]) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+def _retry_after(error: Any) -> float | None:
+    """Seconds of a ``Retry-After`` header; its date form is left to the back-off."""
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.writelines([lines.encode()] if isinstance(lines, str) else lines)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return temporary
+        return float(error.response.headers.get("retry-after", ""))
+    except (AttributeError, ValueError):
+        return None
 
 
-def to_json(value: object) -> str:
-    """Readable JSON, UTF-8 as it is."""
-    return json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n"
+# ── The run record ───────────────────────────────────────────────────────────────────────────
 
 
-class RunRecord:
-    """What is known of one run, in ``run_STAMP.json``; replaced whole at every update.
+RunKind = Literal["pipeline", "evaluation", "data", "steps", "job"]
+StepName = Literal["price", "upload", "create", "watch", "evaluate"]
+
+
+@dataclass
+class Run:
+    """All that is known of one run, in ``run_STAMP.json``; replaced whole at every :meth:`save`.
 
     Whoever may write a record holds its lock; another process gets :class:`ConfigurationError`.
+    ``passed`` isn't written: the steps that this process has been through, and the doors to
+    payment (``training``, ``evaluation``) that the user has agreed to in it.
     """
 
-    VERSION = 1
+    VERSION: ClassVar[int] = 2
+    UNWRITTEN: ClassVar[frozenset[str]] = frozenset({"path", "passed"})
 
-    def __init__(self, path: Path, data: dict[str, Any]) -> None:
-        self.path, self.data = path, data
+    path: Path
+    kind: RunKind
+    settings: RunSettings
+    rehearsal: bool = False
+    started_at: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    plan: Plan | None = None
+    selection: Selection | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
+    data: Mapping[SplitName, DataFile] = field(default_factory=dict)
+    exact_tokens: bool | None = None
+    estimate: Mapping[str, Any] | None = None
+    uploads: Mapping[str, Upload] = field(default_factory=dict)
+    job_intent: Intent | None = None
+    job_id: str | None = None
+    job_status: str | None = None
+    job_error: Mapping[str, str | None] | None = None
+    fine_tuned_model: str | None = None
+    trained_tokens: int | None = None
+    result_files: Sequence[str] | None = None
+    checkpoints: Sequence[str] = ()
+    final_metrics: Mapping[str, float] | None = None
+    shutdown_date: str | None = None
+    training_recorded_at: str | None = None
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    cost: Mapping[str, float] = field(default_factory=dict)
+    finished_at: str | None = None
+    passed: set[str] = field(default_factory=set, compare=False)
+
+    def __post_init__(self) -> None:
         self._release: weakref.finalize[..., Any] | None = None
 
     @classmethod
-    def create(cls, folder: Path, stamp: str, **facts: Any) -> RunRecord:
-        """Start a locked record. Raises ``FileExistsError`` where the stamp is taken."""
-        data = {"version": cls.VERSION, "run_id": f"run_{stamp}", **facts}
-        path = folder / f"run_{stamp}.json"
-        write_new_file(path, to_json(data))
-        record = cls(path, data)
-        record.lock()
-        return record
-
-    @classmethod
-    def load(cls, path: Path) -> RunRecord:
-        """Read a record. Raises :class:`DataError` where it isn't one."""
+    def load(cls, path: Path) -> Run:
+        """Read a record of this or an earlier version. Raises :class:`DataError` for no record."""
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            facts = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: 実行記録として読めません（{printable(error)}）。") from error
-        if (
-            not isinstance(data, dict)
-            or data.get("version") != cls.VERSION
-            or not isinstance(data.get("run_id"), str)
-            or not isinstance(data.get("settings"), dict)
-        ):
-            raise DataError(f"{path}: この版では読めない実行記録です。")
-        return cls(path, data)
+        try:
+            if facts["version"] not in (1, cls.VERSION) or not isinstance(facts["run_id"], str):
+                raise ValueError(facts["version"])
+            return cls(path=path, **_read_facts(facts))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"{path}: この版では読めない実行記録です。") from error
+
+    @property
+    def run_id(self) -> str:
+        """``run_STAMP``, by which a user names the run."""
+        return self.path.stem
 
     @property
     def stamp(self) -> str:
@@ -2953,27 +3303,70 @@ class RunRecord:
         return self.path.stem.removeprefix("run_")
 
     @property
+    def next_step(self) -> Step | None:
+        """The first step of :data:`STEPS` that isn't done; ``None`` where nothing is left."""
+        if self.plan is None or self.finished_at or self.job_status in ("failed", "cancelled"):
+            return None
+        return next(step for step in STEPS if self.kind in step.kinds and not step.done(self))
+
+    @property
     def unfinished(self) -> bool:
         """Whether :meth:`OpenAISFT.resume` has something to do here."""
-        facts = self.data
-        return (
-            facts.get("kind") in ("pipeline", "evaluation")
-            and not facts.get("rehearsal")
-            and "finished_at" not in facts
-            and facts.get("job_status") not in ("failed", "cancelled")
-        )
+        return not self.rehearsal and self.next_step is not None
+
+    @property
+    def meanwhile(self) -> str:
+        """What the service may be doing for this run, or keeps of it, in Japanese; or nothing."""
+        return next((step for step in STEPS if not step.done(self)), STEPS[-1]).meanwhile(self)
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What a job carries of its run."""
+        train = self.data.get("train")
+        return {
+            "openai_sft_run": self.run_id,
+            "openai_sft_data": train.sha256 if train else "unknown",
+        }
+
+    def known(self, name: str) -> Any:
+        """A field that can't be done without. Raises :class:`DataError` where it is missing."""
+        value = getattr(self, name)
+        if value is None:
+            raise DataError(f"{self.path}: 実行記録に {name} がありません。")
+        return value
 
     def file(self, kind: str) -> Path:
         """A file of the run, by its bare name: a run's files stand beside its record."""
-        path = self.path.parent / Path(self.data["files"][kind]).name
+        path = self.path.parent / Path(self.files[kind]).name
         if path.is_symlink():
             raise DataError(f"{path}: リンクは読みません。ファイルそのものを置いてください。")
         return path
 
-    def update(self, **facts: Any) -> None:
-        """Add or replace top-level facts, on disk too."""
-        self.data.update(facts)
-        _write_temporary(self.path, to_json(self.data)).replace(self.path)
+    def publish(self, kind: str, suffix: str, text: str) -> str:
+        """Write one more file of the run, in place of what an earlier attempt may have left."""
+        path = self.path.with_name(f"{kind}_{self.stamp}{suffix}")
+        path.unlink(missing_ok=True)
+        write_new_file(path, text)
+        self.save(files={**self.files, kind: str(path)})
+        logger.info("保存しました: %s", path)
+        return str(path)
+
+    def save(self, **changes: Any) -> None:
+        """Replace fields by name, on disk too."""
+        for name, value in changes.items():
+            if name not in self.__dataclass_fields__:
+                raise TypeError(f"a run has no {name}")
+            setattr(self, name, value)
+        _write_temporary(self.path, self.to_json()).replace(self.path)
+
+    def to_json(self) -> str:
+        """The record as it is written: what isn't known yet is left out."""
+        known = {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in self.UNWRITTEN and value not in (None, {}, ())
+        }
+        return _to_json({"version": self.VERSION, "run_id": self.run_id, **known})
 
     def lock(self) -> None:
         """Take the lock and read what another process may have written before it ended.
@@ -3001,7 +3394,10 @@ class RunRecord:
         self._release = weakref.finalize(self, _unlock, path, descriptor)
         for left_behind in self.path.parent.glob(f".*_{self.stamp}.*.tmp"):
             left_behind.unlink(missing_ok=True)  # by a process that was killed while writing
-        self.data = self.load(self.path).data
+        on_disk = Run.load(self.path)
+        for known in fields(self):
+            if known.name not in self.UNWRITTEN:
+                setattr(self, known.name, getattr(on_disk, known.name))
 
     def release(self) -> None:
         """Give the lock back; it ends with the process too."""
@@ -3019,28 +3415,235 @@ def _unlock(path: Path, descriptor: int) -> None:
     os.close(descriptor)
 
 
-def read_runs(folder: Path) -> Iterator[RunRecord]:
-    """The run records of ``folder``, newest first; one that can't be read is logged."""
-    for path in sorted(folder.glob("run_*.json"), reverse=True):
+def _read_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a :class:`Run` from a record's JSON; what this version doesn't know is left.
+
+    Raises what a value of another shape gives: KeyError, TypeError, ValueError, AttributeError.
+    """
+    names = {f.name for f in fields(Run)} - Run.UNWRITTEN
+    known = {name: value for name, value in facts.items() if name in names and value is not None}
+    settings = _pick(RunSettings, known["settings"])
+    if settings.get("price"):
+        settings["price"] = Price(**settings["price"])
+    known["settings"] = RunSettings(**settings)
+    if "plan" in known:
+        known["plan"] = _read_plan(known["plan"])
+    if "selection" in known:
+        known["selection"] = Selection(**known["selection"])
+    for name, kind in (("data", DataFile), ("uploads", Upload)):
+        if name in known:
+            known[name] = {k: kind(**_pick(kind, v)) for k, v in known[name].items()}
+    if "job_intent" in known:
+        known["job_intent"] = Intent(**_pick(Intent, known["job_intent"]))
+    return known
+
+
+def _read_plan(plan: Mapping[str, Any]) -> Plan:
+    """A plan of this version, or of the first one, which kept the training's options flat."""
+    asking = Asking(**(plan.get("asking") or plan.get("evaluation") or {}))
+    training = plan.get("training") or (_pick(Training, plan) if "epochs" in plan else None)
+    selection = plan.get("selection")
+    return Plan(
+        asking=asking,
+        training=Training(**training) if training else None,
+        model_id=plan.get("model_id"),
+        split_of=plan.get("split_of"),
+        selection=Selection(**selection) if selection else None,
+    )
+
+
+def _pick(record: type, facts: Mapping[str, Any]) -> dict[str, Any]:
+    names = {f.name for f in fields(record)}
+    return {name: value for name, value in facts.items() if name in names and value is not None}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of a run. ``done`` tells when nothing of it is left, ``meanwhile`` what the service
+    may be doing until then, in Japanese, or nothing."""
+
+    name: StepName
+    kinds: frozenset[RunKind]
+    done: Callable[[Run], bool]
+    meanwhile: Callable[[Run], str]
+
+
+def _creation_goes_on(run: Run) -> str:
+    if run.job_intent is None:
+        return ""
+    return "ジョブの作成を送信したところで、サービス側で作られている可能性があります。"
+
+
+def _job_goes_on(run: Run) -> str:
+    if run.fine_tuned_model or run.job_status in TERMINAL_STATUSES:
+        return _model_stays(run)
+    return f"ジョブ {printable(run.job_id)} はサービス側で続いていて、料金もかかります。"
+
+
+def _model_stays(run: Run) -> str:
+    if not run.fine_tuned_model:
+        return ""
+    return f"学習済みモデル {printable(run.fine_tuned_model)} はサービス側に残っています。"
+
+
+_PIPELINE: frozenset[RunKind] = frozenset({"pipeline"})
+_BOTH: frozenset[RunKind] = frozenset({"pipeline", "evaluation"})
+
+# The steps in their order. Price and upload are gone through again by each process until the
+# job is there: a price has to be agreed to, and an uploaded file may have been deleted.
+STEPS: tuple[Step, ...] = (
+    Step("price", _PIPELINE, lambda r: bool(r.job_id) or "price" in r.passed, _creation_goes_on),
+    Step("upload", _PIPELINE, lambda r: bool(r.job_id) or "upload" in r.passed, _creation_goes_on),
+    Step("create", _PIPELINE, lambda r: bool(r.job_id), _creation_goes_on),
+    Step("watch", _PIPELINE, lambda r: bool(r.training_recorded_at), _job_goes_on),
+    Step("evaluate", _BOTH, lambda r: bool(r.finished_at), _model_stays),
+)
+
+
+class Runs:
+    """The run records of a folder, newest first; one that can't be read is logged."""
+
+    def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
+        self._folder, self._clock = folder, clock
+
+    @property
+    def folder(self) -> Path:
+        """The folder, made where it is missing. Raises :class:`ConfigurationError`."""
         try:
-            yield RunRecord.load(path)
-        except DataError as error:
-            logger.warning("%s", error)
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigurationError(
+                f"保存先 {self._folder} を作れません（{error.strerror}）。"
+                "--output-dir で別のフォルダーを指定してください。"
+            ) from error
+        return self._folder
 
+    def __iter__(self) -> Iterator[Run]:
+        for path in sorted(self._folder.glob("run_*.json"), reverse=True):
+            try:
+                yield Run.load(path)
+            except DataError as error:
+                logger.warning("%s", error)
 
-def find_run(folder: Path, model_id: str | None = None) -> RunRecord | None:
-    """The newest run in ``folder`` that tuned ``model_id``, or any model; never a rehearsal."""
-    for run in read_runs(folder):
-        models = [run.data.get("fine_tuned_model"), *run.data.get("checkpoints", ())]
-        if models[0] and not run.data.get("rehearsal") and (model_id is None or model_id in models):
+    def newest_unfinished(self) -> Run | None:
+        """The newest run that has something left to do."""
+        return next((run for run in self if run.unfinished), None)
+
+    def named(self, name: str) -> Run:
+        """The run ``run_STAMP``, by its name or file. Raises :class:`ConfigurationError`."""
+        stem = Path(name).name.removesuffix(".json")
+        path = self._folder / f"{stem}.json"
+        if not re.fullmatch(r"run_\d{8}_\d{6}", stem) or not path.is_file():
+            raise ConfigurationError(
+                f"実行 {printable(name)} の記録が {self._folder} にありません。"
+                "--list で実行の一覧を見られます。"
+            )
+        return Run.load(path)
+
+    def of_job(self, job_id: str) -> list[Run]:
+        """The runs that a job belongs to."""
+        return [run for run in self if run.job_id == job_id]
+
+    def of_model(self, model_id: str | None = None) -> Run | None:
+        """The newest run that tuned ``model_id``, or any model; never a rehearsal."""
+        for run in self:
+            models = [run.fine_tuned_model, *run.checkpoints]
+            if models[0] and not run.rehearsal and (model_id is None or model_id in models):
+                return run
+        return None
+
+    def base_of(self, model: str) -> str | None:
+        """The base model that a tuned one was made of; ``None`` where nothing tells it."""
+        if model.startswith("ft:"):
+            return model.split(":")[1]
+        run = self.of_model(model)
+        return run.settings.model if run else None
+
+    def uploads_beside(self, run: Run, sha256: str) -> tuple[set[str], list[str]]:
+        """Ids of files sent from here: those of other content, and those of this at the endpoint
+        of ``run``, the newest first."""
+        others, same = set(), []
+        for known in self:
+            here = not known.rehearsal and known.settings.base_url == run.settings.base_url
+            for upload in known.uploads.values():
+                if upload.file_id is not None and upload.sha256 != sha256:
+                    others.add(upload.file_id)
+                elif upload.file_id is not None and here:
+                    same.append(upload.file_id)
+        return others, same
+
+    def tokens_sent(self, run: Run, file_id: str) -> tuple[int | None, bool]:
+        """Tokens of the training file sent as ``file_id``, ``None`` where nothing tells, and
+        whether they are exact."""
+        for known in (run, *self):
+            for upload in known.uploads.values():
+                train = known.data.get("train")
+                if upload.file_id != file_id:
+                    continue
+                if train and train.sha256 == upload.sha256 and train.tokens is not None:
+                    return train.tokens, bool(known.exact_tokens)
+                path = Path(upload.path) if upload.path else None
+                if path and path.is_file() and _sha256_of(path) == upload.sha256:
+                    return _count_examples(read_examples(path))
+        return None, True
+
+    def claim_stamp(self) -> str:
+        """Claim a stamp of now, or of the next second that is free, by its lock file."""
+        folder = self.folder
+        now = self._clock()
+        for second in itertools.count():
+            stamp = datetime.fromtimestamp(now + second).strftime("%Y%m%d_%H%M%S")
+            if any(folder.glob(f"*_{stamp}.*")):
+                continue
+            with contextlib.suppress(FileExistsError):  # another process has just claimed it
+                _lock_path(folder, stamp).touch(0o600, exist_ok=False)
+                return stamp
+        raise AssertionError("unreachable")
+
+    def unclaim(self, stamp: str) -> None:
+        """Give a claimed stamp back, where no run came of it."""
+        _lock_path(self._folder, stamp).unlink(missing_ok=True)
+
+    def create(self, kind: RunKind, settings: Settings, stamp: str = "", **facts: Any) -> Run:
+        """Begin a locked run under ``stamp`` or a new one.
+
+        Raises ``FileExistsError`` where the given stamp is taken.
+        """
+        while True:
+            path = self.folder / f"run_{stamp or self.claim_stamp()}.json"
+            run = Run(
+                path=path,
+                kind=kind,
+                settings=settings.recorded,
+                rehearsal=settings.rehearse,
+                started_at=_time_text(self._clock()),
+                versions=_versions(),
+                **facts,
+            )
+            try:
+                write_new_file(path, run.to_json())
+            except FileExistsError:  # taken by another process just now
+                if stamp:
+                    raise
+                continue
+            run.lock()
             return run
-    return None
+
+    def successor(self, run: Run, settings: Settings) -> Run:
+        """A run for a second job or evaluation on the data of ``run``; it takes no plan along."""
+        kept = ("selection", "data", "uploads", "exact_tokens")
+        files = {k: v for k, v in run.files.items() if k in (*SPLIT_NAMES, "manifest")}
+        facts = {name: getattr(run, name) for name in kept}
+        return self.create("steps", settings, files=files, **facts)
 
 
-def sha256_of(path: Path) -> str:
-    """The hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+@functools.lru_cache(maxsize=1)
+def _versions() -> dict[str, str]:
+    import importlib.metadata
+
+    names = ("openai", "datasets", "tiktoken", "psutil", "tqdm", "python-dotenv")
+    found = {name: importlib.metadata.version(name) for name in names}
+    return {"openai_sft": __version__, "python": platform.python_version(), **found}
 
 
 # ── The monitor beside it ────────────────────────────────────────────────────────────────────
@@ -3164,7 +3767,1129 @@ class _TrainingBar:
             self._bar.close()
 
 
-class _Journal:
+class _ProgressReader(io.FileIO):
+    """A file that moves a tqdm bar of bytes as it is read."""
+
+    def __init__(self, path: Path, size: int, *, enabled: bool) -> None:
+        super().__init__(path)
+        from tqdm.auto import tqdm
+
+        self._bar = tqdm(
+            total=size,
+            desc="アップロード",
+            unit="B",
+            unit_scale=True,
+            disable=None if enabled else True,
+        )
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(-1 if size is None else size) or b""
+        self._bar.update(len(data))
+        return data
+
+    def close(self) -> None:
+        if not self.closed:
+            self._bar.close()
+        super().close()
+
+
+# ── The endpoint ─────────────────────────────────────────────────────────────────────────────
+
+
+class Endpoint:
+    """One place that speaks the API: its client, and how patiently it is asked.
+
+    All requests go through :meth:`call`, the only loop that repeats one. Nothing is opened
+    before it is needed; :meth:`close` ends what was opened here, a rehearsal's server too.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        client: OpenAI | None,
+        clock: Callable[[], float],
+        sleep: Callable[[float], None],
+    ) -> None:
+        self._settings = settings
+        self._client = client
+        self._owns_client = client is None
+        self._clock, self._sleep = clock, sleep
+        self._server: Rehearsal | None = None
+        self._lacking: set[str] = set()
+        self._loading: dict[str, float] = {}
+
+    @property
+    def client(self) -> OpenAI:
+        """The SDK's client, made on first use; it leaves retrying to this class.
+
+        Raises :class:`ConfigurationError` without a key, or where only data are worked on.
+        """
+        settings = self._settings
+        if settings.offline:
+            raise ConfigurationError(
+                "offline=True ではサービスを使えません。データの準備だけができます。"
+            )
+        if self._client is None:
+            if not settings.api_key:
+                raise ConfigurationError(NO_KEY)
+            import openai
+
+            self._client = openai.OpenAI(
+                api_key=settings.api_key,
+                base_url=self._start_rehearsal() if settings.rehearse else settings.base_url,
+                organization=settings.organization,
+                project=settings.project,
+                timeout=60.0,
+                max_retries=0,
+                # A proxy of the environment must not see a rehearsal.
+                http_client=openai.DefaultHttpxClient(trust_env=False)
+                if settings.rehearse
+                else None,
+            )
+        if self._client.max_retries:
+            self._client = self._client.with_options(max_retries=0)
+        return self._client
+
+    def _start_rehearsal(self) -> str:
+        from openai_sft_rehearsal import Rehearsal
+
+        self._server = Rehearsal()
+        self._server.start()
+        logger.info(
+            "リハーサル: ローカルの模擬エンドポイント %s を使います。課金も外部への送信も"
+            "ありません。損失や応答は小さな文字モデルのもので、GPTの性能とは無関係です。",
+            self._server.url,
+        )
+        return self._server.url
+
+    @property
+    def url(self) -> str:
+        """Where requests go."""
+        return str(self.client.base_url)
+
+    @property
+    def reachable(self) -> bool:
+        """Whether there is a key or a client to ask with."""
+        asked = self._settings.api_key or self._client
+        return bool(asked) and not self._settings.offline
+
+    @property
+    def brings_key(self) -> bool:
+        """Whether the client was given, with a key of its own."""
+        return not self._owns_client
+
+    def close(self) -> None:
+        """Close the connections, and the local endpoint of a rehearsal."""
+        if self._client is not None and self._owns_client:
+            self._client.close()
+            self._client = None
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
+    # Asking ----------------------------------------------------------------------------
+
+    def call(
+        self,
+        request: Callable[[], T],
+        *,
+        needs: str | None = None,
+        patience: float = RETRY_SECONDS,
+        passes: Callable[[Exception], bool] | None = None,
+        lost: Callable[[], T | None] | None = None,
+        told: str | None = None,
+    ) -> T:
+        """``request()``; what may succeed later is repeated for up to ``patience`` seconds.
+
+        An answer without the attribute that ``needs`` names is a broken one. ``passes`` tells
+        of further errors that pass by themselves. ``lost`` is for what must not happen twice:
+        after an answer that was lost it looks for what the request may have made, and nothing
+        is sent again where it finds that. ``told`` is said once, where it has to wait.
+
+        Raises the SDK's error, or :class:`BrokenAnswer` for an answer that isn't the API's
+        JSON. The key is taken out of what an endpoint may echo.
+        """
+        began: float | None = None
+        for attempt in itertools.count():
+            started = self._clock()
+            began = started if began is None else began
+            try:
+                answer = self._read(request, needs)
+            except (_openai().APIError, BrokenAnswer) as error:
+                failure = error
+            else:
+                if attempt and told is not None:
+                    logger.info("接続が回復しました（%.0f秒間中断）。", started - began)
+                return answer
+            if not is_transient(failure) and not (passes and passes(failure)):
+                raise failure
+            if lost is not None and getattr(failure, "status_code", None) != 429:
+                # A refusal for the rate tells that nothing happened; of any other failure only
+                # the service knows whether the request was carried out.
+                logger.info(
+                    "応答を受け取れませんでした。リクエストがサービスに届いたかを確認します。"
+                )
+                found = self.look(lost)
+                if found is not None:
+                    return found
+            delay = retry_delay(attempt, _retry_after(failure), random.random())
+            if self._clock() + delay - began > patience:
+                raise failure
+            if attempt == 0 and patience > 60:
+                self._tell_waiting(failure, patience, told)
+            self._sleep(delay)
+        raise AssertionError("unreachable")
+
+    def _read(self, request: Callable[[], T], needs: str | None) -> T:
+        """One attempt; raises the SDK's error or :class:`BrokenAnswer`, without the key."""
+        failure: Exception
+        try:
+            answer = request()
+            if isinstance(answer, str):  # what the SDK makes of a page that isn't JSON
+                raise BrokenAnswer("エンドポイントの応答がJSONではありません。")
+            if needs is not None and getattr(answer, needs, None) is None:
+                raise BrokenAnswer(f"エンドポイントの応答に {needs} がありません。")
+            return answer
+        except (_openai().APIError, BrokenAnswer) as error:
+            failure = error
+        except json.JSONDecodeError:
+            failure = BrokenAnswer("エンドポイントの応答が途中で切れたか、壊れています。")
+        client_key = self._client.api_key if self._client is not None else None
+        for key in {self._settings.api_key, client_key} - {None, ""}:
+            _hide(str(key), failure)
+        raise failure
+
+    def _tell_waiting(self, failure: Exception, patience: float, told: str | None) -> None:
+        if told is not None:
+            logger.warning("%s: %s", told, explain_api_error(failure))
+        else:
+            minutes = patience // 60
+            logger.info("最大%d分やり直します: %s", minutes, explain_api_error(failure))
+
+    def look(self, find: Callable[[], T | None]) -> T | None:
+        """``find()`` some times over :data:`LOOK_DELAYS`, for a list may lag; what it finds."""
+        for delay in LOOK_DELAYS:
+            if delay:
+                self._sleep(delay)
+            found = find()
+            if found is not None:
+                return found
+        return None
+
+    def optional(
+        self,
+        part: str,
+        request: Callable[[], T],
+        *,
+        gone_is_missing: bool = True,
+        patience: float = RETRY_SECONDS,
+        told: str | None = None,
+    ) -> T | None:
+        """``request()``, or ``None`` where the endpoint lacks this part of the API.
+
+        With ``gone_is_missing=False`` a 404 is about this one object and isn't remembered.
+        """
+        if part in self._lacking:
+            return None
+        try:
+            return self.call(request, patience=patience, told=told)
+        except _openai().APIStatusError as error:
+            if error.status_code not in MISSING_STATUSES:
+                raise
+            if error.status_code == 404 and not gone_is_missing:
+                return None
+            self._lacking.add(part)
+            logger.info(
+                "このエンドポイントは%sに対応していません（HTTP %d）。この処理を省略して続けます。",
+                part,
+                error.status_code,
+            )
+            return None
+
+    # Files -----------------------------------------------------------------------------
+
+    def known_file(self, file_ids: Iterable[str], size: int) -> str | None:
+        """The first of some files that is still there, whole."""
+        for file_id in file_ids:
+            kept = self.optional(
+                "ファイルの照会",
+                functools.partial(self.client.files.retrieve, file_id),
+                gone_is_missing=False,
+            )
+            if kept is not None and kept.bytes == size and kept.status != "error":
+                return file_id
+        return None
+
+    def find_file(self, upload: Upload, others: Container[str]) -> FileObject | None:
+        """The file that an upload whose answer was lost may have made; none of ``others``."""
+        page = self.call(lambda: self.client.files.list(purpose="fine-tune"), needs="data")
+        for file in page.data:
+            same = (file.filename, file.bytes) == (upload.name, upload.bytes)
+            # A stamp a run makes names unique; the hour is for clocks that disagree.
+            late = file.created_at >= upload.intent_time - 3600
+            if same and late and file.purpose == "fine-tune" and file.id not in others:
+                return file
+        return None
+
+    def upload(self, path: Path, upload: Upload, others: Container[str]) -> str:
+        """Send a file, in parts where it is large; return its id. Never sends it twice."""
+        return self.call(
+            lambda: self._send_file(path, upload.bytes),
+            needs="id",
+            lost=lambda: self.find_file(upload, others),
+        ).id
+
+    def _send_file(self, path: Path, size: int) -> FileObject:
+        client = self.client.with_options(timeout=600.0)
+        limit = self._settings.max_single_upload_bytes
+        with _ProgressReader(path, size, enabled=self._settings.verbose) as file:
+            if size <= limit:
+                create = functools.partial(client.files.create, purpose="fine-tune")
+                return self._read(lambda: create(file=(path.name, file)), "id")
+            # The SDK's helper for this neither repeats a part that fails nor shows how far it is.
+            upload = self.call(
+                lambda: client.uploads.create(
+                    bytes=size,
+                    filename=path.name,
+                    mime_type="application/jsonl",
+                    purpose="fine-tune",
+                )
+            )
+            part_ids = []
+            while chunk := file.read(min(UPLOAD_PART_BYTES, limit)):
+                send = functools.partial(client.uploads.parts.create, upload.id, data=chunk)
+                # A part whose answer is lost may count twice: then the whole begins again.
+                part_ids.append(self._read(send, "id").id)
+            complete = functools.partial(client.uploads.complete, upload.id, part_ids=part_ids)
+            done = self._read(complete, "file").file
+            assert done is not None  # `_read` has settled it
+            return done
+
+    def delete_files(self, file_ids: Iterable[str]) -> list[str]:
+        """Delete files; return those that are gone. What can't be deleted is logged."""
+        deleted = []
+        for file_id in file_ids:
+            try:
+                self.call(functools.partial(self.client.files.delete, file_id))
+            except _openai().NotFoundError:  # gone by a request whose answer was lost
+                pass
+            except (_openai().APIError, BrokenAnswer) as error:
+                reason = explain_api_error(error)
+                logger.warning("ファイル %s は削除できず、残っています: %s", file_id, reason)
+                continue
+            deleted.append(file_id)
+        return deleted
+
+    # Jobs ------------------------------------------------------------------------------
+
+    def create(
+        self, intent: Intent, metadata: Mapping[str, str], refused: Callable[[], None]
+    ) -> str:
+        """Create the job of ``intent``, once; return its id.
+
+        ``refused`` is called where the service has certainly made none.
+        """
+        tags = {**metadata, "openai_sft_intent": intent.token}
+        unknown = False
+
+        def send() -> FineTuningJob:
+            nonlocal unknown
+            before, unknown = unknown, True
+            try:
+                return self.client.fine_tuning.jobs.create(**intent.request, metadata=tags)
+            except _openai().APIStatusError as error:
+                unknown = before or (is_transient(error) and error.status_code != 429)
+                if not unknown and not is_transient(error):
+                    refused()
+                raise
+
+        return self.call(send, needs="id", lost=lambda: self.find_job(intent.token)).id
+
+    def find_job(self, token: str) -> FineTuningJob | None:
+        """The job that carries the token of one request."""
+        # Compared here too, for an endpoint may ignore the filter.
+        for job in self.jobs(metadata={"openai_sft_intent": token}):
+            if (job.metadata or {}).get("openai_sft_intent") == token:
+                return job
+        return None
+
+    def jobs(self, *, patience: float = RETRY_SECONDS, **options: Any) -> Iterator[FineTuningJob]:
+        """All jobs, page by page; one that comes twice is given once."""
+        jobs = self.client.fine_tuning.jobs
+        page = self.call(lambda: jobs.list(limit=100, **options), patience=patience)
+        seen: set[str] = set()
+        while True:
+            fresh = [job for job in page.data if job.id not in seen]
+            yield from fresh
+            seen.update(job.id for job in fresh)
+            if not fresh or not page.has_next_page():
+                return
+            page = self.call(page.get_next_page, patience=patience)
+
+    def job(self, job_id: str, *, patience: float = RETRY_SECONDS) -> FineTuningJob:
+        """How a job stands."""
+        retrieve = functools.partial(self.client.fine_tuning.jobs.retrieve, job_id)
+        return self.call(retrieve, needs="status", patience=patience)
+
+    def poll(
+        self, job_id: str, seen: set[str], *, until: float
+    ) -> tuple[FineTuningJob, list[FineTuningJobEvent]]:
+        """One look at a job: how it stands, and its events that are not in ``seen``, oldest
+        first. Failures are waited out ``until`` a moment of the clock."""
+        retrieve = functools.partial(self.client.fine_tuning.jobs.retrieve, job_id)
+        told = "ジョブの状態を取得できません。回復するまで待ちます"
+        job = self.call(retrieve, needs="status", patience=until - self._clock(), told=told)
+        list_events = self.client.fine_tuning.jobs.list_events
+        fresh: list[FineTuningJobEvent] = []
+        more: Callable[[], Any] = functools.partial(list_events, job_id, limit=100)
+        while True:  # newest first, in pages
+            patience = until - self._clock()
+            page = self.optional("イベント", more, patience=patience, told=told)
+            if page is None:
+                break
+            known = seen.union(event.id for event in fresh)
+            unseen = [event for event in page.data if event.id not in known]
+            fresh.extend(unseen)
+            if len(unseen) < len(page.data) or not unseen or not page.has_next_page():
+                break
+            more = page.get_next_page
+        seen.update(event.id for event in fresh)  # only now, for a page may have failed
+        return job, fresh[::-1]
+
+    def cancel(self, job_id: str) -> FineTuningJob:
+        """Cancel a job that hasn't ended; return how it stands."""
+        try:
+            cancel = functools.partial(self.client.fine_tuning.jobs.cancel, job_id)
+            return self.call(cancel, needs="status")
+        except _openai().BadRequestError:  # ended, or cancelled by a request with a lost answer
+            job = self.job(job_id)
+            if job.status not in TERMINAL_STATUSES:
+                raise
+            return job
+
+    def checkpoints(self, job_id: str) -> list[FineTuningJobCheckpoint]:
+        """The checkpoints of a job, none where the endpoint keeps none."""
+        listed = self.client.fine_tuning.jobs.checkpoints.list
+        page = self.optional("チェックポイント", lambda: listed(job_id))
+        return page.data if page is not None else []
+
+    def result_rows(self, job: FineTuningJob) -> list[dict[str, float]]:
+        """The rows of the first result file that can be read, none where there is no such."""
+        for file_id in job.result_files or ():
+            get = functools.partial(self.client.files.content, file_id)
+            content = self.optional("結果ファイル", get)
+            if content is None:
+                continue
+            try:
+                rows = parse_result_file(content.content)
+            except ValueError as error:
+                logger.warning("結果ファイル %s を読めません（%s）。", file_id, printable(error))
+                continue
+            if rows:
+                return rows
+        return []
+
+    # Models ----------------------------------------------------------------------------
+
+    def model(self, name: str, *, patience: float) -> Model:
+        """What the endpoint says of a model."""
+        return self.call(lambda: self.client.models.retrieve(name), patience=patience)
+
+    def shutdown_date(self, *names: str | None) -> tuple[str, date] | None:
+        """The first of some models whose end is announced, with its date."""
+        for name in filter(None, names):
+            model = self.optional(
+                "モデル情報",
+                functools.partial(self.client.models.retrieve, name),
+                gone_is_missing=False,
+            )
+            shutdown = _read_shutdown_date(model)
+            if shutdown is not None:
+                return name, shutdown
+        return None
+
+    def expect(self, model_id: str) -> None:
+        """From now on, :data:`MODEL_LOADING_SECONDS` long, a 404 of this model passes."""
+        self._loading[model_id] = self._clock() + MODEL_LOADING_SECONDS
+
+    def is_loading(self, model_id: str) -> bool:
+        """Whether a model was just tuned and hasn't answered yet."""
+        return model_id in self._loading
+
+    def ask(self, model_id: str, request: Callable[[], T]) -> T:
+        """``request()`` to a model; while one that was just tuned is loading, it is repeated."""
+        until = self._loading.get(model_id, 0.0)
+        told: list[str] = []
+
+        def loads(error: Exception) -> bool:
+            if getattr(error, "status_code", None) != 404 or self._clock() >= until:
+                return False
+            if not told:
+                told.append(model_id)
+                logger.info("モデルの準備を待っています: %s", printable(model_id))
+            return True
+
+        answer = self.call(request, passes=loads)
+        self._loading.pop(model_id, None)
+        return answer
+
+
+def _openai() -> ModuleType:
+    """The SDK, imported where it is needed: it takes a second."""
+    import openai
+
+    return openai
+
+
+def _hide(key: str, error: Any) -> None:
+    """Take the key out of an error's text: an endpoint may echo what it was sent."""
+
+    def clean(text: object) -> Any:
+        return text.replace(key, "[APIキー]") if isinstance(text, str) else text
+
+    error.args = tuple(map(clean, error.args))
+    for name in ("message", "code", "type", "param"):
+        if hasattr(error, name):
+            setattr(error, name, clean(getattr(error, name)))
+    if getattr(error, "body", None) is not None:
+        error.body = json.loads(clean(_dump(error.body)))
+
+
+# ── Money ────────────────────────────────────────────────────────────────────────────────────
+
+Door = Literal["training", "evaluation"]
+
+
+class Ledger:
+    """The one home of a run's money: what lies ahead, what may be paid and what was paid.
+
+    ``confirm`` is asked before anything is paid, ``settings.max_cost_usd`` bounds the whole run,
+    its earlier attempts and what comes after included.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        settings: Settings,
+        confirm: Callable[[CostEstimate], bool] | None,
+        base_of: Callable[[str], str | None],
+    ) -> None:
+        self._run, self._settings, self._confirm = run, settings, confirm
+        self._base_of = functools.cache(base_of)
+
+    def rates(self, model: str, evaluated: str) -> tuple[float, float] | None:
+        """Dollars per 1,000,000 tokens in and out of asking ``model``, ``None`` where unknown.
+
+        A given price is that of the evaluated model, and with base rates of its base model.
+        """
+        given, base = self._settings.price, self._base_of(model)
+        if given is not None and model == evaluated:
+            return _rates_of(model, model, given)
+        is_base = model == (self._base_of(evaluated) or self._settings.model)
+        return _rates_of(model, base, given if is_base else None)
+
+    def ahead(self, left: Mapping[str, Sequence[Case]]) -> CostEstimate:
+        """The price of asking each model its cases; the first model is the evaluated one."""
+        evaluated, *rivals = left
+        counts = {model: _count_cases(cases) for model, cases in left.items()}
+        rates = {m: self.rates(m, evaluated) for m, (tokens, *_) in counts.items() if tokens}
+        unpriced = tuple(model for model, known in rates.items() if known is None)
+        dollars = sum(
+            (counts[model][0] * known[0] + counts[model][1] * known[1]) / 1e6
+            for model, known in rates.items()
+            if known is not None
+        )
+        same = all(count == counts[evaluated] for count in counts.values())
+        counted = [counts[evaluated]] if same else list(counts.values())
+        estimate = estimate_cost(
+            0,
+            None,
+            model=evaluated,
+            baseline=rivals[0] if rivals and same else None,
+            evaluation_input_tokens=sum(count[0] for count in counted),
+            evaluation_output_tokens=sum(count[1] for count in counted),
+            price=self._settings.price,
+            yen_per_dollar=self._settings.yen_per_dollar,
+            exact_tokens=all(count[2] for count in counted),
+        )
+        return replace(estimate, evaluation_usd=None if unpriced else dollars, unpriced=unpriced)
+
+    @property
+    def spent(self) -> float:
+        """Dollars that the training of this run has cost so far."""
+        return self._run.cost.get("training_usd", 0.0)
+
+    def require(self, estimate: CostEstimate, *doors: Door, paid: float = 0.0) -> None:
+        """Pass the doors to payment: show the price, hold it against the limit and ask.
+
+        A door that the user has agreed to in this process isn't asked about again, but the limit
+        holds. ``paid`` is what besides the training has been paid. Raises :class:`BudgetError`
+        and :class:`Declined` before anything is sent.
+        """
+        agreed = self._run.passed.issuperset(doors)
+        spent = self.spent + paid
+        if not agreed:
+            for line in estimate.lines():
+                logger.info("%s", line)
+            if spent:
+                logger.info("この実行でこれまでにかかった料金: $%.4f", spent)
+            if self._settings.rehearse:
+                logger.info("リハーサルのため、実際の課金はありません。")
+            elif "training" in doors or self._run.estimate is None:
+                shown = {**asdict(estimate), "total_usd": estimate.total_usd}
+                self._run.save(estimate=shown)
+        if not self._settings.rehearse:
+            self._require_limit(estimate, spent)
+            if not agreed and self._confirm is not None and not self._confirm(estimate):
+                raise Declined("中止しました。この先は何も送信していません。")
+        self._run.passed.update(doors)
+
+    def _require_limit(self, estimate: CostEstimate, spent: float) -> None:
+        limit, most = self._settings.max_cost_usd, estimate.most_usd
+        if limit is None:
+            return
+        if most is None:
+            unpriced = "、".join(map(printable, estimate.unpriced))
+            reason = f"{unpriced} の単価が不明で" if unpriced else "学習のトークン数が不明で"
+            raise BudgetError(
+                f"{reason}、上限 ${limit:,.4f} を守れるか判断できないため中止しました。"
+                "--price-training などで単価を指定するか、--max-cost-usd を外してください。"
+            )
+        if most + spent > limit:
+            paid = f"とこれまでの ${spent:,.4f} " if spent else " "
+            kept = "学習済みモデルは残っています。" if self.spent else ""
+            auto = f"（autoの最大{MAX_EPOCHS}エポックで）" if estimate.epochs == "auto" else ""
+            raise BudgetError(
+                f"見積もり ${most:,.4f}{auto}{paid}が上限 ${limit:,.4f} を超えるため"
+                f"中止しました。この先は何も送信していません。{kept}--max-samples か --epochs を"
+                "減らすか、--max-cost-usd を上げてください。"
+            )
+
+    def cost_of(self, usage: Mapping[str, Mapping[str, int]], evaluated: str) -> float | None:
+        """Dollars of the tokens a model, ``None`` where a rate is unknown or nothing is paid."""
+        if self._settings.rehearse:
+            return None
+        dollars = 0.0
+        for model, tokens in usage.items():
+            rates = self.rates(model, evaluated)
+            if rates is None:
+                return None
+            dollars += tokens["prompt_tokens"] * rates[0] / 1e6
+            dollars += tokens["completion_tokens"] * rates[1] / 1e6
+        return dollars
+
+    def is_over(self, answers_usd: float | None) -> bool:
+        """Whether the training and the answers so far have passed the limit."""
+        limit = self._settings.max_cost_usd
+        return limit is not None and bool(answers_usd) and self.spent + (answers_usd or 0) > limit
+
+    def stop_over(self, answers_usd: float | None) -> None:
+        """Raise :class:`BudgetError` where :meth:`is_over`."""
+        if self.is_over(answers_usd):
+            raise BudgetError(
+                f"料金が ${self.spent + (answers_usd or 0):,.4f} になり、上限 "
+                f"${self._settings.max_cost_usd:,.4f} を超えたため、評価を止めました。それまでの"
+                "応答は残っています。上限を上げて --resume すると続けられます。"
+            )
+
+    def paid(self, **dollars: float) -> Mapping[str, float]:
+        """Keep what was paid, by name, in the run's record; return all of it."""
+        cost = {**self._run.cost, **dollars}
+        cost["total_usd"] = sum(value for key, value in cost.items() if key != "total_usd")
+        self._run.save(cost=cost)
+        return cost
+
+    def paid_training(self, job: FineTuningJob) -> None:
+        """Keep and log what a job has cost, where its tokens and price are known."""
+        price = self._settings.price or price_of(job.model)
+        if self._settings.rehearse or price is None or job.trained_tokens is None:
+            return
+        actual = job.trained_tokens * price.training / 1e6
+        estimate = (self._run.estimate or {}).get("training_usd")
+        difference = f"、見積もりとの差 {actual / estimate - 1:+.1%}" if estimate else ""
+        logger.info(
+            "学習の実費: $%.4f（%s トークン%s）", actual, f"{job.trained_tokens:,}", difference
+        )
+        self.paid(training_usd=actual)
+
+
+# ── Preparation ──────────────────────────────────────────────────────────────────────────────
+
+
+class Preparation:
+    """From a data set to the three files, by the settings of one instance or run."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._task = TASKS[settings.task]
+        self._licence_told = False
+
+    def load(self, selection: Selection) -> Loaded:
+        """Read, choose and split the dialogues; what was left out and leaks is logged.
+
+        Raises :class:`DataError` where nothing is left.
+        """
+        kept, removed = select_dialogues(self._read(), selection)
+        if removed:
+            logger.info("%s", _removed_line(removed))
+        if not kept:
+            raise DataError("条件に合う対話が1件もありません。絞り込みの指定を緩めてください。")
+        if selection.max_samples is not None and selection.max_samples > len(kept):
+            logger.info(
+                "max_samples=%s は対話の数（%s件）より多いため、すべて使います。",
+                f"{selection.max_samples:,}",
+                f"{len(kept):,}",
+            )
+        splits = split_dialogues(
+            kept,
+            seed=selection.seed,
+            max_samples=selection.max_samples,
+            group_by=selection.group_by,
+        )
+        logger.info(
+            "対話 %s件 → 学習 %s / テスト %s / 検証 %s（seed=%s）",
+            *(f"{n:,}" for n in (len(kept), *map(len, splits))),
+            selection.seed,
+        )
+        leakage = {} if selection.group_by else measure_leakage(splits)
+        if leakage:
+            logger.info("%s", _leakage_line(leakage))
+        sources = tuple({dialogue.id: dialogue.source for dialogue in part} for part in splits)
+        return Loaded(splits, selection, removed, leakage, sources)
+
+    def _read(self) -> list[Dialogue]:
+        name = self._settings.dataset
+        if name is None:
+            from openai_sft_rehearsal import example_dialogues
+
+            logger.info("リハーサル用の対話を使います（--dataset で変えられます）。")
+            return [
+                parse_dialogue(record, fallback_id=str(number), source=f"例[{number}]")
+                for number, record in enumerate(example_dialogues(), 1)
+            ]
+        logger.info("データを読み込んでいます: %s", name)
+        dialogues = read_dialogues(name, revision=self._settings.revision)
+        is_kokorochat = "kokorochat" in name.casefold() or bool(dialogues[0].review_en)
+        if is_kokorochat and not self._licence_told:
+            self._licence_told = True
+            logger.info("%s", KOKOROCHAT_LICENCE)
+        return dialogues
+
+    def prepare(self, selection: Selection) -> Prepared:
+        """Load, split and convert. Raises :class:`DataError` for too few training examples."""
+        loaded = self.load(selection)
+        prepared = Prepared(self.convert_all(loaded), loaded)
+        count = len(prepared.splits.train)
+        if count < MIN_TRAINING_EXAMPLES:
+            raise DataError(
+                f"学習データが{count}件しかありません。サービスは{MIN_TRAINING_EXAMPLES}件以上を"
+                "求めます（8:1:1に分けるので、対話は12件以上必要です。--max-samples を"
+                "確認してください）。"
+            )
+        return prepared
+
+    def convert_all(self, loaded: Loaded) -> Splits:
+        """The examples of all three splits."""
+        parts = zip(loaded.splits, SPLIT_NAMES, strict=True)
+        return Splits(*(self.convert(part, name) for part, name in parts))
+
+    def convert(self, rows: Iterable[Dialogue | Mapping[str, Any]], split: str) -> list[Example]:
+        """The examples of dialogues, or of the rows of a ``Dataset``; see
+        :meth:`OpenAISFT.prepare_dataset`."""
+        examples: list[Example] = []
+        left_out = []
+        for number, row in enumerate(rows, 1):
+            dialogue = row
+            if not isinstance(dialogue, Dialogue):
+                name = f"{split}-{number}"
+                dialogue = parse_dialogue(row, fallback_id=name, source=f"{split}[{number}]")
+            prompt = self._settings.system_prompt
+            example = self._task.make_example(dialogue, system_prompt=prompt)
+            if example is None:
+                left_out.append(dialogue.id)
+            else:
+                examples.extend(self._fit_length(example))
+        if left_out:
+            logger.warning(
+                "%s: %s対話を%d件除きました（ID: %s%s）",
+                split,
+                self._task.left_out,
+                len(left_out),
+                "、".join(left_out[:10]),
+                " ほか" if len(left_out) > 10 else "",
+            )
+        return examples
+
+    def _fit_length(self, example: Example) -> list[Example]:
+        messages = example["messages"]
+        # No token is shorter than a byte, and no character takes more than four.
+        size = sum(len(text) for message in messages for text in _billed_texts(message)[0])
+        if 4 * size + 4 * len(messages) + 3 <= MAX_EXAMPLE_TOKENS:
+            return [example]
+        counter = TokenCounter(load_vocabulary())
+        # An estimate may be off by some percent: keep a distance.
+        limit = MAX_EXAMPLE_TOKENS if counter.exact else MAX_EXAMPLE_TOKENS * 9 // 10
+        tokens = counter.count(messages).total
+        if tokens <= limit:
+            return [example]
+        place = f"対話「{example['id']}」は{tokens:,}トークンで、上限{limit:,}を超えています"
+        if self._settings.long_examples == "refuse":
+            raise DataError(f"{place}。--long-examples split か drop を指定してください。")
+        if self._settings.long_examples == "drop":
+            logger.warning("%s。除きました。", place)
+            return []
+        parts = split_long_example(example, counter, limit)
+        logger.warning("%s。発話の切れ目で%d件に分けました。", place, len(parts))
+        return parts
+
+    def write(
+        self,
+        runs: Runs,
+        stamp: str,
+        prepared: Prepared,
+        tokens: Mapping[SplitName, TokenStats] | None = None,
+    ) -> dict[str, Any]:
+        """Check and write the data files under ``stamp``; return what a run says of them.
+
+        Problems that the service would refuse raise :class:`DataError` before anything is
+        written. Beside the files goes ``manifest_STAMP.json``.
+        """
+        paths = {name: runs.folder / f"{name}_data_{stamp}.jsonl" for name in SPLIT_NAMES}
+        lines, findings = _encode_splits(prepared.splits, paths)
+        _require_no_errors(findings)
+        data: dict[SplitName, DataFile] = {}
+        for name, content in lines.items():
+            write_new_file(paths[name], content)
+            digest = hashlib.sha256()
+            for encoded in content:
+                digest.update(encoded)
+            total = tokens[name].total if tokens else None
+            data[name] = DataFile(digest.hexdigest(), len(content), total)
+            logger.info("保存しました: %s（%s件）", paths[name], f"{len(content):,}")
+        manifest_path = runs.folder / f"manifest_{stamp}.json"
+        manifest = self._manifest(prepared, paths, data)
+        write_new_file(manifest_path, _to_json(manifest))
+        files = {name: str(path) for name, path in paths.items()}
+        return {
+            "files": {**files, "manifest": str(manifest_path)},
+            "data": data,
+            "selection": prepared.loaded.selection if prepared.loaded else None,
+        }
+
+    def _manifest(
+        self,
+        prepared: Prepared,
+        paths: Mapping[SplitName, Path],
+        data: Mapping[SplitName, DataFile],
+    ) -> dict[str, Any]:
+        """Which dialogue stands on which line of which file, and how they were chosen."""
+        loaded = prepared.loaded
+        splits = {}
+        for index, name in enumerate(SPLIT_NAMES):
+            sources = loaded.sources[index] if loaded else {}
+            ids = [example["id"] for example in prepared.splits[index]]
+            splits[name] = {
+                "file": paths[name].name,
+                "examples": data[name].examples,
+                "lines": [{"id": id_, "source": _source_of(id_, sources)} for id_ in ids],
+                "sha256": data[name].sha256,
+            }
+        return {
+            "version": 1,
+            "dataset": self._settings.dataset or "openai_sft_rehearsal",
+            "revision": self._settings.revision,
+            "system_prompt": self._settings.system_prompt,
+            "selection": asdict(loaded.selection) if loaded else None,
+            "removed": loaded.removed if loaded else None,
+            "leakage": loaded.leakage if loaded else None,
+            "splits": splits,
+        }
+
+
+def _encode_splits(
+    splits: Splits, paths: Mapping[SplitName, Path]
+) -> tuple[dict[SplitName, list[bytes]], list[Finding]]:
+    """The encoded lines of each file, and everything that is wrong with them."""
+    lines: dict[SplitName, list[bytes]] = {}
+    findings: list[Finding] = []
+    seen: dict[tuple[str, bytes], int] = {}
+    for name, examples in zip(SPLIT_NAMES, splits, strict=True):
+        lines[name] = []
+        for number, example in enumerate(examples, 1):
+            encoded, problems = _encode_example(example)
+            lines[name].append(encoded)
+            first = seen.setdefault((name, encoded), number)
+            if first != number:
+                problems.append(_Problem("duplicate_line", None, (first,)))
+            if name == "valid" and (shared := seen.get(("train", encoded))):
+                problems.append(_Problem("shared_conversation", None, (shared,)))
+            findings += [_finding(str(paths[name]), number, problem) for problem in problems]
+    return lines, findings
+
+
+def _encode_example(example: Example) -> tuple[bytes, list[_Problem]]:
+    problems = list(_find_problems({key: item for key, item in example.items() if key != "id"}))
+    try:
+        line = example_line(example)
+        problems += _find_text_problems(line)
+    except ValueError as error:
+        line = ""
+        problems.append(_Problem("invalid_json", None, (printable(error),)))
+    return line.encode(errors="replace") + b"\n", problems
+
+
+def _read_split(run: Run, name: SplitName) -> list[Example]:
+    """The examples of a run's file, with their ids. Raises :class:`DataError` where the file or
+    the manifest isn't what was written."""
+    path = run.file(name)
+    if not path.exists() or _sha256_of(path) != run.data[name].sha256:
+        raise DataError(
+            f"{path}: 学習時のデータファイルがないか、変わっています（{run.path} の記録と"
+            "sha256が違います）。元に戻すか、--model-id と別の --output-dir で、記録の"
+            "ないモデルとして評価してください。"
+        )
+    examples = read_examples(path)
+    try:
+        manifest = json.loads(run.file("manifest").read_text(encoding="utf-8"))
+        ids = [line["id"] for line in manifest["splits"][name]["lines"]]
+        named = list(zip(examples, ids, strict=True))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{run.file('manifest')}: 分割の記録がないか、変わっています。元に戻してください。"
+        ) from error
+    return [cast("Example", {**example, "id": id_}) for example, id_ in named]
+
+
+# ── Fine-tuning ──────────────────────────────────────────────────────────────────────────────
+
+
+class FineTuning:
+    """The job of one run, from its files to its model; what is known of it is in the self._run.
+
+    :meth:`create` spends.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        ledger: Ledger,
+        settings: Settings,
+        runs: Runs,
+        run: Run,
+        *,
+        clock: Callable[[], float] = time.time,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._endpoint, self._ledger, self._settings = endpoint, ledger, settings
+        self._runs, self._run = runs, run
+        self._clock, self._sleep = clock, sleep
+
+    def upload(self, path: Path, part: UploadPart) -> str:
+        """Upload a file, unless this data is there already; its intent is recorded first."""
+        size, sha256 = path.stat().st_size, _sha256_of(path)
+        before = self._run.uploads.get(part)
+        if before is not None and before.sha256 != sha256:
+            before = None
+        began = before.intent_time if before else self._clock()
+        upload = Upload(path.name, size, sha256, began, path=str(path))
+        others, same = self._runs.uploads_beside(self._run, sha256)
+        file_id = None if self._run.rehearsal else self._endpoint.known_file(same, size)
+        if file_id is None and before is not None and before.file_id is None:
+            found = self._endpoint.look(lambda: self._endpoint.find_file(upload, others))
+            file_id = found.id if found is not None else None
+        own = {sent.file_id for sent in self._run.uploads.values()}
+        if file_id is not None:
+            logger.info("アップロード済みのファイルを使います: %s（%s）", path.name, file_id)
+        else:
+            logger.info("アップロードしています: %s（%.1f MB）", path, size / 1e6)
+            self._run.save(uploads={**self._run.uploads, part: upload})
+            file_id = self._endpoint.upload(path, upload, others)
+            own.add(file_id)
+        upload = replace(upload, file_id=file_id, reused=file_id not in own)
+        self._run.save(uploads={**self._run.uploads, part: upload})
+        return file_id
+
+    def create(self, training: Training, file_id: str, validation_file_id: str | None) -> str:
+        """Pass the door to payment and create the job, once; return its id.
+
+        Raises what :meth:`OpenAISFT.create_fine_tune_job` does.
+        """
+        request = training.request(self._settings.model, file_id, validation_file_id)
+        found = self.recover()
+        if found is not None and self._run.job_intent is not None:
+            _require_same_request(found, self._run.job_intent.request, request)
+            logger.info("前に送信したジョブを引き継ぎます: %s", printable(found))
+            return found
+        self._ledger.require(self._price(training, file_id), "training")
+        intent = Intent(uuid.uuid4().hex, _time_text(self._clock()), request)
+        self._run.save(job_intent=intent)
+        try:
+            refused = functools.partial(self._run.save, job_intent=None)
+            job_id = self._endpoint.create(intent, self._run.metadata, refused)
+        except _openai().PermissionDeniedError as error:
+            if error.code != "training_not_available":
+                raise
+            raise TrainingNotAvailable(self._endpoint.url, self._delete_uploads()) from error
+        self._run.save(job_id=job_id)
+        logger.info("ファインチューニングジョブを作成しました: %s", printable(job_id))
+        return job_id
+
+    def _price(self, training: Training, file_id: str) -> CostEstimate:
+        """What training alone costs on the file that was sent as ``file_id``."""
+        tokens, exact = self._runs.tokens_sent(self._run, file_id)
+        return estimate_cost(
+            tokens,
+            training.epochs,
+            model=self._settings.model,
+            price=self._settings.price,
+            yen_per_dollar=self._settings.yen_per_dollar,
+            exact_tokens=exact,
+        )
+
+    def recover(self) -> str | None:
+        """The job that an earlier attempt of ``run`` may have made without learning its id."""
+        if self._run.job_intent is None:
+            return None
+        token = self._run.job_intent.token
+        found = self._endpoint.look(lambda: self._endpoint.find_job(token))
+        if found is None:
+            # It never arrived; the next one is written before it is sent.
+            self._run.save(job_intent=None)
+            return None
+        self._run.save(job_id=found.id)
+        return found.id
+
+    def _delete_uploads(self) -> list[str]:
+        """Delete what this run uploaded itself; return the ids that are gone."""
+        sent = [u.file_id for u in self._run.uploads.values() if u.file_id and not u.reused]
+        deleted = self._endpoint.delete_files(sent)
+        left = {k: u for k, u in self._run.uploads.items() if u.file_id not in deleted}
+        self._run.save(uploads=left)
+        return deleted
+
+    def watch(self, timeout: float | None) -> FineTuningJob:
+        """Wait for the end of the job and record it.
+
+        See :meth:`OpenAISFT.monitor_fine_tune_job`.
+        """
+        job_id = self._run.known("job_id")
+        until = math.inf if timeout is None else self._clock() + timeout
+        seen: set[str] = set()
+        status = ""
+        bar = _TrainingBar(enabled=self._settings.verbose)
+        with SystemMonitor(self._runs.folder), contextlib.closing(bar):
+            for delay in _poll_delays(self._settings):
+                try:
+                    job, events = self._endpoint.poll(job_id, seen, until=until)
+                except (_openai().APIError, BrokenAnswer) as error:
+                    if timeout is None or not is_transient(error):
+                        raise
+                    self._sleep(max(0.0, until - self._clock()))
+                    raise WaitTimeout(job_id, status, timeout) from error
+                for event in events:
+                    bar.show(event)
+                if job.status != status:
+                    status = job.status
+                    known = status in KNOWN_STATUSES
+                    waiting = "" if known else "（未知の状態です。このまま待ちます）"
+                    logger.info("ジョブ %s の状態: %s%s", job_id, printable(status), waiting)
+                    self._run.save(job_status=status)
+                if status in TERMINAL_STATUSES:
+                    break
+                if timeout is not None and self._clock() >= until:
+                    raise WaitTimeout(job_id, status, timeout)
+                self._sleep(min(delay, until - self._clock()))
+        self._record_outcome(job, bar.rows)
+        return job
+
+    def watch_to_model(self, timeout: float | None) -> None:
+        """:meth:`watch`; raises where no model comes of it."""
+        job = self.watch(timeout)
+        if job.status != "succeeded":
+            code, message = _job_error(job)
+            raise JobFailed(job.id, job.status, code, message)
+        if not job.fine_tuned_model:
+            self._run.save(finished_at=_time_text(self._clock()))
+            raise BrokenAnswer(
+                f"学習は成功しましたが、エンドポイントはモデル名を返しませんでした（ジョブ "
+                f"{printable(job.id)}）。重みはチェックポイントのファイルにあるかもしれません。"
+            )
+
+    def _record_outcome(self, job: FineTuningJob, rows: Sequence[Mapping[str, float]]) -> None:
+        code, message = _job_error(job)
+        self._run.save(
+            job_id=job.id,
+            job_status=job.status,
+            job_error={"code": code, "message": message} if code or message else None,
+            fine_tuned_model=job.fine_tuned_model,
+            trained_tokens=job.trained_tokens,
+            result_files=job.result_files,
+        )
+        if job.status != "succeeded":
+            reason = ": ".join(printable(part) for part in (code, message) if part)
+            reason = f"（{reason}）" if reason else ""
+            logger.error("ファインチューニング失敗: %s%s", printable(job.status), reason)
+            self._ledger.paid_training(job)  # what was trained is billed all the same
+            return
+        self._record_model(job, rows)
+
+    def _record_model(self, job: FineTuningJob, rows: Sequence[Mapping[str, float]]) -> None:
+        logger.info("学習済みモデル: %s", printable(job.fine_tuned_model))
+        if job.fine_tuned_model:
+            self._endpoint.expect(job.fine_tuned_model)
+        self._save_metrics(self._endpoint.result_rows(job) or rows)
+        checkpoints = self._endpoint.checkpoints(job.id)
+        for checkpoint in checkpoints:
+            name = printable(checkpoint.fine_tuned_model_checkpoint)
+            logger.info("チェックポイント: %s（step %s）", name, checkpoint.step_number)
+        self._run.save(checkpoints=[c.fine_tuned_model_checkpoint for c in checkpoints])
+        self._ledger.paid_training(job)
+        shutdown = self._endpoint.shutdown_date(job.fine_tuned_model, job.model)
+        if shutdown is not None:
+            logger.warning("%s は %s に停止します。", printable(shutdown[0]), shutdown[1])
+            self._run.save(shutdown_date=str(shutdown[1]))
+        self._run.save(training_recorded_at=_time_text(self._clock()))
+
+    def _save_metrics(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Write the rows of a job to ``training_metrics_*.csv``."""
+        if not rows:
+            logger.info("学習の記録（損失など）は得られませんでした。")
+            return
+        self._run.publish("training_metrics", ".csv", _to_csv(rows))
+        # Validation has no value at most steps, so the last of each column counts.
+        self._run.save(final_metrics=dict(collections.ChainMap(*map(dict, reversed(rows)))))
+
+
+def _require_same_request(job_id: str, sent: Mapping[str, Any], request: Mapping[str, Any]) -> None:
+    """Raise :class:`ConfigurationError` where a job was asked for with other settings."""
+    if any(sent.get(k) != v for k, v in request.items() if not k.endswith("_file")):
+        raise ConfigurationError(
+            f"別の設定で送信したジョブ {printable(job_id)} がサービスにあります。"
+            "--job-id で見守るか、--cancel で取り消してから、もう一度作成してください。"
+        )
+
+
+def _poll_delays(settings: Settings) -> Iterator[float]:
+    """Seconds between polls: short at first, when a bad file is found, then the interval."""
+    interval = settings.poll_interval
+    interval = min(interval, 0.5) if settings.rehearse else interval
+    return (interval / 2 ** max(0, 4 - n) for n in itertools.count())
+
+
+def _to_csv(rows: Sequence[Mapping[str, float]]) -> str:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = io.StringIO()
+    writer = csv.DictWriter(table, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return table.getvalue()
+
+
+# ── Asking and scoring ───────────────────────────────────────────────────────────────────────
+
+
+class Journal:
     """The answers of an evaluation, one JSON line each, written as they come.
 
     Opening it reads what is there; a line that was cut by a crash is ignored.
@@ -3220,7 +4945,7 @@ class _Stopped(OpenAISFTError):
     """The pool was closed while this question waited for its turn."""
 
 
-class _Pool:
+class Pool:
     """Daemon threads that ask, with a bound on the requests under way that follows the endpoint.
 
     When the endpoint limits the rate the bound is halved, once a wave; every answer widens it
@@ -3237,21 +4962,24 @@ class _Pool:
         self._closed = False
 
     def map(self, ask: Callable[[Case], T], cases: Sequence[Case]) -> Iterator[T]:
-        """``ask`` each case on the threads; yield what comes, as it comes; raise its error."""
+        """``ask`` each case on the threads; yield what comes, as it comes.
+
+        The first error closes the pool and is raised after what the others were asking, which
+        is paid for as well. After :meth:`close` it ends with what was under way.
+        """
         waiting = collections.deque(cases)
-        answers: queue.SimpleQueue[T | BaseException] = queue.SimpleQueue()
+        answers: queue.SimpleQueue[T | BaseException | None] = queue.SimpleQueue()
 
         def work() -> None:
-            while not self._closed:
-                try:
-                    case = waiting.popleft()
-                except IndexError:
-                    return
-                try:
-                    answers.put(ask(case))
-                except BaseException as error:  # noqa: BLE001  # raised again where it is awaited
-                    answers.put(error)
-                    self.close()  # it would meet every other case too
+            try:
+                while not self._closed:
+                    answers.put(ask(waiting.popleft()))
+            except (IndexError, _Stopped):
+                pass
+            except BaseException as error:  # noqa: BLE001  # raised again where it is awaited
+                self.close()  # it would meet every other case too
+                answers.put(error)
+            answers.put(None)
 
         threads = [
             threading.Thread(target=work, name=f"openai-sft-ask-{number}", daemon=True)
@@ -3259,23 +4987,21 @@ class _Pool:
         ]
         for thread in threads:
             thread.start()
-        for _ in cases:
+        failure: BaseException | None = None
+        working = len(threads)
+        while working:
             answer = answers.get()
-            if isinstance(answer, BaseException):
-                # What the others were asking is paid for as well: it is kept before the end.
-                for thread in threads:
-                    thread.join(timeout=30.0)
-                while not answers.empty():
-                    late = answers.get()
-                    if not isinstance(late, BaseException):
-                        yield late
-                raise answer
-            yield answer
+            if answer is None:
+                working -= 1
+            elif isinstance(answer, BaseException):
+                failure = failure or answer
+            else:
+                yield answer
+        if failure is not None:
+            raise failure
 
     def attempt(self, request: Callable[[], T]) -> T:
         """``request()`` when there is room for it."""
-        import openai
-
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._under_way < int(self._bound))
             if self._closed:
@@ -3284,7 +5010,7 @@ class _Pool:
             wave = self._wave
         try:
             answer = request()
-        except openai.RateLimitError:
+        except _openai().RateLimitError:
             with self._changed:
                 if wave == self._wave:
                     self._bound = max(1.0, self._bound / 2)
@@ -3306,50 +5032,421 @@ class _Pool:
             self._changed.notify_all()
 
 
-class _ProgressReader(io.FileIO):
-    """A file that moves a tqdm bar of bytes as it is read."""
+class Asked(NamedTuple):
+    """Whom an evaluation asks what: the models, and the cases and size of each split."""
 
-    def __init__(self, path: Path, size: int, *, enabled: bool) -> None:
-        super().__init__(path)
+    models: Sequence[str]
+    cases: Mapping[str, Sequence[Case]]
+    sizes: Mapping[str, int]
+
+    @classmethod
+    def of(cls, model: str, splits: Splits, asking: Asking, settings: Settings) -> Asked:
+        """Whom ``asking`` asks what of test and validation data.
+
+        Raises :class:`DataError` where the data are another task's.
+        """
+        cases = _choose_for(splits, asking)
+        for case in itertools.chain(*cases.values()):
+            if fault := TASKS[settings.task].find_fault(case.reference):
+                raise DataError(
+                    f"{case.id}: task={settings.task} のデータではありません（{fault}）。"
+                )
+        baseline = asking.baseline_of(model, settings.model)
+        if baseline == model:
+            logger.warning("比べる相手が同じモデルのため、比較はしません: %s", printable(model))
+            baseline = None
+        sizes = {"test": len(splits.test), "valid": len(splits.valid)}
+        return cls((model, baseline) if baseline else (model,), cases, sizes)
+
+    @property
+    def baseline(self) -> str | None:
+        """The model that the evaluated one is compared with, if any."""
+        return self.models[1] if len(self.models) > 1 else None
+
+    @property
+    def evaluated(self) -> str:
+        """The model that is evaluated; a baseline comes after it."""
+        return self.models[0]
+
+
+class Evaluation:
+    """Questions to some models, their answers in a journal, and what these are worth.
+
+    ``ask`` spends; ``results`` only computes.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        ledger: Ledger,
+        settings: Settings,
+        asking: Asking,
+        journal: Journal,
+    ) -> None:
+        self._endpoint, self._ledger = endpoint, ledger
+        self._settings, self._asking, self._journal = settings, asking, journal
+        self._task = TASKS[settings.task]
+        self._responses: dict[tuple[str, str], list[dict[str, Any]]] = {}
+
+    def ask(self, asked: Asked) -> None:
+        """Pass the door to payment and ask every case that isn't in the journal.
+
+        A case that fails carries its ``error``; errors that would meet every case (key, model,
+        quota) are raised, and :class:`BudgetError` when the limit is passed.
+        """
+        paid = self._ledger.cost_of(self._journal.usage_by_model(), asked.evaluated) or 0.0
+        left = {
+            model: [
+                case
+                for name, cases in asked.cases.items()
+                for case in cases
+                if (model, name, case.id) not in self._journal.answers
+            ]
+            for model in asked.models
+        }
+        self._ledger.require(self._ledger.ahead(left), "evaluation", paid=paid)
+        with SystemMonitor(self._settings.output_dir):
+            for model, name in itertools.product(asked.models, asked.cases):
+                self._responses[model, name] = self._ask_all(asked, model, name)
+
+    def _ask_all(self, asked: Asked, model: str, name: str) -> list[dict[str, Any]]:
+        """The responses to the cases of a split, in their order."""
         from tqdm.auto import tqdm
 
-        self._bar = tqdm(
-            total=size,
-            desc="アップロード",
-            unit="B",
-            unit_scale=True,
-            disable=None if enabled else True,
+        cases = asked.cases[name]
+        label = SPLIT_LABELS[name]
+        logger.info("%sデータの%d件を評価しています: %s", label, len(cases), printable(model))
+        known = {case.id: self._journal.answers.get((model, name, case.id)) for case in cases}
+        responses = {id_: response for id_, response in known.items() if response is not None}
+        missing = [case for case in cases if case.id not in responses]
+        if responses:
+            logger.info("うち%d件は回答済みです。", len(responses))
+        failed = 0
+        bar = tqdm(
+            total=len(cases),
+            initial=len(responses),
+            desc=f"評価 {label}",
+            unit="件",
+            disable=None if self._settings.verbose else True,
+        )
+        _ = self._endpoint.client  # made here once, not by every thread
+        pool = Pool(self._asking.concurrency)
+        spent: float | None = None
+        with contextlib.closing(bar), contextlib.closing(pool):
+            # A model that was just tuned may still be loading: the first case waits for it.
+            first = missing[:1] if self._endpoint.is_loading(model) else []
+            ask = functools.partial(self._ask, model, pool)
+            for response in itertools.chain(map(ask, first), pool.map(ask, missing[len(first) :])):
+                self._journal.add(model, name, response)
+                responses[response["case_id"]] = response
+                failed += "error" in response
+                usage = self._journal.usage_by_model()
+                spent = self._ledger.cost_of(usage, asked.evaluated)
+                if self._ledger.is_over(spent):
+                    pool.close()  # what is under way still comes, and is kept
+                dollars = {"$": f"{spent:.4f}"} if spent is not None else {}
+                bar.set_postfix({"失敗": failed, **dollars}, refresh=False)
+                bar.update()
+        self._ledger.stop_over(spent)
+        return [responses[case.id] for case in cases]
+
+    def _ask(self, model_id: str, pool: Pool, case: Case) -> dict[str, Any]:
+        openai = _openai()
+        response: dict[str, Any] = {"case_id": case.id, "input": case.input}
+        request: dict[str, Any] = {
+            **self._asking.generation,
+            **self._task.request,
+            "model": model_id,
+            "messages": case.input,
+        }
+        if case.tools:
+            request["tools"] = case.tools
+        create = functools.partial(self._endpoint.client.chat.completions.create, **request)
+        started = time.perf_counter()
+        try:
+            answer = self._endpoint.ask(model_id, lambda: pool.attempt(create))
+            response["usage"] = _usage(answer)
+            response["finish_reason"], response["output"] = _read_answer(answer)
+            if fault := self._task.find_fault(response["output"]):
+                response["invalid"] = fault
+        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError):
+            raise
+        except (openai.APIError, BrokenAnswer) as error:
+            if getattr(error, "code", None) == "insufficient_quota":
+                raise
+            reason = error if isinstance(error, BrokenAnswer) else explain_api_error(error)
+            response["error"] = str(reason)
+            logger.warning("評価 %s に失敗しました: %s", case.id, reason)
+        response["reference"] = case.reference
+        response["latency_seconds"] = round(time.perf_counter() - started, 3)
+        return response
+
+    def results(
+        self, asked: Asked, train_data: Sequence[Example] | None, asked_at: str
+    ) -> EvaluationResults:
+        """What the answers are worth: figures, comparisons, usage and settings."""
+        results = EvaluationResults(model_id=asked.evaluated, evaluation_timestamp=asked_at)
+        answers = {
+            (model, name): _answers(asked.cases[name], responses)
+            for (model, name), responses in self._responses.items()
+        }
+        parts = {
+            model: {
+                f"{name}_evaluation": self._part(asked, model, name, answers[model, name])
+                for name in asked.cases
+            }
+            for model in asked.models
+        }
+        _tell_missing(part for by_name in parts.values() for part in by_name.values())
+        results.update(parts[asked.evaluated])
+        counts = [part["evaluated_cases"] for part in parts[asked.evaluated].values()]
+        results["summary"] = {
+            "test_cases_evaluated": counts[0],
+            "valid_cases_evaluated": counts[1],
+            "total_cases_evaluated": sum(counts),
+        }
+        for baseline in asked.models[1:]:
+            results["baseline"] = {"model_id": baseline, **parts[baseline]}
+            results["comparison"] = {"baseline_model": baseline} | {
+                name: compare_answers(
+                    answers[asked.evaluated, name],
+                    answers[baseline, name],
+                    make=self._task.make_figures,
+                    seed=self._asking.seed,
+                    cases=len(cases),
+                )
+                for name, cases in asked.cases.items()
+            }
+        if self._settings.task == "score":
+            tested = {name: answers[asked.evaluated, name] for name in asked.cases}
+            _add_mean_reference(results, tested, train_data, self._asking.seed)
+            overall = results["test_evaluation"]["metrics"].get("overall")
+            results["summary"]["mse"] = overall["mse"]["score"] if overall else None
+        results["task"] = self._settings.task
+        results["usage"] = self._journal.usage()
+        results["settings"] = {
+            **self._asking.generation,
+            "max_test_cases": self._asking.max_test_cases,
+            "eval_turns": self._asking.eval_turns,
+            "concurrency": self._asking.concurrency,
+        }
+        return results
+
+    def _part(
+        self, asked: Asked, model: str, name: str, answers: Sequence[Answer]
+    ) -> dict[str, Any]:
+        """A model's answers to one split, with their figures."""
+        responses = self._responses[model, name]
+        answered = sum("error" not in response for response in responses)
+        metrics, missing = self._task.score(answers, seed=self._asking.seed)
+        if self._settings.task == "score":
+            metrics["coverage"] = {"valid": len(answers), "asked": len(responses)}
+        return {
+            "dataset_type": name,
+            "total_test_cases": asked.sizes[name],
+            "evaluated_cases": answered,
+            "failed_cases": len(responses) - answered,
+            "invalid_cases": sum("invalid" in response for response in responses),
+            "cut_cases": sum(r.get("finish_reason") == "length" for r in responses),
+            "responses": responses,
+            "metrics": metrics,
+            "missing_metrics": missing,
+        }
+
+
+def _tell_missing(parts: Iterable[Mapping[str, Any]]) -> None:
+    missing = dict.fromkeys(name for part in parts for name in part["missing_metrics"])
+    if missing:
+        logger.warning(
+            "%s は計算していません。%s で計算できるようになります。",
+            "、".join(FIGURE_LABELS[name] for name in missing),
+            EVAL_EXTRA,
         )
 
-    def read(self, size: int | None = -1, /) -> bytes:
-        data = super().read(-1 if size is None else size) or b""
-        self._bar.update(len(data))
-        return data
 
-    def close(self) -> None:
-        if not self.closed:
-            self._bar.close()
-        super().close()
+def _add_mean_reference(
+    results: EvaluationResults,
+    answers: Mapping[str, Sequence[Answer]],
+    train_data: Sequence[Example] | None,
+    seed: int,
+) -> None:
+    """Add what predicting the training mean gives on the cases that were answered."""
+    if not train_data:
+        logger.warning("学習データがないため、平均予測との比較は省きます（train_data=）。")
+        return
+    means = mean_scores(train_data)
+    text = _dump(means)
+    reference = {
+        name: [answer._replace(output=text) for answer in part] for name, part in answers.items()
+    }
+    results["mean_reference"] = {"scores": means} | {
+        name: score_predictions(part, seed=seed)[0] for name, part in reference.items()
+    }
+    results.setdefault("comparison", {})["mean_reference"] = {
+        name: compare_figures(
+            part,
+            reference[name],
+            make=make_score_figures,
+            seed=seed,
+            cases=len(part),
+            rival="平均予測",
+        )
+        for name, part in answers.items()
+    }
+
+
+def _answers(cases: Sequence[Case], responses: Sequence[Mapping[str, Any]]) -> list[Answer]:
+    return [
+        Answer(case.id, case.dialogue_id, response["output"], case.reference)
+        for case, response in zip(cases, responses, strict=True)
+        if "error" not in response and "invalid" not in response
+    ]
+
+
+def _cross_entropies(metrics: Mapping[str, float]) -> dict[str, float]:
+    """A job's last losses, where they are known; the service trains by cross-entropy."""
+    valid = metrics.get("full_valid_loss", metrics.get("valid_loss"))
+    losses = {
+        "training_cross_entropy": metrics.get("train_loss"),
+        "validation_cross_entropy": valid,
+    }
+    return {name: loss for name, loss in losses.items() if loss is not None}
+
+
+def _usage(completion: Any) -> dict[str, Any] | None:
+    usage = getattr(completion, "usage", None)
+    dump = getattr(usage, "model_dump", None)
+    return None if dump is None else dict(dump(exclude_none=True, warnings=False))
+
+
+def _read_answer(completion: Any) -> tuple[str, str]:
+    """Finish reason and text. Raises :class:`BrokenAnswer` for none, naming what came instead."""
+    try:
+        choice = completion.choices[0]
+        text, refusal = choice.message.content, getattr(choice.message, "refusal", None)
+    except (AttributeError, IndexError, TypeError) as error:
+        raise BrokenAnswer("応答がチャットの形ではありません。") from error
+    reason = str(choice.finish_reason)
+    if refusal:
+        raise BrokenAnswer(f"モデルが応答を拒否しました: {printable(refusal)}")
+    if reason == "content_filter":
+        raise BrokenAnswer("内容フィルターで止められました（finish_reason: content_filter）")
+    if not str(text or "").strip():
+        raise BrokenAnswer(f"応答が空です（finish_reason: {printable(reason)}）")
+    # Half of a surrogate pair (an emoji cut in two) can't be written.
+    return reason, str(text).encode(errors="replace").decode()
+
+
+# ── What a run needs ─────────────────────────────────────────────────────────────────────────
+
+
+def _check_local(settings: Settings, runs: Runs, now: float) -> Iterator[CheckItem]:
+    """What can be told without asking anyone: the folder, the disk, the dates, the price."""
+    try:
+        folder = runs.folder
+    except ConfigurationError as error:
+        yield CheckItem("保存先", "fail", str(error))
+        return
+    if os.access(folder, os.W_OK | os.X_OK):
+        yield CheckItem("保存先", "ok", f"{folder} に書き込めます")
+    else:
+        remedy = "--output-dir で書き込めるフォルダーを指定してください"
+        yield CheckItem("保存先", "fail", f"{folder} に書き込めません", remedy)
+    free = shutil.disk_usage(folder).free
+    level: Literal["ok", "warn"] = "ok" if free > MIN_FREE_BYTES else "warn"
+    remedy = "" if level == "ok" else "不要なファイルを削除してください"
+    yield CheckItem("ディスク", level, f"空き {free / 2**30:.1f}GB", remedy)
+    today = datetime.fromtimestamp(now).date()
+    if not settings.rehearse and settings.host == OPENAI_HOST:
+        left = (date.fromisoformat(LAST_NEW_JOB_DATE) - today).days
+        until = f"あと{left}日" if left > 0 else "終了"
+        yield CheckItem(
+            "OpenAIの新規ジョブ",
+            "warn",
+            f"経験のない組織は{CLOSED_TO_NEW_SINCE}、直近60日に学習済みモデルを使っていない組織は"
+            f"{CLOSED_TO_IDLE_SINCE}に受付終了。ほかは{LAST_NEW_JOB_DATE}まで（{until}）。"
+            f"GPT-4o miniと学習済みモデルは{MODEL_SHUTDOWN_DATE}に停止",
+            "受け付けられない場合は --base-url で別のエンドポイントを使ってください",
+        )
+    yield _check_prices(settings, today)
+
+
+def _check_prices(settings: Settings, today: date) -> CheckItem:
+    age = (today - date.fromisoformat(f"{PRICES_AS_OF}-01")).days
+    text = f"{PRICES_AS_OF}時点（{age}日前）"
+    if settings.price is not None:
+        return CheckItem("料金表", "ok", "指定された単価を使います")
+    if price_of(settings.model) is None:
+        remedy = "--price-training などで指定してください"
+        return CheckItem("料金表", "warn", f"{settings.model} の単価がありません", remedy)
+    if age > 180:
+        return CheckItem("料金表", "warn", text, f"{PRICES_SOURCE} で確かめてください")
+    return CheckItem("料金表", "ok", text)
+
+
+def _check_key(settings: Settings, endpoint: Endpoint) -> CheckItem:
+    key = settings.api_key
+    if settings.rehearse:
+        return CheckItem("APIキー", "ok", "リハーサルでは使いません")
+    if not key:
+        if endpoint.brings_key:
+            return CheckItem("APIキー", "ok", "渡された client のものを使います")
+        return CheckItem("APIキー", "fail", "ありません", "OPENAI_API_KEY に設定してください")
+    ending = f"…{key[-4:]}" if len(key) >= 12 else "短すぎる値"
+    return CheckItem("APIキー", "ok", f"{settings.api_key_source}から（{ending}）")
+
+
+def _check_endpoint(settings: Settings, endpoint: Endpoint, now: float) -> Iterator[CheckItem]:
+    """Whether the endpoint answers and knows the model; nothing is paid."""
+    openai = _openai()
+    model_name = settings.model
+    if not endpoint.reachable:
+        yield CheckItem("エンドポイント", "warn", "キーがないため確かめていません")
+        return
+    try:
+        address = endpoint.url
+        model = endpoint.model(model_name, patience=5.0)
+    except openai.APIStatusError as error:
+        if error.status_code == 404 and error.code == "model_not_found":
+            yield CheckItem("エンドポイント", "ok", address)
+            remedy = "--model か --base-url を確認してください"
+            yield CheckItem("モデル", "fail", f"{model_name} がありません", remedy)
+        elif error.status_code in MISSING_STATUSES:
+            yield CheckItem("エンドポイント", "ok", address)
+            yield CheckItem("モデル", "warn", f"{model_name} を確かめられません")
+        else:
+            yield CheckItem("エンドポイント", "fail", address, explain_api_error(error))
+        return
+    except (openai.OpenAIError, BrokenAnswer, ConfigurationError) as error:
+        text = settings.base_url or "不明"
+        yield CheckItem("エンドポイント", "fail", text, explain_api_error(error))
+        return
+    yield CheckItem("エンドポイント", "ok", f"{address} につながりました")
+    shutdown = _read_shutdown_date(model)
+    if shutdown is None and settings.host == OPENAI_HOST and price_of(model_name):
+        shutdown = date.fromisoformat(MODEL_SHUTDOWN_DATE)
+    if shutdown is None:
+        yield CheckItem("モデル", "ok", f"{model_name}（停止日の情報なし）")
+        return
+    left = (shutdown - datetime.fromtimestamp(now).date()).days
+    text = f"{model_name} は{shutdown}に停止します（あと{left}日）"
+    remedy = "学習したモデルも同じ日に停止します。別のモデルを検討してください"
+    yield CheckItem("モデル", "warn" if left > 0 else "fail", text, remedy)
+
+
+def _check_vocabulary() -> CheckItem:
+    if load_vocabulary() is None:
+        remedy = "TIKTOKEN_CACHE_DIR に語彙ファイルを置くと正確になります"
+        return CheckItem("トークンの語彙", "warn", f"{VOCABULARY} がなく、推定になります", remedy)
+    return CheckItem("トークンの語彙", "ok", f"{VOCABULARY} で正確に数えられます")
+
+
+def _check_versions() -> CheckItem:
+    versions = " ".join(f"{name} {version}" for name, version in _versions().items())
+    return CheckItem("バージョン", "ok", versions)
 
 
 # ── The class ────────────────────────────────────────────────────────────────────────────────
-
-
-NO_KEY = (
-    "OpenAI API keyが設定されていません。環境変数 OPENAI_API_KEY か .env ファイルに設定するか、"
-    "OpenAISFT(api_key=...) で渡してください。キーなしで試すにはリハーサル（rehearse=True、"
-    "--rehearse）を使えます。"
-)
-RECORDED_SETTINGS = (
-    "task",
-    "model",
-    "dataset",
-    "revision",
-    "base_url",
-    "system_prompt",
-    "long_examples",
-)
-MIN_FREE_BYTES = 2**30
 
 
 class OpenAISFT:
@@ -3358,8 +5455,8 @@ class OpenAISFT:
     Settings come from the argument, then the environment (``OPENAI_API_KEY``,
     ``OPENAI_BASE_URL``, ``OPENAI_SFT_MODEL``, ``OPENAI_SFT_DATASET``), then a ``.env`` found
     from the working directory upwards, then the default (model
-    ``gpt-4o-mini-2024-07-18``, data ``UEC-InabaLab/KokoroChat``). Nothing is sent anywhere and
-    no file is written before a method needs it.
+    ``gpt-4o-mini-2024-07-18``, data ``UEC-InabaLab/KokoroChat``). They stand in ``settings``
+    and never change. Nothing is sent anywhere and no file is written before a method needs it.
 
     ``task`` is ``"response"`` (answer as the counsellor; the default) or ``"score"`` (predict
     the client's 20 feedback scores). ``revision`` pins a Hub data set. ``long_examples`` says
@@ -3402,98 +5499,39 @@ class OpenAISFT:
         clock: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        dotenv = _read_dotenv()
-
-        def setting(argument: str | None, name: str, default: str | None = None) -> str | None:
-            return argument or os.environ.get(name) or dotenv.get(name) or default
-
-        self.model: str = setting(model, "OPENAI_SFT_MODEL", DEFAULT_MODEL) or DEFAULT_MODEL
-        self.dataset = setting(dataset, "OPENAI_SFT_DATASET", None if rehearse else DEFAULT_DATASET)
-        self.base_url = None if rehearse else setting(base_url, "OPENAI_BASE_URL", OPENAI_BASE_URL)
-        self._base_url_given = base_url
-        self.output_dir = Path(output_dir)
-        self.poll_interval = poll_interval
-        self.rehearse = rehearse
-        self.verbose = verbose
-        self.task: TaskName = task or "response"
-        self._task_given = task
-        self._train_data: Sequence[Example] | None = None
-        self.revision = revision
-        self.system_prompt = system_prompt
-        self.long_examples = long_examples
-        self.price = price
-        self.max_cost_usd = max_cost_usd
-        self.yen_per_dollar = yen_per_dollar
-        self._api_key = "rehearsal" if rehearse else setting(api_key, "OPENAI_API_KEY")
-        self._api_key_source = (
-            "引数"
-            if api_key
-            else "環境変数 OPENAI_API_KEY"
-            if os.environ.get("OPENAI_API_KEY")
-            else ".env"
+        self.settings = Settings(
+            **_resolve(api_key, model, base_url, dataset, output_dir, rehearse=rehearse),
+            poll_interval=poll_interval,
+            offline=offline,
+            rehearse=rehearse,
+            verbose=verbose,
+            task=task or "response",
+            revision=revision,
+            system_prompt=system_prompt,
+            long_examples=long_examples,
+            price=price,
+            max_single_upload_bytes=max_single_upload_bytes,
+            max_cost_usd=max_cost_usd,
+            yen_per_dollar=yen_per_dollar,
+            given=_given(
+                base_url=base_url,
+                dataset=dataset,
+                task=task,
+                revision=revision,
+                system_prompt=system_prompt,
+            ),
         )
-        self._max_single_upload_bytes = max_single_upload_bytes
-        self._organization = setting(None, "OPENAI_ORG_ID")
-        self._project = setting(None, "OPENAI_PROJECT_ID")
-        self._client = client
-        self._owns_client = client is None
-        self._offline = offline
-        self._allow_no_key = allow_no_key
-        self._confirm = confirm
-        self._clock, self._sleep = clock, sleep
-        self._endpoint: Rehearsal | None = None
-        self._run: RunRecord | None = None
-        self._dataset_given = dataset
-        self._loaded: _Loaded | None = None
-        self._licence_told = False
-        self._made: Splits | None = None
-        self._converted: dict[str, Example] = {}
-        self._resumed = False
-        self._evaluated_model = ""
-        self._fresh_models: dict[str, float] = {}
-        self._lacking: set[str] = set()
-        if verbose and not logger.hasHandlers():
-            handler = _StderrHandler()
-            handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-            logger.addHandler(handler)
-            logger.setLevel(logging.INFO)
-        self._check_settings()
-
-    def _check_settings(self) -> None:
-        if not (self._api_key or self._client or self._offline or self._allow_no_key):
+        if not (self.settings.api_key or client or offline or allow_no_key):
             raise ConfigurationError(NO_KEY)
-        if self._api_key and not (self._api_key.isascii() and self._api_key.isprintable()):
-            raise ConfigurationError(
-                "OpenAI API keyに使えない文字（全角文字や改行など）が含まれています。"
-                "OPENAI_API_KEY を確認してください。"
-            )
-        for name in ("model", "dataset", "system_prompt"):
-            if not _is_text(getattr(self, name)):
-                raise ConfigurationError(f"{name} にUTF-8で表せない文字が含まれています。")
-        if self.base_url is not None and not _is_http_url(self.base_url):
-            raise ConfigurationError(
-                "base_url は http:// か https:// で始まるURLです"
-                f"（指定: {printable(self.base_url)}）。"
-            )
-        for name, value, ok in (
-            ("poll_interval", self.poll_interval, self.poll_interval >= 0),
-            ("yen_per_dollar", self.yen_per_dollar, self.yen_per_dollar > 0),
-            ("max_cost_usd", self.max_cost_usd, (self.max_cost_usd or 0) >= 0),
-        ):
-            if not ok:
-                raise ConfigurationError(f"{name} の値が範囲外です（指定: {value}）。")
-        if self.task not in TASKS:
-            raise ConfigurationError(
-                f"task は {'、'.join(TASKS)} のどれかです（指定: {printable(self.task)}）。"
-            )
-        if self.task == "score" and self.system_prompt:
-            raise ConfigurationError(
-                "task=score は決まった指示を使うため、system_prompt は指定できません。"
-            )
-        if self.long_examples not in ("split", "drop", "refuse"):
-            raise ConfigurationError(
-                f"long_examples は split、drop、refuse のどれかです（指定: {self.long_examples}）。"
-            )
+        self._client, self._confirm, self._clock, self._sleep = client, confirm, clock, sleep
+        self._endpoints: dict[str | None, Endpoint] = {}
+        self._runs = Runs(self.settings.output_dir, clock)
+        self._preparation = Preparation(self.settings)
+        self._run: Run | None = None
+        self._loads: list[Loaded] = []
+        self._train_data: Sequence[Example] | None = None
+        if verbose:
+            _log_to_stderr()
 
     def __repr__(self) -> str:
         return (
@@ -3515,55 +5553,49 @@ class OpenAISFT:
         """Close the connections, and the local endpoint of a rehearsal."""
         if self._run is not None:
             self._run.release()
-        if self._client is not None and self._owns_client:
-            self._client.close()
-            self._client = None
-        if self._endpoint is not None:
-            self._endpoint.close()
-            self._endpoint = None
+        for endpoint in self._endpoints.values():
+            endpoint.close()
+        self._endpoints.clear()
+
+    @property
+    def model(self) -> str:
+        """The base model."""
+        return self.settings.model
+
+    @property
+    def dataset(self) -> str | None:
+        """Where the dialogues come from; ``None``: the rehearsal's own."""
+        return self.settings.dataset
+
+    @property
+    def base_url(self) -> str | None:
+        """The endpoint; ``None`` in a rehearsal."""
+        return self.settings.base_url
+
+    @property
+    def task(self) -> TaskName:
+        """What is learnt."""
+        return self.settings.task
+
+    @property
+    def output_dir(self) -> Path:
+        """The folder of everything that is written."""
+        return self.settings.output_dir
+
+    @property
+    def poll_interval(self) -> float:
+        """Seconds between looks at a job."""
+        return self.settings.poll_interval
 
     @property
     def client(self) -> OpenAI:
-        """The SDK's client, made on first use; it leaves retrying to this class."""
-        if self._offline:
-            raise ConfigurationError(
-                "offline=True ではサービスを使えません。データの準備だけができます。"
-            )
-        if self._client is None and not self._api_key:
-            raise ConfigurationError(NO_KEY)
-        if self._client is None:
-            import openai
-
-            if self.rehearse:
-                from openai_sft_rehearsal import Rehearsal
-
-                self._endpoint = Rehearsal()
-                self._endpoint.start()
-                logger.info(
-                    "リハーサル: ローカルの模擬エンドポイント %s を使います。課金も外部への送信も"
-                    "ありません。損失や応答は小さな文字モデルのもので、GPTの性能とは無関係です。",
-                    self._endpoint.url,
-                )
-            self._client = openai.OpenAI(
-                api_key=self._api_key,
-                base_url=self._endpoint.url if self._endpoint else self.base_url,
-                organization=self._organization,
-                project=self._project,
-                timeout=60.0,
-                max_retries=0,
-                # A proxy of the environment must not see a rehearsal.
-                http_client=openai.DefaultHttpxClient(trust_env=False) if self.rehearse else None,
-            )
-        if self._client.max_retries:
-            self._client = self._client.with_options(max_retries=0)
-        return self._client
+        """The SDK's client, made on first use; it leaves retrying to this library."""
+        return self._endpoint_of(self.settings).client
 
     @property
     def files(self) -> dict[str, str]:
         """The files written so far in this run, by kind; ``record`` is the run record."""
-        if self._run is None:
-            return {}
-        return {**self._run.data.get("files", {}), "record": str(self._run.path)}
+        return {} if self._run is None else {**self._run.files, "record": str(self._run.path)}
 
     # The whole path ------------------------------------------------------------------------
 
@@ -3588,61 +5620,35 @@ class OpenAISFT:
         Raises :class:`JobFailed` for a job that ends without a model, :class:`BudgetError` and
         :class:`Declined` before anything is sent, and what the stages raise.
         """
-        check_hyperparameters(epochs, batch_size, learning_rate_multiplier, suffix, seed)
-        filters, evaluation = _split_options(options, max_test_cases, seed)
-        self._require_ready()
-        self._make_data(
-            Selection(max_samples, seed, **filters),
-            kind="pipeline",
-            plan={
-                "epochs": epochs,
-                "batch_size": batch_size,
-                "learning_rate_multiplier": learning_rate_multiplier,
-                "suffix": suffix,
-                "seed": seed,
-                "evaluation": evaluation,
-            },
-        )
-        return self._continue_pipeline(self._current_run, timeout)
+        training = Training(epochs, batch_size, learning_rate_multiplier, suffix, seed)
+        filters, asking = _read_options(options, max_test_cases, seed)
+        selection = Selection(max_samples, seed, **filters)
+        self._require_ready(self.settings)
+        run, splits, _ = self._make_data("pipeline", selection, Plan(asking, training))
+        return self._go_on(run, splits=splits, timeout=timeout)
 
-    def _continue_pipeline(self, run: RunRecord, timeout: float | None = None) -> EvaluationResults:
-        """Take a run whose data are made on from its first unfinished step to its end."""
-        plan = run.data["plan"]
-        splits = self._recorded_splits(run)
-        if "job_id" not in run.data and (found := self._job_of_intent(run)):
-            run.update(job_id=found)
-        if "job_id" not in run.data:
-            tokens = run.data["data"]["train"]["tokens"]
-            self._authorise(
-                self.estimate(splits, plan["epochs"], tokens, **_about_cases(plan["evaluation"]))
-            )
-            training_file_id = self._upload(run.file("train"), "training")
-            validation_file_id = None
-            if splits.valid:
-                validation_file_id = self._upload(run.file("valid"), "validation")
-            else:
-                logger.info("検証データが0件のため、検証なしで学習します。")
-            self.create_fine_tune_job(
-                training_file_id,
-                plan["epochs"],
-                plan["batch_size"],
-                validation_file_id=validation_file_id,
-                learning_rate_multiplier=plan["learning_rate_multiplier"],
-                suffix=plan["suffix"],
-                seed=plan["seed"],
-            )
-        if "training_recorded_at" not in run.data:
-            job = self.monitor_fine_tune_job(run.data["job_id"], timeout=timeout)
-            if job.status == "succeeded" and not job.fine_tuned_model:
-                self._remember(finished_at=self._now())
-                raise BrokenAnswer(
-                    f"学習は成功しましたが、エンドポイントはモデル名を返しませんでした（ジョブ "
-                    f"{printable(job.id)}）。重みはチェックポイントのファイルにあるかもしれません。"
-                )
-            if job.status != "succeeded":
-                code, message = _job_error(job)
-                raise JobFailed(job.id, job.status, code, message)
-        return self._evaluate_and_save(run.data["fine_tuned_model"], splits, plan["evaluation"])
+    def _go_on(
+        self, run: Run, *, splits: Splits | None = None, timeout: float | None = None
+    ) -> EvaluationResults:
+        """Take a run through its steps, from the first that isn't done, to its results."""
+        splits = splits or self._splits_of(run)
+        deeds: dict[StepName, Callable[[], EvaluationResults | None]] = {
+            "price": lambda: self._price_run(run, splits),
+            "upload": lambda: self._upload_data(run, splits),
+            "create": lambda: self._create_planned(run),
+            "watch": lambda: self._tuning(run).watch_to_model(timeout),
+            "evaluate": lambda: self._evaluate_run(run, splits),
+        }
+        results: EvaluationResults | None = None
+        with _released_on_failure(run):
+            if run.job_id is None:
+                self._tuning(run).recover()
+            while (step := run.next_step) is not None:
+                results = deeds[step.name]()
+                run.passed.add(step.name)
+        if results is None:
+            raise ConfigurationError(f"{run.path}: この実行には、続けることが残っていません。")
+        return results
 
     def resume(
         self, run: str | None = None, *, timeout: float | None = None
@@ -3653,65 +5659,41 @@ class OpenAISFT:
         :class:`ConfigurationError` for a run that isn't here or that another process drives.
         """
         self._refuse_rehearsal("再開")
-        record = self._find_unfinished(run)
-        if record is None:
+        found = self._runs.newest_unfinished() if run is None else self._runs.named(run)
+        if found is None or not found.unfinished:
             logger.info("再開する実行はありません。")
             return None
-        recorded = record.data["settings"].get("task") or "response"
-        if self._task_given not in (None, recorded):
+        recorded = found.settings.task
+        if "task" in self.settings.given and self.task != recorded:
             raise ConfigurationError(
-                f"{record.path} は task={recorded} の実行です（指定: task={self._task_given}）。"
+                f"{found.path} は task={recorded} の実行です（指定: task={self.task}）。"
                 "指定を外してください。"
             )
-        if self._run is not None:
-            self._run.release()
-        record.lock()
+        self._take_up(found)
         logger.info(
-            "再開します: %s（設定は記録したもの、接続先 %s）",
-            record.path,
-            record.data["settings"].get("base_url"),
+            "再開します: %s（設定は記録したもの、接続先 %s）", found.path, found.settings.base_url
         )
-        self._run = record
-        if model := record.data.get("fine_tuned_model"):
-            self._fresh_models[model] = self._clock() + MODEL_LOADING_SECONDS
-        self._resumed = True
-        self._use_settings(record.data["settings"])
-        self._require_ready()
-        if record.data["kind"] == "evaluation":
-            return self._continue_evaluation(record)
-        return self._continue_pipeline(record, timeout)
+        settings = self.settings.working_as(found.settings)
+        if found.fine_tuned_model:
+            self._endpoint_of(settings).expect(found.fine_tuned_model)
+        self._require_ready(settings)
+        return self._go_on(found, timeout=timeout)
 
     def _refuse_rehearsal(self, deed: str) -> None:
-        if self.rehearse:
+        if self.settings.rehearse:
             raise ConfigurationError(
                 f"リハーサルの中では{deed}できません。--rehearse を外してください。"
             )
 
-    def _find_unfinished(self, name: str | None) -> RunRecord | None:
-        if name is None:
-            return next((run for run in read_runs(self.output_dir) if run.unfinished), None)
-        stem = Path(name).name.removesuffix(".json")
-        path = self.output_dir / f"{stem}.json"
-        if not re.fullmatch(r"run_\d{8}_\d{6}", stem) or not path.is_file():
-            raise ConfigurationError(
-                f"実行 {printable(name)} の記録が {self.output_dir} にありません。"
-                "--list で実行の一覧を見られます。"
-            )
-        record = RunRecord.load(path)
-        return record if record.unfinished else None
-
-    def _use_settings(self, settings: Mapping[str, Any]) -> None:
-        for name in RECORDED_SETTINGS:
-            setattr(self, name, settings.get(name))
-        self.task = settings.get("task") or "response"
-        # A limit or a price that is given now was meant for what is left.
-        if self.max_cost_usd is None:
-            self.max_cost_usd = settings.get("max_cost_usd")
-        if self.price is None and settings.get("price"):
-            self.price = Price(**settings["price"])
-        if self._owns_client and self._client is not None:
-            self._client.close()
-            self._client = None
+    def _splits_of(self, run: Run) -> Splits:
+        """The examples of a run's plan: recorded, or read anew for a model made elsewhere."""
+        plan = run.plan
+        if plan is not None and plan.selection is not None and plan.split_of is None:
+            preparation = Preparation(self.settings.working_as(run.settings))
+            return preparation.convert_all(preparation.load(plan.selection))
+        source = self._runs.named(plan.split_of) if plan and plan.split_of else run
+        logger.info("記録した分割を使います: %s", source.path)
+        return Splits(*(_read_split(source, name) for name in SPLIT_NAMES))
 
     def attach(
         self, job_id: str, *, timeout: float | None = None
@@ -3721,44 +5703,36 @@ class OpenAISFT:
         A job of an unfinished run here is taken through to the run's results; of any other the
         SDK's job object is returned.
         """
+        _require_filled(job_id=job_id)
         self._refuse_rehearsal("監視")
-        for run in read_runs(self.output_dir):
-            if run.data.get("job_id") == job_id and run.unfinished:
-                results = self.resume(run.path.stem, timeout=timeout)
-                assert results is not None
+        for run in self._runs.of_job(job_id):
+            if run.unfinished and (results := self.resume(run.run_id, timeout=timeout)):
                 return results
-        self._start_run(kind="job")
-        return self.monitor_fine_tune_job(job_id, timeout=timeout)
+        patience = math.inf if timeout is None else timeout
+        self._endpoint_of(self.settings).job(job_id, patience=patience)  # before it is recorded
+        return self._tuning(self._begin("job", job_id=job_id)).watch(timeout)
 
     def cancel_job(self, job_id: str) -> FineTuningJob:
         """Cancel a job; what it has trained so far is still billed. An ended job is left alone."""
-        import openai
-
-        jobs = self.client.fine_tuning.jobs
-        job = self._call(lambda: jobs.retrieve(job_id), needs="status")
+        _require_filled(job_id=job_id)
+        endpoint = self._endpoint_of(self.settings)
+        job = endpoint.job(job_id)
         if job.status in TERMINAL_STATUSES:
             logger.info("ジョブ %s はすでに終わっています（%s）。", job_id, job.status)
             return job
-        try:
-            job = self._call(lambda: jobs.cancel(job_id), needs="status")
-        except openai.BadRequestError:  # ended, or cancelled by a request whose answer was lost
-            job = self._call(lambda: jobs.retrieve(job_id), needs="status")
-            if job.status not in TERMINAL_STATUSES:
-                raise
+        job = endpoint.cancel(job_id)
         logger.info(
             "ジョブ %s を取り消しました（%s）。取り消しまでに学習した分の料金は請求されます。",
             job_id,
             printable(job.status),
         )
-        for run in read_runs(self.output_dir):
-            if run.data.get("job_id") != job_id:
-                continue
+        for run in self._runs.of_job(job_id):
             if self._run is not None and run.path == self._run.path:
-                self._remember(job_status=job.status)
+                self._run.save(job_status=job.status)
                 continue
             with contextlib.suppress(ConfigurationError):  # who watches the job records it
                 run.lock()
-                run.update(job_status=job.status)
+                run.save(job_status=job.status)
                 run.release()
         return job
 
@@ -3767,187 +5741,43 @@ class OpenAISFT:
 
         Without a key (``offline``) or where the endpoint lists no jobs, the runs alone.
         """
-        import openai
-
+        endpoint = self._endpoint_of(self.settings)
         jobs: dict[str, FineTuningJob] | None = None
-        if self._api_key or self._client:
+        if endpoint.reachable:
             try:
-                listed = self._optional("ジョブの一覧", lambda: list(self._all_jobs(patience=10.0)))
+                listed = endpoint.optional(
+                    "ジョブの一覧", lambda: list(endpoint.jobs(patience=10.0)), patience=0.0
+                )
                 jobs = None if listed is None else {job.id: job for job in listed}
-            except (openai.APIError, BrokenAnswer) as error:
+            except (_openai().APIError, BrokenAnswer) as error:
                 logger.warning("ジョブの一覧を取得できません: %s", explain_api_error(error))
-        rows = []
-        for run in read_runs(self.output_dir):
-            job_id = run.data.get("job_id")
-            job = jobs.get(job_id) if jobs and job_id else None
-            missing = jobs is not None and job_id and job is None and not run.data.get("rehearsal")
-            rows.append(
-                RunRow(
-                    run_id=run.data["run_id"],
-                    job_id=job_id,
-                    status=job.status if job else run.data.get("job_status", "-"),
-                    model=run.data.get("fine_tuned_model")
-                    or (job.fine_tuned_model if job else None),
-                    started_at=run.data.get("started_at"),
-                    orphan="no job" if missing else None,
-                )
-            )
+        rows = [_run_row(run, jobs) for run in self._runs]
         known = {row.job_id for row in rows}
-        for job in (jobs or {}).values():
-            if job.id in known:
-                continue
-            started = datetime.fromtimestamp(job.created_at or 0).astimezone()
-            rows.append(
-                RunRow(
-                    run_id=(job.metadata or {}).get("openai_sft_run"),
-                    job_id=job.id,
-                    status=job.status,
-                    model=job.fine_tuned_model,
-                    started_at=started.isoformat(timespec="seconds"),
-                    orphan="no record",
-                )
-            )
+        rows += [_job_row(job) for job in (jobs or {}).values() if job.id not in known]
         return sorted(rows, key=lambda row: row.started_at or "", reverse=True)
-
-    def _all_jobs(
-        self, *, patience: float = RETRY_SECONDS, **options: Any
-    ) -> Iterator[FineTuningJob]:
-        jobs = self.client.fine_tuning.jobs
-        page = self._call(lambda: jobs.list(limit=100, **options), patience=patience)
-        seen: set[str] = set()
-        while True:
-            fresh = [job for job in page.data if job.id not in seen]
-            yield from fresh
-            seen.update(job.id for job in fresh)
-            if not fresh or not page.has_next_page():
-                return
-            page = self._call(page.get_next_page, patience=patience)
 
     def check(self) -> list[CheckItem]:
         """Whether a run can work today: key, endpoint, model, dates, disk, vocabulary.
 
         Nothing is paid. What an endpoint doesn't offer is a warning, never a failure.
         """
+        settings, endpoint = self.settings, self._endpoint_of(self.settings)
         return [
-            *self._check_local(),
-            self._check_key(),
-            *self._check_endpoint(),
-            self._check_vocabulary(),
-            self._check_versions(),
+            *_check_local(settings, self._runs, self._clock()),
+            _check_key(settings, endpoint),
+            *_check_endpoint(settings, endpoint, self._clock()),
+            _check_vocabulary(),
+            _check_versions(),
         ]
 
-    def _require_ready(self) -> None:
+    def _require_ready(self, settings: Settings) -> None:
         """The cheap part of :meth:`check`; raises ConfigurationError where a run can't work."""
-        _ = self.client
-        for item in self._check_local():
+        _ = self._endpoint_of(settings).client
+        for item in _check_local(settings, self._runs, self._clock()):
             if item.level == "fail":
                 raise ConfigurationError(f"{item.name}: {item.text}。{item.remedy}")
             if item.level == "warn":
                 logger.warning("%s", item)
-
-    def _check_local(self) -> Iterator[CheckItem]:
-        try:
-            folder = self._existing_folder()
-        except ConfigurationError as error:
-            yield CheckItem("保存先", "fail", str(error))
-            return
-        if os.access(folder, os.W_OK | os.X_OK):
-            yield CheckItem("保存先", "ok", f"{folder} に書き込めます")
-        else:
-            remedy = "--output-dir で書き込めるフォルダーを指定してください"
-            yield CheckItem("保存先", "fail", f"{folder} に書き込めません", remedy)
-        free = shutil.disk_usage(folder).free
-        level: Literal["ok", "warn"] = "ok" if free > MIN_FREE_BYTES else "warn"
-        remedy = "" if level == "ok" else "不要なファイルを削除してください"
-        yield CheckItem("ディスク", level, f"空き {free / 2**30:.1f}GB", remedy)
-        today = datetime.fromtimestamp(self._clock()).date()
-        if not self.rehearse and self._host == OPENAI_HOST:
-            left = (date.fromisoformat(LAST_NEW_JOB_DATE) - today).days
-            until = f"あと{left}日" if left > 0 else "終了"
-            yield CheckItem(
-                "OpenAIの新規ジョブ",
-                "warn",
-                f"経験のない組織は{CLOSED_TO_NEW_SINCE}、直近60日に学習済みモデルを使っていない組織は"
-                f"{CLOSED_TO_IDLE_SINCE}に受付終了。ほかは{LAST_NEW_JOB_DATE}まで（{until}）。"
-                f"GPT-4o miniと学習済みモデルは{MODEL_SHUTDOWN_DATE}に停止",
-                "受け付けられない場合は --base-url で別のエンドポイントを使ってください",
-            )
-        age = (today - date.fromisoformat(f"{PRICES_AS_OF}-01")).days
-        text = f"{PRICES_AS_OF}時点（{age}日前）"
-        if self.price is not None:
-            yield CheckItem("料金表", "ok", "指定された単価を使います")
-        elif price_of(self.model) is None:
-            remedy = "--price-training などで指定してください"
-            yield CheckItem("料金表", "warn", f"{self.model} の単価がありません", remedy)
-        elif age > 180:
-            yield CheckItem("料金表", "warn", text, f"{PRICES_SOURCE} で確かめてください")
-        else:
-            yield CheckItem("料金表", "ok", text)
-
-    @property
-    def _host(self) -> str:
-        return urllib.parse.urlsplit(self.base_url or "").hostname or ""
-
-    def _check_key(self) -> CheckItem:
-        if not self._api_key:
-            if self._owns_client:
-                return CheckItem(
-                    "APIキー", "fail", "ありません", "OPENAI_API_KEY に設定してください"
-                )
-            return CheckItem("APIキー", "ok", "渡された client のものを使います")
-        if self.rehearse:
-            return CheckItem("APIキー", "ok", "リハーサルでは使いません")
-        ending = f"…{self._api_key[-4:]}" if len(self._api_key) >= 12 else "短すぎる値"
-        return CheckItem("APIキー", "ok", f"{self._api_key_source}から（{ending}）")
-
-    def _check_endpoint(self) -> Iterator[CheckItem]:
-        import openai
-
-        if self._offline or not (self._api_key or self._client):
-            yield CheckItem("エンドポイント", "warn", "キーがないため確かめていません")
-            return
-        try:
-            client = self.client
-            address = str(client.base_url)
-            model = self._call(lambda: client.models.retrieve(self.model), patience=5.0)
-        except openai.APIStatusError as error:
-            if error.status_code == 404 and error.code == "model_not_found":
-                yield CheckItem("エンドポイント", "ok", address)
-                remedy = "--model か --base-url を確認してください"
-                yield CheckItem("モデル", "fail", f"{self.model} がありません", remedy)
-            elif error.status_code in MISSING_STATUSES:
-                yield CheckItem("エンドポイント", "ok", address)
-                yield CheckItem("モデル", "warn", f"{self.model} を確かめられません")
-            else:
-                yield CheckItem("エンドポイント", "fail", address, explain_api_error(error))
-            return
-        except (openai.OpenAIError, BrokenAnswer, ConfigurationError) as error:
-            text = self.base_url or "不明"
-            yield CheckItem("エンドポイント", "fail", text, explain_api_error(error))
-            return
-        yield CheckItem("エンドポイント", "ok", f"{address} につながりました")
-        shutdown = _shutdown_date(model)
-        if shutdown is None and self._host == OPENAI_HOST and price_of(self.model):
-            shutdown = date.fromisoformat(MODEL_SHUTDOWN_DATE)
-        if shutdown is None:
-            yield CheckItem("モデル", "ok", f"{self.model}（停止日の情報なし）")
-            return
-        left = (shutdown - datetime.fromtimestamp(self._clock()).date()).days
-        text = f"{self.model} は{shutdown}に停止します（あと{left}日）"
-        remedy = "学習したモデルも同じ日に停止します。別のモデルを検討してください"
-        yield CheckItem("モデル", "warn" if left > 0 else "fail", text, remedy)
-
-    def _check_vocabulary(self) -> CheckItem:
-        if load_vocabulary() is None:
-            remedy = "TIKTOKEN_CACHE_DIR に語彙ファイルを置くと正確になります"
-            return CheckItem(
-                "トークンの語彙", "warn", f"{VOCABULARY} がなく、推定になります", remedy
-            )
-        return CheckItem("トークンの語彙", "ok", f"{VOCABULARY} で正確に数えられます")
-
-    def _check_versions(self) -> CheckItem:
-        versions = " ".join(f"{name} {version}" for name, version in _versions().items())
-        return CheckItem("バージョン", "ok", versions)
 
     def prepare_data(
         self,
@@ -3958,19 +5788,17 @@ class OpenAISFT:
         **options: Unpack[RunOptions],
     ) -> DataSummary:
         """Load, split, convert and write the three files, and price them. Needs no key."""
-        check_hyperparameters(epochs, "auto", seed=seed)
-        filters, evaluation = _split_options(options, max_test_cases, seed)
-        splits, tokens = self._make_data(Selection(max_samples, seed, **filters), kind="data")
-        loaded = self._loaded
+        training = Training(epochs, "auto", seed=seed)
+        filters, asking = _read_options(options, max_test_cases, seed)
+        _, splits, tokens = self._make_data("data", Selection(max_samples, seed, **filters))
+        loaded = self._loads[-1]
         return DataSummary(
             examples={name: len(part) for name, part in zip(SPLIT_NAMES, splits, strict=True)},
             tokens=tokens,
             files=self.files,
-            estimate=self.estimate(
-                splits, epochs, tokens["train"].total, **_about_cases(evaluation)
-            ),
-            removed=loaded.removed if loaded else {},
-            leakage=loaded.leakage if loaded else {},
+            estimate=self._estimate(self.settings, splits, training, tokens["train"].total, asking),
+            removed=loaded.removed,
+            leakage=loaded.leakage,
         )
 
     def run_evaluation(
@@ -3987,198 +5815,42 @@ class OpenAISFT:
         that split raise :class:`ConfigurationError`. For one made elsewhere the split is made
         from the options (``seed`` 42), and nothing tells what the model was trained on.
         """
-        filters, evaluation = _split_options(options, max_test_cases, 42 if seed is None else seed)
-        folder = self.output_dir
-        run = find_run(folder, model_id)
-        if run is None and model_id is None:
+        _require_filled(model_id=model_id)
+        filters, asking = _read_options(options, max_test_cases, 42 if seed is None else seed)
+        settings, tuned = self.settings, self._runs.of_model(model_id)
+        model_id = model_id or (tuned.fine_tuned_model if tuned else None)
+        if model_id is None:
             raise ConfigurationError(
-                f"評価するモデルがありません。{folder} に学習済みモデルの記録がないため、"
+                f"評価するモデルがありません。{self.output_dir} に学習済みモデルの記録がないため、"
                 "--model-id（model_id=）で指定してください。"
             )
-        if run is not None:
-            self._use_endpoint_of(run)
-        self._require_ready()
-        if run is not None:
-            model_id = model_id or run.data["fine_tuned_model"]
-        if run is not None and "selection" in run.data:
+        if tuned is not None:
+            settings = self._where_tuned(tuned)
+        self._require_ready(settings)
+        if tuned is not None and tuned.selection is not None:
             given = {"max_samples": max_samples, "seed": seed, **filters}
-            self._require_same_split(run, given)
-            self.task = run.data["settings"].get("task") or "response"
-            evaluation["seed"] = run.data["selection"]["seed"]
+            _require_same_split(tuned, given, self.settings)
+            settings = replace(settings, task=tuned.settings.task)
+            asking = replace(asking, seed=tuned.selection.seed)
+            plan = Plan(asking, model_id=model_id, split_of=tuned.run_id)
         else:
             logger.warning(
                 "モデル %s の学習記録がないため、分割は指定から作り直します。このモデルが学習した"
                 "対話が評価に混ざっている可能性を否定できません。",
                 model_id,
             )
-            run = None
-        self._start_run(
-            kind="evaluation",
-            plan={
-                "model_id": model_id,
-                "split_of": run.path.stem if run else None,
-                "selection": asdict(Selection(max_samples, evaluation["seed"], **filters)),
-                "evaluation": evaluation,
-            },
-        )
-        return self._continue_evaluation(self._current_run)
+            selection = Selection(max_samples, asking.seed, **filters)
+            plan = Plan(asking, model_id=model_id, selection=selection)
+        return self._go_on(self._begin("evaluation", settings=settings, plan=plan))
 
-    def _continue_evaluation(self, run: RunRecord) -> EvaluationResults:
-        plan = run.data["plan"]
-        if plan["split_of"]:
-            source = RunRecord.load(self.output_dir / f"{plan['split_of']}.json")
-            splits = self._recorded_splits(source)
-        else:
-            splits = self._convert(self._load(Selection(**plan["selection"])))
-        model, evaluation = plan["model_id"], plan["evaluation"]
-        self._authorise(self.estimate(splits, None, model=model, **_about_cases(evaluation)))
-        return self._evaluate_and_save(model, splits, evaluation)
-
-    def _use_endpoint_of(self, run: RunRecord) -> None:
+    def _where_tuned(self, run: Run) -> Settings:
         """A tuned model answers where it was tuned, unless another place is asked for."""
-        recorded = run.data["settings"].get("base_url")
-        if self._base_url_given or not self._owns_client or recorded in (None, self.base_url):
-            return
+        recorded = run.settings.base_url
+        given = "base_url" in self.settings.given or self._client is not None
+        if given or recorded in (None, self.base_url):
+            return self.settings
         logger.info("記録したエンドポイントを使います: %s", recorded)
-        self.base_url = recorded
-        if self._client is not None:
-            self._client.close()
-            self._client = None
-
-    def _require_same_split(self, run: RunRecord, given: Mapping[str, Any]) -> None:
-        recorded = {"task": "response", **run.data["selection"], **run.data["settings"]}
-        asked = {
-            **given,
-            "dataset": self._dataset_given,
-            "task": self._task_given,
-            "revision": self.revision,
-            "system_prompt": self.system_prompt,
-        }
-        changed = [
-            f"{name}: 記録 {recorded.get(name)} → 指定 {value}"
-            for name, value in asked.items()
-            if value is not None
-            and value is not False
-            and _dump(value) != _dump(recorded.get(name))
-        ]
-        if changed:
-            raise ConfigurationError(
-                f"このモデルは {run.path} の分割で学習しました。別の分割で評価すると、学習した"
-                f"対話が混ざります（{'、'.join(changed)}）。これらの指定を外してください。"
-            )
-
-    def _recorded_splits(self, run: RunRecord) -> Splits:
-        """The examples of a run's three files, with their ids; the files must be unchanged."""
-        if run is not self._run or self._resumed:
-            logger.info("記録した分割を使います: %s", run.path)
-        elif self._made is not None:
-            return self._made
-        parts = []
-        for name in SPLIT_NAMES:
-            facts = run.data["data"][name]
-            path = run.file(name)
-            if not path.exists() or sha256_of(path) != facts["sha256"]:
-                raise DataError(
-                    f"{path}: 学習時のデータファイルがないか、変わっています（{run.path} の記録と"
-                    "sha256が違います）。元に戻すか、--model-id と別の --output-dir で、記録の"
-                    "ないモデルとして評価してください。"
-                )
-            examples = read_examples(path)
-            try:
-                manifest = json.loads(run.file("manifest").read_text(encoding="utf-8"))
-                ids = [line["id"] for line in manifest["splits"][name]["lines"]]
-                named = list(zip(examples, ids, strict=True))
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise DataError(
-                    f"{run.file('manifest')}: 分割の記録がないか、変わっています。"
-                    "元に戻してください。"
-                ) from error
-            parts.append([cast("Example", {**e, "id": id_}) for e, id_ in named])
-        return Splits(*parts)
-
-    def _make_data(
-        self, selection: Selection, *, kind: str, plan: Mapping[str, Any] | None = None
-    ) -> tuple[Splits, dict[str, TokenStats]]:
-        """Load, split, convert, check and save; count the tokens beside it.
-
-        The run record appears once everything in it is on disk.
-        """
-        workers = os.cpu_count() or 1
-        with (
-            _gc_paused(),
-            ThreadPoolExecutor(workers, thread_name_prefix="openai-sft-tokens") as executor,
-        ):
-            counting = _Counting(executor)
-
-            def begin(dialogue: Dialogue) -> None:
-                example = self._make_example(dialogue)
-                if example is not None:
-                    self._converted[dialogue.id] = example
-                    counting.add(example)
-
-            # What is read is converted and counted at once, where all of it will be used.
-            everything = Selection(seed=selection.seed, group_by=selection.group_by)
-            try:
-                splits = self._convert(
-                    self._load(selection, begin if selection == everything else None)
-                )
-            finally:
-                self._converted.clear()
-            self._require_examples(len(splits.train))
-            for part in splits:
-                counting.add_missing(part)
-            stamp = self._new_stamp()
-            facts = self._write_datasets(stamp, splits)
-            counts = counting.finish()
-            tokens: dict[str, TokenStats] = {
-                name: token_stats([counts[example["id"]] for example in part])
-                for name, part in zip(SPLIT_NAMES, splits, strict=True)
-            }
-        for name, stats in tokens.items():
-            facts["data"][name]["tokens"] = stats.total
-        self._start_run(stamp, kind=kind, plan=plan, exact_tokens=counting.exact, **facts)
-        self._made = splits
-        return splits, tokens
-
-    def _load(self, selection: Selection, each: Callable[[Dialogue], None] | None = None) -> Splits:
-        """Read, choose and split the dialogues; what was left out and leaks is logged.
-
-        ``each`` is given every dialogue as it is read.
-        """
-        splits, self._loaded = self._read_and_split(selection, each)
-        return splits
-
-    def _convert(self, splits: Splits) -> Splits:
-        parts = zip(splits, SPLIT_NAMES, strict=True)
-        return Splits(*(self.prepare_dataset(part, name) for part, name in parts))
-
-    def _evaluate_and_save(
-        self, model_id: str, splits: Splits, options: Mapping[str, Any]
-    ) -> EvaluationResults:
-        results = self.evaluate_model_comprehensive(
-            model_id, splits.test, splits.valid, train_data=splits.train, **options
-        )
-        path = self.save_results(results)
-        asked = sum(
-            results[key]["evaluated_cases"] + results[key]["failed_cases"]
-            for key in ("test_evaluation", "valid_evaluation")
-        )
-        if asked and not results["summary"]["total_cases_evaluated"]:
-            raise EvaluationFailed(
-                f"{asked}件すべての応答に失敗しました。理由は {path} の error を見てください。",
-                path,
-            )
-        self._remember(finished_at=self._now())
-        return results
-
-    @staticmethod
-    def _require_examples(count: int) -> None:
-        if count < MIN_TRAINING_EXAMPLES:
-            raise DataError(
-                f"学習データが{count}件しかありません。サービスは{MIN_TRAINING_EXAMPLES}件以上を"
-                "求めます（8:1:1に分けるので、対話は12件以上必要です。--max-samples を"
-                "確認してください）。"
-            )
+        return replace(self.settings, base_url=recorded)
 
     # Data ----------------------------------------------------------------------------------
 
@@ -4191,72 +5863,10 @@ class OpenAISFT:
         ``utterance``), ``topic``, ``review_by_client_jp``, ``review_by_client_en``; for data in
         the service's form ``id``, ``messages``, ``tools`` (JSON texts).
         """
-        from datasets import Dataset
-
-        splits = self._load(Selection(max_samples, seed, **filters))
-        # One table cut in three, so that a field that is null throughout one part keeps the
-        # type it has in another.
-        rows = [dialogue_row(dialogue) for part in splits for dialogue in part]
-        columns = dict.fromkeys(key for row in rows for key in row)
-        if any(isinstance(m, str) for row in rows for m in row.get("messages") or ()):
-            for row in rows:  # a column holds one type
-                if "messages" in row:
-                    texts = [m if isinstance(m, str) else _encode_json(m) for m in row["messages"]]
-                    row["messages"] = texts
-        rows = [{column: row.get(column) for column in columns} for row in rows]
-        table = Dataset.from_list(rows)
-        ends = list(itertools.accumulate(map(len, splits), initial=0))
-        train, test, valid = (
-            table.select(list(range(start, end))) for start, end in itertools.pairwise(ends)
-        )
-        return train, test, valid
-
-    def _read_and_split(
-        self, selection: Selection, each: Callable[[Dialogue], None] | None
-    ) -> tuple[Splits, _Loaded]:
-        if self.dataset is None:
-            from openai_sft_rehearsal import example_dialogues
-
-            logger.info("リハーサル用の対話を使います（--dataset で変えられます）。")
-            dialogues = [
-                parse_dialogue(record, fallback_id=str(number), source=f"例[{number}]")
-                for number, record in enumerate(example_dialogues(), 1)
-            ]
-        else:
-            logger.info("データを読み込んでいます: %s", self.dataset)
-            dialogues = read_dialogues(self.dataset, revision=self.revision, each=each)
-            if not self._licence_told and (
-                "kokorochat" in self.dataset.casefold() or dialogues[0].review_en
-            ):
-                self._licence_told = True
-                logger.info("%s", KOKOROCHAT_LICENCE)
-        kept, removed = select_dialogues(dialogues, selection)
-        if removed:
-            logger.info("%s", removed_line(removed))
-        if not kept:
-            raise DataError("条件に合う対話が1件もありません。絞り込みの指定を緩めてください。")
-        if selection.max_samples is not None and selection.max_samples > len(kept):
-            logger.info(
-                "max_samples=%s は対話の数（%s件）より多いため、すべて使います。",
-                f"{selection.max_samples:,}",
-                f"{len(kept):,}",
-            )
-        splits = split_dialogues(
-            kept,
-            seed=selection.seed,
-            max_samples=selection.max_samples,
-            group_by=selection.group_by,
-        )
-        logger.info(
-            "対話 %s件 → 学習 %s / テスト %s / 検証 %s（seed=%s）",
-            *(f"{n:,}" for n in (len(kept), *map(len, splits))),
-            selection.seed,
-        )
-        leakage = {} if selection.group_by else measure_leakage(splits)
-        if leakage:
-            logger.info("%s", leakage_line(leakage))
-        sources = {dialogue.id: dialogue.source for part in splits for dialogue in part}
-        return splits, _Loaded(selection, removed, leakage, sources)
+        _require_known(filters, SelectionOptions)
+        loaded = self._preparation.load(Selection(max_samples, seed, **filters))
+        self._loads.append(loaded.without_dialogues())
+        return _to_datasets(loaded.splits)
 
     def prepare_dataset(
         self, dataset: Iterable[Dialogue | Mapping[str, Any]], split: str = "data"
@@ -4267,56 +5877,10 @@ class OpenAISFT:
         more than :data:`MAX_EXAMPLE_TOKENS` become several, are left out or refused
         (:class:`DataError`), as ``long_examples`` says.
         """
-        task = TASKS[self.task]
-        examples: list[Example] = []
-        left_out = []
-        for number, row in enumerate(dataset, 1):
-            dialogue = row
-            if not isinstance(dialogue, Dialogue):
-                name = f"{split}-{number}"
-                dialogue = parse_dialogue(row, fallback_id=name, source=f"{split}[{number}]")
-            example = self._converted.get(dialogue.id) or self._make_example(dialogue)
-            if example is None:
-                left_out.append(dialogue.id)
-            else:
-                examples.extend(self._fit_length(example))
-        if left_out:
-            logger.warning(
-                "%s: %s対話を%d件除きました（ID: %s%s）",
-                split,
-                task.left_out,
-                len(left_out),
-                "、".join(left_out[:10]),
-                " ほか" if len(left_out) > 10 else "",
-            )
+        examples = self._preparation.convert(dataset, split)
         if split == "train":
             self._train_data = examples
         return examples
-
-    def _make_example(self, dialogue: Dialogue) -> Example | None:
-        return TASKS[self.task].make_example(dialogue, system_prompt=self.system_prompt)
-
-    def _fit_length(self, example: Example) -> list[Example]:
-        messages = example["messages"]
-        # No token is shorter than a byte, and no character takes more than four.
-        size = sum(len(text) for message in messages for text in _billed_texts(message)[0])
-        if 4 * size + 4 * len(messages) + 3 <= MAX_EXAMPLE_TOKENS:
-            return [example]
-        counter = TokenCounter(load_vocabulary())
-        # An estimate may be off by some percent: keep a distance.
-        limit = MAX_EXAMPLE_TOKENS if counter.exact else MAX_EXAMPLE_TOKENS * 9 // 10
-        tokens = counter.count(messages).total
-        if tokens <= limit:
-            return [example]
-        place = f"対話「{example['id']}」は{tokens:,}トークンで、上限{limit:,}を超えています"
-        if self.long_examples == "refuse":
-            raise DataError(f"{place}。--long-examples split か drop を指定してください。")
-        if self.long_examples == "drop":
-            logger.warning("%s。除きました。", place)
-            return []
-        parts = split_long_example(example, counter, limit)
-        logger.warning("%s。発話の切れ目で%d件に分けました。", place, len(parts))
-        return parts
 
     def save_all_datasets(
         self,
@@ -4330,135 +5894,48 @@ class OpenAISFT:
         seed, the filters and the sha256 of each file. Problems that the service would refuse
         raise :class:`DataError` before anything is written.
         """
-        stamp = self._new_stamp()
-        facts = self._write_datasets(stamp, Splits(*map(list, (train_data, test_data, valid_data))))
-        self._start_run(stamp, kind="steps", **facts)
-        return {name: facts["files"][name] for name in SPLIT_NAMES}
+        splits = Splits(*map(list, (train_data, test_data, valid_data)))
+        loaded = next((load for load in reversed(self._loads) if load.holds(splits)), None)
+        run = self._save_data(Prepared(splits, loaded), "steps")
+        return {name: run.files[name] for name in SPLIT_NAMES}
 
-    def _write_datasets(self, stamp: str, splits: Splits) -> dict[str, Any]:
-        """Check and write the files of the data stages; return what the record says of them."""
+    def _make_data(
+        self, kind: RunKind, selection: Selection, plan: Plan | None = None
+    ) -> tuple[Run, Splits, Mapping[SplitName, TokenStats]]:
+        """Load, split, convert, count, check and save.
+
+        The run record appears once everything in it is on disk.
+        """
+        with _gc_paused():
+            prepared = self._preparation.prepare(selection)
+            tokens, exact = _count_splits(prepared.splits)
+            if prepared.loaded is not None:
+                self._loads.append(prepared.loaded.without_dialogues())
+            self._train_data = prepared.splits.train
+            run = self._save_data(prepared, kind, tokens, plan=plan, exact_tokens=exact)
+        return run, prepared.splits, tokens
+
+    def _save_data(
+        self,
+        prepared: Prepared,
+        kind: RunKind,
+        tokens: Mapping[SplitName, TokenStats] | None = None,
+        **facts: Any,
+    ) -> Run:
+        """Write the files of the data stages, and the record of the run that they begin."""
+        stamp = self._runs.claim_stamp()
         try:
-            return self._check_and_write(stamp, splits)
+            written = self._preparation.write(self._runs, stamp, prepared, tokens)
         except BaseException:
-            _lock_path(self.output_dir, stamp).unlink(missing_ok=True)
+            self._runs.unclaim(stamp)
             raise
-
-    def _check_and_write(self, stamp: str, splits: Splits) -> dict[str, Any]:
-        loaded = self._loaded
-        sources = loaded.sources if loaded else {}
-        paths: dict[str, str] = {}
-        lines: dict[str, list[bytes]] = {}
-        manifest: dict[str, Any] = {
-            "version": 1,
-            "dataset": self.dataset or "openai_sft_rehearsal",
-            "revision": self.revision,
-            "system_prompt": self.system_prompt,
-            "selection": asdict(loaded.selection) if loaded else None,
-            "removed": loaded.removed if loaded else None,
-            "leakage": loaded.leakage if loaded else None,
-            "splits": {},
-        }
-        findings: list[Finding] = []
-        seen: dict[tuple[str, bytes], int] = {}
-        for name, examples in zip(SPLIT_NAMES, splits, strict=True):
-            path = self.output_dir / f"{name}_data_{stamp}.jsonl"
-            lines[name] = []
-            for number, example in enumerate(examples, 1):
-                value = {key: item for key, item in example.items() if key != "id"}
-                problems = list(find_problems(value))
-                try:
-                    line = example_line(example)
-                    problems += _find_text_problems(line)
-                except ValueError as error:
-                    line = ""
-                    problems.append(Problem("invalid_json", None, (printable(error),)))
-                encoded = line.encode(errors="replace") + b"\n"
-                lines[name].append(encoded)
-                first = seen.setdefault((name, encoded), number)
-                if first != number:
-                    problems.append(Problem("duplicate_line", None, (first,)))
-                if name == "valid" and (shared := seen.get(("train", encoded))):
-                    problems.append(Problem("shared_conversation", None, (shared,)))
-                findings += [_finding(str(path), number, problem) for problem in problems]
-            paths[name] = str(path)
-            manifest["splits"][name] = {
-                "file": path.name,
-                "examples": len(examples),
-                "lines": [
-                    {"id": id_, "source": sources.get(id_) or sources.get(id_.rpartition("/")[0])}
-                    for id_ in (example["id"] for example in examples)
-                ],
-            }
-        require_no_errors(findings)
-        for kind, content in lines.items():
-            digest = hashlib.sha256()
-            for encoded in content:
-                digest.update(encoded)
-            manifest["splits"][kind]["sha256"] = digest.hexdigest()
-            write_new_file(Path(paths[kind]), content)
-            count = manifest["splits"][kind]["examples"]
-            logger.info("保存しました: %s（%s件）", paths[kind], f"{count:,}")
-        manifest_path = self.output_dir / f"manifest_{stamp}.json"
-        write_new_file(manifest_path, to_json(manifest))
-        return {
-            "files": {**paths, "manifest": str(manifest_path)},
-            "data": {
-                name: {key: facts[key] for key in ("sha256", "examples")}
-                for name, facts in manifest["splits"].items()
-            },
-            **({"selection": manifest["selection"]} if loaded else {}),
-        }
-
-    def _new_stamp(self) -> str:
-        """Claim a stamp of now, or of the next second that is free, by its lock file."""
-        folder = self._existing_folder()
-        now = self._clock()
-        for second in itertools.count():
-            stamp = datetime.fromtimestamp(now + second).strftime("%Y%m%d_%H%M%S")
-            if any(folder.glob(f"*_{stamp}.*")):
-                continue
-            with contextlib.suppress(FileExistsError):  # another process has just claimed it
-                _lock_path(folder, stamp).touch(0o600, exist_ok=False)
-                return stamp
-        raise AssertionError("unreachable")
-
-    def _start_run(self, stamp: str | None = None, **facts: Any) -> RunRecord:
-        """Begin a run record, under ``stamp`` or a new one, and make it the current one."""
-        if self._run is not None:
-            self._run.release()
-        self._resumed = False
-        self._made = None
-        facts = {
-            "rehearsal": self.rehearse,
-            "started_at": self._now(),
-            "versions": _versions(),
-            "settings": {
-                **{name: getattr(self, name) for name in RECORDED_SETTINGS},
-                "max_cost_usd": self.max_cost_usd,
-                "price": asdict(self.price) if self.price else None,
-            },
-            **facts,
-        }
-        while True:
-            try:
-                self._run = RunRecord.create(self.output_dir, stamp or self._new_stamp(), **facts)
-                return self._run
-            except FileExistsError:  # taken by another process just now
-                if stamp is not None:
-                    raise
-
-    @property
-    def _current_run(self) -> RunRecord:
-        return self._run or self._start_run(kind="steps")
-
-    def _now(self) -> str:
-        return datetime.fromtimestamp(self._clock()).astimezone().isoformat(timespec="seconds")
+        return self._begin(kind, stamp=stamp, **written, **facts)
 
     def estimate(
         self,
         splits: Splits,
         epochs: int | Literal["auto"] | None,
-        training_tokens: int = 0,
+        training_tokens: int | None = None,
         *,
         model: str | None = None,
         max_test_cases: int | None = 10,
@@ -4468,200 +5945,69 @@ class OpenAISFT:
     ) -> CostEstimate:
         """Price training on ``training_tokens`` (``epochs=None``: none) and the evaluation.
 
-        The evaluation's answers are taken to be as long as the real ones.
+        Tokens that aren't given are counted in ``splits.train``. The evaluation's answers are
+        taken to be as long as the real ones.
         """
-        counter = TokenCounter(load_vocabulary())
-        cases = [
-            case
-            for part in (splits.test, splits.valid)
-            for case in choose_cases(part, max_cases=max_test_cases, seed=seed, turns=eval_turns)
-        ]
-        model = model or self.model
+        if training_tokens is None and epochs is not None:
+            counter = TokenCounter(load_vocabulary())
+            conversations = [example["messages"] for example in splits.train]
+            training_tokens = sum(count.total for count in counter.count_many(conversations))
+        asking = Asking(max_test_cases, seed, eval_turns, baseline)
+        training = None if epochs is None else Training(epochs)
+        return self._estimate(self.settings, splits, training, training_tokens, asking, model)
+
+    def _estimate(
+        self,
+        settings: Settings,
+        splits: Splits,
+        training: Training | None,
+        training_tokens: int | None,
+        asking: Asking,
+        model: str | None = None,
+    ) -> CostEstimate:
+        cases = itertools.chain(*_choose_for(splits, asking).values())
+        input_tokens, output_tokens, exact = _count_cases(cases)
+        model = model or settings.model
+        baseline = asking.baseline_of(model, settings.model)
         return estimate_cost(
             training_tokens,
-            epochs,
+            training.epochs if training else None,
             model=model,
-            baseline=self._baseline_model(model, baseline),
-            evaluation_input_tokens=sum(counter.count(case.input).total for case in cases),
-            evaluation_output_tokens=counter.count_texts([case.reference for case in cases]),
-            price=self.price,
-            yen_per_dollar=self.yen_per_dollar,
-            exact_tokens=counter.exact,
+            baseline=None if training is None and baseline == model else baseline,
+            evaluation_input_tokens=input_tokens,
+            evaluation_output_tokens=output_tokens,
+            price=settings.price,
+            yen_per_dollar=settings.yen_per_dollar,
+            exact_tokens=exact,
         )
-
-    def _baseline_model(self, model_id: str, baseline: str | bool | None) -> str | None:
-        if baseline is True:
-            return model_id.split(":")[1] if model_id.startswith("ft:") else self.model
-        return baseline or None
-
-    def _authorise(self, estimate: CostEstimate) -> None:
-        """Show the price, hold it against the limit and ask; raises before anything is sent.
-
-        The limit is the whole run's: what its earlier attempts have cost counts as well.
-        """
-        run = self._current_run
-        # The answers that a resumed evaluation has are in its estimate.
-        spent = run.data.get("cost", {}).get("training_usd", 0.0)
-        for line in estimate.lines():
-            logger.info("%s", line)
-        if spent:
-            logger.info("この実行でこれまでにかかった料金: $%.4f", spent)
-        if self.rehearse:
-            logger.info("リハーサルのため、実際の課金はありません。")
-            return
-        run.update(estimate={**asdict(estimate), "total_usd": estimate.total_usd})
-        if self.max_cost_usd is not None:
-            limit = f"上限 ${self.max_cost_usd:,.4f}"
-            if estimate.total_usd is None:
-                raise BudgetError(
-                    f"料金が不明で、{limit} を守れるか判断できないため中止しました。"
-                    "--price-training などで単価を指定するか、--max-cost-usd を外してください。"
-                )
-            if estimate.total_usd + spent > self.max_cost_usd:
-                paid = f"とこれまでの ${spent:,.4f} " if spent else " "
-                raise BudgetError(
-                    f"見積もり ${estimate.total_usd:,.4f}{paid}が{limit} を超えるため中止しました。"
-                    "この先は何も送信していません。--max-samples か --epochs を減らすか、"
-                    "--max-cost-usd を上げてください。"
-                )
-        if self._confirm is not None and not self._confirm(estimate):
-            raise Declined("中止しました。この先は何も送信していません。")
 
     # Training ------------------------------------------------------------------------------
 
+    def _price_run(self, run: Run, splits: Splits) -> None:
+        """Show what the whole run costs and pass both doors."""
+        plan, tokens = run.known("plan"), run.data["train"].tokens
+        settings = self.settings.working_as(run.settings)
+        estimate = self._estimate(settings, splits, plan.training, tokens, plan.asking)
+        self._ledger(run).require(estimate, "training", "evaluation")
+
     def upload_training_file(self, path: str | os.PathLike[str]) -> str:
         """Check and upload a training file; return its id. Any error raises DataError."""
-        require_no_errors(check_file(path))
-        return self._upload(path, "training")
+        _require_no_errors(check_file(path))
+        return self._tuning(self._current()).upload(Path(path), "training")
 
     def upload_validation_file(self, path: str | os.PathLike[str]) -> str:
         """Check and upload a validation file (one example is enough); return its id."""
-        require_no_errors(check_file(path, kind="validation", compare_with=self.files.get("train")))
-        return self._upload(path, "validation")
+        compare_with = self.files.get("train")
+        _require_no_errors(check_file(path, kind="validation", compare_with=compare_with))
+        return self._tuning(self._current()).upload(Path(path), "validation")
 
-    def _upload(self, path: str | os.PathLike[str], part: str) -> str:
-        """Upload a file, unless this data is there already; its intent is recorded first."""
-        path = Path(path)
-        run = self._current_run
-        size = path.stat().st_size
-        facts: dict[str, Any] = {"name": path.name, "bytes": size, "sha256": sha256_of(path)}
-        before = run.data.get("uploads", {})
-        facts["intent_time"] = before.get(part, {}).get("intent_time", self._clock())
-        facts["other_content"] = sorted(
-            upload["file_id"]
-            for known in read_runs(self.output_dir)
-            for upload in known.data.get("uploads", {}).values()
-            if "file_id" in upload and upload["sha256"] != facts["sha256"]
-        )
-        file_id = self._uploaded_before(facts)
-        if file_id is None and "file_id" not in before.get(part, {"file_id": None}):
-            file_id = self._look_for(lambda: self._find_file(facts))
-        if file_id is not None:
-            logger.info("アップロード済みのファイルを使います: %s（%s）", path.name, file_id)
-            facts["reused"] = file_id not in {u.get("file_id") for u in before.values()}
+    def _upload_data(self, run: Run, splits: Splits) -> None:
+        tuning = self._tuning(run)
+        tuning.upload(run.file("train"), "training")
+        if splits.valid:
+            tuning.upload(run.file("valid"), "validation")
         else:
-            logger.info("アップロードしています: %s（%.1f MB）", path, size / 1e6)
-            run.update(uploads={**before, part: facts})
-            file_id = self._send_once(
-                lambda: self._send_file(path, size), lambda: self._find_file(facts)
-            )
-        run.update(uploads={**before, part: {**facts, "file_id": file_id}})
-        return file_id
-
-    def _uploaded_before(self, facts: Mapping[str, Any]) -> str | None:
-        """The id of a file that a run here uploaded to this endpoint, if it is still there."""
-        if self.rehearse:
-            return None
-        for run in read_runs(self.output_dir):
-            if run.data.get("rehearsal") or run.data["settings"]["base_url"] != self.base_url:
-                continue
-            for upload in run.data.get("uploads", {}).values():
-                if upload["sha256"] != facts["sha256"] or "file_id" not in upload:
-                    continue
-                file_id = str(upload["file_id"])
-                kept = self._optional(
-                    "ファイルの照会",
-                    functools.partial(self.client.files.retrieve, file_id),
-                    gone_is_missing=False,
-                )
-                if kept is not None and kept.bytes == facts["bytes"] and kept.status != "error":
-                    return file_id
-        return None
-
-    def _find_file(self, facts: Mapping[str, Any]) -> str | None:
-        page = self._call(lambda: self.client.files.list(purpose="fine-tune"), needs="data")
-        for file in page.data:
-            same = (file.filename, file.bytes) == (facts["name"], facts["bytes"])
-            # A stamp a run makes names unique; the hour is for clocks that disagree.
-            late = file.created_at >= facts["intent_time"] - 3600
-            other = file.purpose != "fine-tune" or file.id in facts["other_content"]
-            if same and late and not other:
-                return file.id
-        return None
-
-    def _send_file(self, path: Path, size: int) -> str:
-        client = self.client.with_options(timeout=600.0)
-        with _ProgressReader(path, size, enabled=self.verbose) as file:
-            if size <= self._max_single_upload_bytes:
-                create = functools.partial(client.files.create, purpose="fine-tune")
-                sent = self._call(lambda: create(file=(path.name, file)), patience=0, needs="id")
-                return sent.id
-            # The SDK's helper for this neither repeats a part that fails nor shows how far it is.
-            upload = self._call(
-                lambda: client.uploads.create(
-                    bytes=size,
-                    filename=path.name,
-                    mime_type="application/jsonl",
-                    purpose="fine-tune",
-                )
-            )
-            part_ids = []
-            while chunk := file.read(min(UPLOAD_PART_BYTES, self._max_single_upload_bytes)):
-                send = functools.partial(client.uploads.parts.create, upload.id, data=chunk)
-                # A part whose answer is lost may count twice: then the whole begins again.
-                part_ids.append(self._call(send, patience=0, needs="id").id)
-            complete = functools.partial(client.uploads.complete, upload.id, part_ids=part_ids)
-            done = self._call(complete, patience=0, needs="file")
-            return str(done.file.id)  # type: ignore[union-attr]  # `needs` has settled it
-
-    def _send_once(self, send: Callable[[], T], find: Callable[[], T | None]) -> T:
-        """Carry out what must not happen twice: after a lost answer, look before sending again.
-
-        Raises the SDK's error or :class:`BrokenAnswer` after :data:`RETRY_SECONDS`.
-        """
-        import openai
-
-        started = self._clock()
-        for attempt in itertools.count():
-            try:
-                return send()
-            except (openai.APIError, BrokenAnswer) as error:
-                if not is_transient(error):
-                    raise
-                failure: Exception = error
-            # A refusal for the rate tells that nothing happened; of any other failure only the
-            # service knows whether the request was carried out.
-            if getattr(failure, "status_code", None) != 429:
-                logger.info(
-                    "応答を受け取れませんでした。リクエストがサービスに届いたかを確認します。"
-                )
-                found = self._look_for(find)
-                if found is not None:
-                    return found
-            delay = retry_delay(attempt, _retry_after(failure), random.random())
-            if self._clock() + delay - started > RETRY_SECONDS:
-                raise failure
-            self._sleep(delay)
-        raise AssertionError("unreachable")
-
-    def _look_for(self, find: Callable[[], T | None]) -> T | None:
-        for delay in LOOK_DELAYS:
-            if delay:
-                self._sleep(delay)
-            found = find()
-            if found is not None:
-                return found
-        return None
+            logger.info("検証データが0件のため、検証なしで学習します。")
 
     def create_fine_tune_job(
         self,
@@ -4676,107 +6022,25 @@ class OpenAISFT:
     ) -> str:
         """Create the (paid) job with supervised fine-tuning; return its id.
 
-        What is asked is recorded before it is sent, and the job carries the run's id, the
-        data's hash and a token of this one request as ``metadata``. Where the answer is lost,
-        the job with that token is looked for before anything is sent again. Raises
-        :class:`TrainingNotAvailable` after deleting the files just uploaded.
+        The price is shown, held against ``max_cost_usd`` and confirmed first. What is asked is
+        recorded before it is sent, and the job carries the run's id, the data's hash and a
+        token of this one request as ``metadata``. Where the answer is lost, the job with that
+        token is looked for before anything is sent again. Raises :class:`BudgetError`,
+        :class:`Declined`, and :class:`TrainingNotAvailable` after deleting the files just
+        uploaded.
         """
-        import openai
+        training = Training(epochs, batch_size, learning_rate_multiplier, suffix, seed)
+        _require_filled(file_id=file_id, validation_file_id=validation_file_id)
+        run = self._current()
+        # A second job has a run of its own, and a plan is nobody's but the pipeline's.
+        if run.job_id is not None or (run.plan is not None and run.job_intent is None):
+            run = self._succeed(run)
+        return self._tuning(run).create(training, file_id, validation_file_id)
 
-        check_hyperparameters(epochs, batch_size, learning_rate_multiplier, suffix, seed)
-        hyperparameters: dict[str, Any] = {"n_epochs": epochs, "batch_size": batch_size}
-        if learning_rate_multiplier is not None:
-            hyperparameters["learning_rate_multiplier"] = learning_rate_multiplier
-        request: dict[str, Any] = {
-            "model": self.model,
-            "training_file": file_id,
-            "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
-        }
-        options = {"validation_file": validation_file_id, "suffix": suffix, "seed": seed}
-        request.update((key, value) for key, value in options.items() if value is not None)
-        if "job_id" in self._current_run.data:
-            known = self._current_run.data
-            kept = ("kind", "plan", "selection", "data", "files", "uploads")
-            self._start_run(**{key: known[key] for key in kept if key in known})
-        run = self._current_run
-        found = self._job_of_intent(run)
-        if found is not None:
-            run.update(job_id=found)
-            sent = run.data["job_intent"]["request"]
-            if any(sent.get(k) != v for k, v in request.items() if not k.endswith("_file")):
-                raise ConfigurationError(
-                    f"別の設定で送信したジョブ {printable(found)} がサービスにあります。"
-                    "--job-id で見守るか、--cancel で取り消してから、もう一度作成してください。"
-                )
-            logger.info("前に送信したジョブを引き継ぎます: %s", printable(found))
-            return found
-        token = uuid.uuid4().hex
-        run.update(job_intent={"token": token, "at": self._now(), "request": request})
-        metadata = {
-            "openai_sft_run": run.data["run_id"],
-            "openai_sft_data": run.data.get("data", {}).get("train", {}).get("sha256", "unknown"),
-            "openai_sft_intent": token,
-        }
-        jobs = self.client.fine_tuning.jobs
-        try:
-            found = self._send_once(
-                lambda: (
-                    self._call(
-                        lambda: jobs.create(**request, metadata=metadata), patience=0, needs="id"
-                    ).id
-                ),
-                lambda: self._find_job(token),
-            )
-        except openai.PermissionDeniedError as error:
-            if error.code != "training_not_available":
-                raise
-            endpoint = str(self.client.base_url)
-            raise TrainingNotAvailable(endpoint, self._delete_uploads(run)) from error
-        run.update(job_id=found)
-        logger.info("ファインチューニングジョブを作成しました: %s", printable(found))
-        return found
-
-    def _job_of_intent(self, run: RunRecord) -> str | None:
-        """The job that an earlier attempt of ``run`` may have made without learning its id."""
-        if "job_intent" not in run.data:
-            return None
-        token = run.data["job_intent"]["token"]
-        found = self._look_for(lambda: self._find_job(token))
-        if found is None:
-            del run.data[
-                "job_intent"
-            ]  # it never arrived; the next one is written before it is sent
-            run.update()
-        return found
-
-    def _find_job(self, token: str) -> str | None:
-        # Compared here too, for an endpoint may ignore the filter.
-        for job in self._all_jobs(metadata={"openai_sft_intent": token}):
-            if (job.metadata or {}).get("openai_sft_intent") == token:
-                return job.id
-        return None
-
-    def _delete_uploads(self, run: RunRecord) -> list[str]:
-        """Delete what this run uploaded itself; return the ids that are gone."""
-        import openai
-
-        deleted = []
-        uploads = run.data.get("uploads", {})
-        for upload in uploads.values():
-            file_id = upload.get("file_id")
-            if not file_id or upload.get("reused"):
-                continue
-            try:
-                self._call(functools.partial(self.client.files.delete, file_id))
-            except openai.NotFoundError:  # gone by a request whose answer was lost
-                pass
-            except (openai.APIError, BrokenAnswer) as error:
-                reason = explain_api_error(error)
-                logger.warning("ファイル %s は削除できず、残っています: %s", file_id, reason)
-                continue
-            deleted.append(str(file_id))
-        run.update(uploads={k: u for k, u in uploads.items() if u.get("file_id") not in deleted})
-        return deleted
+    def _create_planned(self, run: Run) -> None:
+        sent = {part: upload.file_id for part, upload in run.uploads.items()}
+        training = run.known("plan").training
+        self._tuning(run).create(training, sent["training"] or "", sent.get("validation"))
 
     def monitor_fine_tune_job(self, job_id: str, *, timeout: float | None = None) -> FineTuningJob:
         """Poll until the job ends; return it, whatever its end. Events are logged as they come.
@@ -4786,205 +6050,23 @@ class OpenAISFT:
         :class:`WaitTimeout` and leaves the job alone. The outcome, with the tuned model, its
         checkpoints, the metrics and the cost, is saved in the run record.
         """
-        self._turn_to_run_of(job_id)
-        deadline = None if timeout is None else self._clock() + timeout
-        seen: set[str] = set()
-        status = ""
-        bar = _TrainingBar(enabled=self.verbose)
-        with SystemMonitor(self._existing_folder()), contextlib.closing(bar):
-            for delay in self._poll_delays():
-                polled = self._survive(lambda: self._poll(job_id, seen), deadline)
-                if polled is not None:
-                    job, events = polled
-                    for event in events:
-                        bar.show(event)
-                    if job.status != status:
-                        status = job.status
-                        waiting = (
-                            ""
-                            if status in KNOWN_STATUSES
-                            else "（未知の状態です。このまま待ちます）"
-                        )
-                        logger.info("ジョブ %s の状態: %s%s", job_id, printable(status), waiting)
-                        self._remember(job_status=status)
-                    if status in TERMINAL_STATUSES:
-                        break
-                if timeout is not None and deadline is not None:
-                    if self._clock() >= deadline:
-                        raise WaitTimeout(job_id, status, timeout)
-                    delay = min(delay, deadline - self._clock())
-                self._sleep(delay)
-        self._record_outcome(job, bar.rows)
-        return job
+        _require_filled(job_id=job_id)
+        run = self._run_of(job_id)
+        with _released_on_failure(run):
+            return self._tuning(run).watch(timeout)
 
-    def _turn_to_run_of(self, job_id: str) -> None:
-        """Make the record of this job the current one; no job takes over another's."""
-        if self._current_run.data.get("job_id", job_id) != job_id:
-            for run in read_runs(self.output_dir):
-                if run.data.get("job_id") == job_id:
-                    self._current_run.release()
-                    run.lock()
-                    self._run = run
-                    return
-            self._start_run(kind="job")
-        self._current_run.update(job_id=job_id)
-
-    def _poll(self, job_id: str, seen: set[str]) -> tuple[FineTuningJob, list[FineTuningJobEvent]]:
-        """One look at a job: how it stands, and its events that are not in ``seen``."""
-        retrieve = functools.partial(self.client.fine_tuning.jobs.retrieve, job_id)
-        job = self._call(retrieve, patience=0, needs="status")
-        return job, self._new_events(job_id, seen)
-
-    def _survive(self, request: Callable[[], T], deadline: float | None) -> T | None:
-        """``request()``, waiting out any outage; ``None`` where the deadline comes first."""
-        import openai
-
-        began: float | None = None
-        for attempt in itertools.count():
-            try:
-                answer = request()
-            except (openai.APIError, BrokenAnswer) as error:
-                if not is_transient(error):
-                    raise
-                if began is None:
-                    began = self._clock()
-                    logger.warning(
-                        "ジョブの状態を取得できません。回復するまで待ちます: %s",
-                        explain_api_error(error),
-                    )
-                delay = retry_delay(attempt, _retry_after(error), random.random())
-                if deadline is not None and self._clock() + delay >= deadline:
-                    self._sleep(max(0.0, deadline - self._clock()))
-                    return None
-                self._sleep(delay)
-            else:
-                if began is not None:
-                    logger.info("接続が回復しました（%.0f秒間中断）。", self._clock() - began)
-                return answer
-        raise AssertionError("unreachable")
-
-    def _poll_delays(self) -> Iterator[float]:
-        """Seconds between polls: short at first, when a bad file is found, then the interval."""
-        interval = min(self.poll_interval, 0.5) if self.rehearse else self.poll_interval
-        return (interval / 2 ** max(0, 4 - n) for n in itertools.count())
-
-    def _new_events(self, job_id: str, seen: set[str]) -> list[FineTuningJobEvent]:
-        """Events not in ``seen``, oldest first; they come newest first, in pages."""
-        fresh: list[FineTuningJobEvent] = []
-        page = self._optional(
-            "イベント",
-            lambda: self.client.fine_tuning.jobs.list_events(job_id, limit=100),
-            patience=0,
-        )
-        while page is not None:
-            known = seen.union(event.id for event in fresh)
-            unseen = [event for event in page.data if event.id not in known]
-            fresh.extend(unseen)
-            if len(unseen) < len(page.data) or not unseen or not page.has_next_page():
-                break
-            page = self._optional("イベント", page.get_next_page, patience=0)
-        seen.update(event.id for event in fresh)  # only now, for a page may have failed
-        return fresh[::-1]
-
-    def _record_outcome(self, job: FineTuningJob, rows: Sequence[Mapping[str, float]]) -> None:
-        code, message = _job_error(job)
-        self._remember(
-            job_id=job.id,
-            job_status=job.status,
-            job_error={"code": code, "message": message} if code or message else None,
-            fine_tuned_model=job.fine_tuned_model,
-            trained_tokens=job.trained_tokens,
-            result_files=job.result_files,
-        )
-        if job.status != "succeeded":
-            reason = ": ".join(printable(part) for part in (code, message) if part)
-            reason = f"（{reason}）" if reason else ""
-            logger.error("ファインチューニング失敗: %s%s", printable(job.status), reason)
-            self._record_training_cost(job)  # what was trained is billed all the same
-            return
-        logger.info("学習済みモデル: %s", printable(job.fine_tuned_model))
-        if job.fine_tuned_model:
-            self._fresh_models[job.fine_tuned_model] = self._clock() + MODEL_LOADING_SECONDS
-        self._save_metrics(job, rows)
-        self._record_checkpoints(job)
-        self._record_training_cost(job)
-        self._record_shutdown(job)
-        self._remember(training_recorded_at=self._now())
-
-    def _record_checkpoints(self, job: FineTuningJob) -> None:
-        page = self._optional(
-            "チェックポイント", lambda: self.client.fine_tuning.jobs.checkpoints.list(job.id)
-        )
-        checkpoints = page.data if page is not None else []
-        for checkpoint in checkpoints:
-            logger.info(
-                "チェックポイント: %s（step %s）",
-                printable(checkpoint.fine_tuned_model_checkpoint),
-                checkpoint.step_number,
-            )
-        names = [checkpoint.fine_tuned_model_checkpoint for checkpoint in checkpoints]
-        self._remember(checkpoints=names)
-
-    def _record_training_cost(self, job: FineTuningJob) -> None:
-        price = self.price or price_of(job.model)
-        if self.rehearse or price is None or job.trained_tokens is None:
-            return
-        actual = job.trained_tokens * price.training / 1e6
-        estimate = (self._current_run.data.get("estimate") or {}).get("training_usd")
-        difference = f"、見積もりとの差 {actual / estimate - 1:+.1%}" if estimate else ""
-        logger.info(
-            "学習の実費: $%.4f（%s トークン%s）", actual, f"{job.trained_tokens:,}", difference
-        )
-        self._add_cost(training_usd=actual)
-
-    def _add_cost(self, **dollars: float) -> None:
-        cost = {**self._current_run.data.get("cost", {}), **dollars}
-        cost["total_usd"] = sum(value for key, value in cost.items() if key != "total_usd")
-        self._remember(cost=cost)
-
-    def _record_shutdown(self, job: FineTuningJob) -> None:
-        for name in filter(None, (job.fine_tuned_model, job.model)):
-            model = self._optional(
-                "モデル情報",
-                functools.partial(self.client.models.retrieve, name),
-                gone_is_missing=False,
-            )
-            shutdown = _shutdown_date(model)
-            if shutdown is not None:
-                logger.warning("%s は %s に停止します。", printable(name), shutdown)
-                self._remember(shutdown_date=str(shutdown))
-                return
-
-    def _save_metrics(self, job: FineTuningJob, event_rows: Sequence[Mapping[str, float]]) -> None:
-        """Write the result file's rows, or those of the events, to ``training_metrics_*.csv``."""
-        rows = self._result_rows(job) or event_rows
-        if not rows:
-            logger.info("学習の記録（損失など）は得られませんでした。")
-            return
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        table = io.StringIO()
-        writer = csv.DictWriter(table, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        self._publish("training_metrics", ".csv", table.getvalue())
-        # Validation has no value at most steps, so the last of each column counts.
-        self._remember(final_metrics=dict(collections.ChainMap(*map(dict, reversed(rows)))))
-
-    def _result_rows(self, job: FineTuningJob) -> list[dict[str, float]]:
-        for file_id in job.result_files or ():
-            content = self._optional(
-                "結果ファイル", functools.partial(self.client.files.content, file_id)
-            )
-            if content is None:
-                continue
-            try:
-                rows = parse_result_file(content.content)
-            except ValueError as error:
-                logger.warning("結果ファイル %s を読めません（%s）。", file_id, printable(error))
-                continue
-            if rows:
-                return rows
-        return []
+    def _run_of(self, job_id: str) -> Run:
+        """The record of a job, made the current one; no job takes over another's."""
+        if self._run is not None and self._run.job_id == job_id:
+            return self._take_up(self._run)
+        for run in self._runs.of_job(job_id):
+            with contextlib.suppress(ConfigurationError):  # another instance drives it
+                return self._take_up(run)
+        current = self._current()
+        if current.job_id is not None or current.plan is not None:
+            return self._begin("job", job_id=job_id)
+        current.save(job_id=job_id)
+        return current
 
     # Evaluation ----------------------------------------------------------------------------
 
@@ -5009,602 +6091,209 @@ class OpenAISFT:
         ask the same (``True``: the base model), and the results gain ``comparison``. Up to
         ``concurrency`` questions are under way at once, fewer while the endpoint limits the
         rate. In the score task the mean of ``train_data``'s scores (by default what this
-        instance prepared) is a reference as well. A case that fails carries its ``error``;
-        errors that would meet every case (key, model, quota) are raised, and
-        :class:`BudgetError` before anything is asked.
+        instance prepared) is a reference as well. The price is shown, held against
+        ``max_cost_usd`` and confirmed before anything is asked (:class:`BudgetError`,
+        :class:`Declined`). A case that fails carries its ``error``; errors that would meet
+        every case (key, model, quota) are raised.
         """
-        check_evaluation(
-            max_test_cases,
-            eval_turns=eval_turns,
-            concurrency=concurrency,
-            temperature=temperature,
-            max_tokens=max_tokens,
+        asking = Asking(
+            max_test_cases, seed, eval_turns, baseline, concurrency, temperature, max_tokens
         )
-        generation = {"temperature": temperature, "seed": seed, "max_tokens": max_tokens}
-        baseline_id = self._baseline_model(model_id, baseline)
-        data = {"test": test_data, "valid": valid_data}
-        cases = {
-            name: choose_cases(part, max_cases=max_test_cases, seed=seed, turns=eval_turns)
-            for name, part in data.items()
+        _require_filled(model_id=model_id)
+        run = self._current()
+        if run.plan is not None or "journal" in run.files:
+            run = self._succeed(run)
+        splits = Splits(list(train_data or ()), list(test_data), list(valid_data))
+        return self._evaluate(run, model_id, splits, asking)
+
+    def _evaluate(
+        self, run: Run, model_id: str, splits: Splits, asking: Asking
+    ) -> EvaluationResults:
+        settings = self.settings.working_as(run.settings)
+        asked, is_score = Asked.of(model_id, splits, asking, settings), settings.task == "score"
+        given = splits.train or self._train_data or ()
+        train_data = _scored_train_data(self._runs, model_id, given) if is_score else ()
+        path = self._runs.folder / f"evaluation_{run.stamp}.jsonl"
+        asked_for = {
+            "model_id": model_id,
+            "baseline": asked.baseline,
+            "generation": asking.generation,
         }
-        task = TASKS[self.task]
-        for case in itertools.chain(*cases.values()):
-            if fault := task.find_fault(case.reference):
-                raise DataError(f"{case.id}: task={self.task} のデータではありません（{fault}）。")
-        train_data = self._scored_train_data(model_id, train_data)
-        self._evaluated_model = model_id
-        models = [model_id, *([baseline_id] if baseline_id else [])]
-        results = EvaluationResults(model_id=model_id, evaluation_timestamp=self._now())
-        answers: dict[tuple[str, str], list[Answer]] = {}
-        asked: dict[str, dict[str, Any]] = {model: {} for model in models}
-        held_back: dict[str, None] = {}
-        with (
-            SystemMonitor(self._existing_folder()),
-            self._journal(model_id, baseline_id, generation) as journal,
-        ):
-            self._require_evaluation_budget(models, cases, journal)
-            for model, name in itertools.product(models, data):
-                responses = self._ask_all(
-                    model, cases[name], name, generation, journal, concurrency
-                )
-                answers[model, name] = _answers(cases[name], responses)
-                answered = sum("error" not in response for response in responses)
-                metrics, missing = task.score(answers[model, name], seed=seed)
-                held_back.update(dict.fromkeys(missing))
-                if self.task == "score":
-                    metrics["coverage"] = {
-                        "valid": len(answers[model, name]),
-                        "asked": len(responses),
-                    }
-                asked[model][f"{name}_evaluation"] = {
-                    "dataset_type": name,
-                    "total_test_cases": len(data[name]),
-                    "evaluated_cases": answered,
-                    "failed_cases": len(responses) - answered,
-                    "invalid_cases": sum("invalid" in response for response in responses),
-                    "cut_cases": sum(r.get("finish_reason") == "length" for r in responses),
-                    "responses": responses,
-                    "metrics": metrics,
-                    "missing_metrics": missing,
-                }
-        if held_back:
-            logger.warning(
-                "%s は計算していません。%s で計算できるようになります。",
-                "、".join(FIGURE_LABELS[name] for name in held_back),
-                EVAL_EXTRA,
-            )
-        results.update(asked[model_id])
-        counts = [results[f"{name}_evaluation"]["evaluated_cases"] for name in data]
-        results["summary"] = {
-            "test_cases_evaluated": counts[0],
-            "valid_cases_evaluated": counts[1],
-            "total_cases_evaluated": sum(counts),
-        }
-        if baseline_id is not None:
-            results["baseline"] = {"model_id": baseline_id, **asked[baseline_id]}
-            results["comparison"] = {"baseline_model": baseline_id} | {
-                name: compare_answers(
-                    answers[model_id, name],
-                    answers[baseline_id, name],
-                    make=task.make_figures,
-                    seed=seed,
-                    cases=len(cases[name]),
-                )
-                for name in data
-            }
-        if self.task == "score":
-            tested = {name: answers[model_id, name] for name in data}
-            self._add_mean_reference(results, tested, train_data, seed)
-            overall = results["test_evaluation"]["metrics"].get("overall")
-            results["summary"]["mse"] = overall["mse"]["score"] if overall else None
-        else:
-            run = self._current_run
-            if run.data.get("fine_tuned_model") != model_id:
-                run = find_run(self.output_dir, model_id) or run
-            if run.data.get("fine_tuned_model") == model_id:
-                results["summary"].update(_cross_entropies(run.data))
-        results["task"] = self.task
-        results["usage"] = journal.usage()
-        results["settings"] = {
-            **generation,
-            "max_test_cases": max_test_cases,
-            "eval_turns": eval_turns,
-            "concurrency": concurrency,
-        }
-        self._record_evaluation_cost(results)
-        if self.rehearse or ":rehearsal:" in model_id:
+        run.save(evaluation=asked_for, files={**run.files, "journal": str(path)})
+        ledger, endpoint = self._ledger(run), self._endpoint_of(settings)
+        with Journal(path) as journal:
+            evaluation = Evaluation(endpoint, ledger, settings, asking, journal)
+            started = _time_text(self._clock())
+            try:
+                evaluation.ask(asked)
+            finally:  # also what an evaluation has cost that stopped half-way
+                dollars = ledger.cost_of(journal.usage_by_model(), model_id)
+                cost = None if dollars is None else ledger.paid(evaluation_usd=dollars)
+            results = evaluation.results(asked, train_data, started)
+        if not is_score:
+            tuned = run if run.fine_tuned_model == model_id else self._runs.of_model(model_id)
+            if tuned is not None and tuned.fine_tuned_model == model_id:
+                results["summary"].update(_cross_entropies(tuned.final_metrics or {}))
+        if cost is not None:
+            results["cost"] = dict(cost)
+            logger.info("評価の実費: $%.4f（キャッシュ割引を除いた上限）", dollars)
+        if settings.rehearse or ":rehearsal:" in model_id:
             results["rehearsal"] = True
             results["note"] = "リハーサルの小さな文字モデルの応答です。GPTの性能とは無関係です。"
         return results
 
-    def _scored_train_data(
-        self, model_id: str, train_data: Sequence[Example] | None
-    ) -> Sequence[Example] | None:
-        """What the score task takes the mean of: given, prepared here or recorded."""
-        if self.task != "score":
-            return None
-        train_data = train_data or self._train_data
-        if not train_data:
-            run = find_run(self.output_dir, model_id)
-            if run is not None and "manifest" in run.data.get("files", {}):
-                train_data = self._recorded_splits(run).train
-        if train_data and not any(map(_scores_of, train_data)):
-            raise DataError(
-                "train_data に評価点の例がありません（task=score のデータが必要です）。"
+    def _evaluate_run(self, run: Run, splits: Splits) -> EvaluationResults:
+        """The last step of a run: its evaluation, saved."""
+        plan = run.known("plan")
+        model_id = plan.model_id or run.known("fine_tuned_model")
+        results = self._evaluate(run, model_id, splits, plan.asking)
+        path = self._save_results(run, results)
+        parts = [results[f"{name}_evaluation"] for name in ("test", "valid")]
+        asked = sum(part["evaluated_cases"] + part["failed_cases"] for part in parts)
+        if asked and not results["summary"]["total_cases_evaluated"]:
+            raise EvaluationFailed(
+                f"{asked}件すべての応答に失敗しました。理由は {path} の error を見てください。",
+                path,
             )
-        return train_data
-
-    @staticmethod
-    def _add_mean_reference(
-        results: EvaluationResults,
-        answers: Mapping[str, Sequence[Answer]],
-        train_data: Sequence[Example] | None,
-        seed: int,
-    ) -> None:
-        """Add what predicting the training mean gives on the cases that were answered."""
-        if not train_data:
-            logger.warning("学習データがないため、平均予測との比較は省きます（train_data=）。")
-            return
-        means = mean_scores(train_data)
-        text = _dump(means)
-        reference = {
-            name: [answer._replace(output=text) for answer in part]
-            for name, part in answers.items()
-        }
-        results["mean_reference"] = {"scores": means} | {
-            name: score_predictions(part, seed=seed)[0] for name, part in reference.items()
-        }
-        results.setdefault("comparison", {})["mean_reference"] = {
-            name: compare_figures(
-                part,
-                reference[name],
-                make=make_score_figures,
-                seed=seed,
-                cases=len(part),
-                rival="平均予測",
-            )
-            for name, part in answers.items()
-        }
-
-    def _rates(self, model: str, tuned_model: str) -> tuple[float, float] | None:
-        given = self.price if model == tuned_model else None
-        return rates_of(model, given, tuned=model.startswith("ft:"))
-
-    def _require_evaluation_budget(
-        self, models: Sequence[str], cases: Mapping[str, Sequence[Case]], journal: _Journal
-    ) -> None:
-        if self.max_cost_usd is None or self.rehearse:
-            return
-        counter = TokenCounter(load_vocabulary())
-        dollars = self._current_run.data.get("cost", {}).get("training_usd", 0.0)
-        dollars += self._cost_of(journal.usage_by_model(), models[0]) or 0.0
-        for model, (name, part) in itertools.product(models, cases.items()):
-            rates = self._rates(model, models[0])
-            if rates is None:
-                raise BudgetError(f"{model} の単価が不明で、上限を守れるか判断できません。")
-            for case in part:
-                if (model, name, case.id) not in journal.answers:
-                    dollars += counter.count(case.input).total * rates[0] / 1e6
-                    dollars += counter.count_texts([case.reference]) * rates[1] / 1e6
-        if dollars > self.max_cost_usd:
-            raise BudgetError(
-                f"評価まで含めた料金 ${dollars:,.4f} が上限 ${self.max_cost_usd:,.4f} を超える"
-                "ため、評価の前に中止しました。学習済みモデルは残っています。"
-            )
-
-    def _stop_over_budget(self, spent: float | None) -> None:
-        """Raise :class:`BudgetError` where the answers so far have passed the limit."""
-        before = self._current_run.data.get("cost", {}).get("training_usd", 0.0)
-        if self.max_cost_usd is not None and spent and before + spent > self.max_cost_usd:
-            raise BudgetError(
-                f"料金が ${before + spent:,.4f} になり、上限 ${self.max_cost_usd:,.4f} を超えた"
-                "ため、評価を止めました。それまでの応答は残っています。上限を上げて --resume すると"
-                "続けられます。"
-            )
-
-    def _cost_of(self, usage: Mapping[str, Mapping[str, int]], tuned_model: str) -> float | None:
-        if self.rehearse:
-            return None
-        dollars = 0.0
-        for model, tokens in usage.items():
-            rates = self._rates(model, tuned_model)
-            if rates is None:
-                return None
-            dollars += tokens["prompt_tokens"] * rates[0] / 1e6
-            dollars += tokens["completion_tokens"] * rates[1] / 1e6
-        return dollars
-
-    def _record_evaluation_cost(self, results: EvaluationResults) -> None:
-        dollars = self._cost_of(results["usage"]["by_model"], results["model_id"])
-        if dollars is None:
-            return
-        self._add_cost(evaluation_usd=dollars)
-        results["cost"] = dict(self._current_run.data["cost"])
-        logger.info("評価の実費: $%.4f（キャッシュ割引を除いた上限）", dollars)
-
-    def _journal(
-        self, model_id: str, baseline_id: str | None, generation: Mapping[str, Any]
-    ) -> _Journal:
-        """The answers so far of a resumed evaluation, or a new journal."""
-        run = self._current_run
-        asked = {"model_id": model_id, "baseline": baseline_id, "generation": dict(generation)}
-        known = run.data.get("evaluation", {})
-        resumes = self._resumed and {key: known.get(key) for key in asked} == asked
-        if not resumes and "journal" in run.data.get("files", {}):
-            kept = ("kind", "plan", "selection", "data")
-            run = self._start_run(**{key: run.data[key] for key in kept if key in run.data})
-        path = self.output_dir / f"evaluation_{run.stamp}.jsonl"
-        run.update(evaluation=asked, files={**run.data.get("files", {}), "journal": str(path)})
-        return _Journal(path)
-
-    def _ask_all(
-        self,
-        model_id: str,
-        cases: Sequence[Case],
-        name: str,
-        generation: Mapping[str, Any],
-        journal: _Journal,
-        concurrency: int,
-    ) -> list[dict[str, Any]]:
-        """The responses to ``cases``, in their order; only those not in the journal are asked."""
-        from tqdm.auto import tqdm
-
-        label = {"test": "テスト", "valid": "検証"}[name]
-        logger.info("%sデータの%d件を評価しています: %s", label, len(cases), printable(model_id))
-        responses: dict[str, dict[str, Any]] = {}
-        missing = []
-        for case in cases:
-            known = journal.answers.get((model_id, name, case.id))
-            if known is None:
-                missing.append(case)
-            else:
-                responses[case.id] = known
-        if responses:
-            logger.info("うち%d件は回答済みです。", len(responses))
-        failed = 0
-        bar = tqdm(
-            total=len(cases),
-            initial=len(responses),
-            desc=f"評価 {label}",
-            unit="件",
-            disable=None if self.verbose else True,
-        )
-        _ = self.client  # made here once, not by every thread
-        pool = _Pool(concurrency)
-        with contextlib.closing(bar), contextlib.closing(pool):
-            # A model that was just tuned may still be loading: the first case waits for it.
-            first = missing[:1] if model_id in self._fresh_models else []
-            ask = functools.partial(self._ask, model_id, generation, pool)
-            for response in itertools.chain(map(ask, first), pool.map(ask, missing[len(first) :])):
-                journal.add(model_id, name, response)
-                responses[response["case_id"]] = response
-                failed += "error" in response
-                spent = self._cost_of(journal.usage_by_model(), self._evaluated_model)
-                self._stop_over_budget(spent)
-                bar.set_postfix(
-                    {"失敗": failed, **({"$": f"{spent:.4f}"} if spent is not None else {})},
-                    refresh=False,
-                )
-                bar.update()
-        return [responses[case.id] for case in cases]
-
-    def _ask(
-        self, model_id: str, generation: Mapping[str, Any], pool: _Pool, case: Case
-    ) -> dict[str, Any]:
-        import openai
-
-        response: dict[str, Any] = {"case_id": case.id, "input": case.input}
-        task = TASKS[self.task]
-        request: dict[str, Any] = {
-            **generation,
-            **task.request,
-            "model": model_id,
-            "messages": case.input,
-        }
-        if case.tools:
-            request["tools"] = case.tools
-        create = functools.partial(self.client.chat.completions.create, **request)
-        started = time.perf_counter()
-        try:
-            answer = self._wait_for_model(model_id, lambda: pool.attempt(create))
-            response["usage"] = _usage(answer)
-            response["finish_reason"], response["output"] = _read_answer(answer)
-            if fault := task.find_fault(response["output"]):
-                response["invalid"] = fault
-        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError):
-            raise
-        except (openai.APIError, BrokenAnswer) as error:
-            if getattr(error, "code", None) == "insufficient_quota":
-                raise
-            reason = error if isinstance(error, BrokenAnswer) else explain_api_error(error)
-            response["error"] = str(reason)
-            logger.warning("評価 %s に失敗しました: %s", case.id, reason)
-        response["reference"] = case.reference
-        response["latency_seconds"] = round(time.perf_counter() - started, 3)
-        return response
-
-    def _wait_for_model(self, model_id: str, request: Callable[[], T]) -> T:
-        """``request()``; while a model that was just tuned is still loading, it is repeated."""
-        import openai
-
-        for attempt in itertools.count():
-            try:
-                answer = self._call(request)
-            except openai.NotFoundError:
-                if self._clock() >= self._fresh_models.get(model_id, 0.0):
-                    raise
-                if attempt == 0:
-                    logger.info("モデルの準備を待っています: %s", printable(model_id))
-                self._sleep(retry_delay(attempt, None, random.random()))
-            else:
-                self._fresh_models.pop(model_id, None)
-                return answer
-        raise AssertionError("unreachable")
+        run.save(finished_at=_time_text(self._clock()))
+        return results
 
     def save_results(self, results: Mapping[str, Any]) -> str:
         """Write ``comprehensive_evaluation_STAMP.json``; return its path."""
-        path = self._publish("comprehensive_evaluation", ".json", to_json(results))
-        evaluation = {**self._current_run.data.get("evaluation", {}), **results.get("summary", {})}
-        self._remember(evaluation=evaluation)
+        run = self._current()
+        if "comprehensive_evaluation" in run.files:
+            run = self._succeed(run)
+        return self._save_results(run, results)
+
+    def _save_results(self, run: Run, results: Mapping[str, Any]) -> str:
+        path = run.publish("comprehensive_evaluation", ".json", _to_json(results))
+        run.save(evaluation={**run.evaluation, **results.get("summary", {})})
         return path
 
     # Shared --------------------------------------------------------------------------------
 
     def describe_remote_state(self) -> str:
         """What goes on at the service after an interruption, and how to come back to it."""
-        facts = self._run.data if self._run else {}
-        folder_text = shlex.quote(str(self.output_dir))
-        job_id, model = facts.get("job_id"), facts.get("fine_tuned_model")
-        folder = (
-            "" if str(self.output_dir) == DEFAULT_OUTPUT_DIR else f" --output-dir {folder_text}"
-        )
-        if self.rehearse or not self._run:
-            return "サービス側で続いている処理はありません。"
-        going = "サービス側で続いている処理はありません。"
-        if job_id and not model and facts.get("job_status") not in TERMINAL_STATUSES:
-            going = f"ジョブ {printable(job_id)} はサービス側で続いていて、料金もかかります。"
-        elif "job_intent" in facts and not job_id:
-            going = "ジョブの作成を送信したところで、サービス側で作られている可能性があります。"
-        elif model:
-            going = f"学習済みモデル {printable(model)} はサービス側に残っています。"
-        if self._run.unfinished:
-            return f"{going}続きから再開するには: openai-sft --resume {facts['run_id']}{folder}"
-        if job_id and not model:
-            quoted = shlex.quote(printable(job_id))
-            place = "" if self.base_url == OPENAI_BASE_URL else f" --base-url {self.base_url}"
-            return f"{going}監視を再開するには: openai-sft --job-id {quoted}{place}{folder}"
+        run, nothing = self._run, "サービス側で続いている処理はありません。"
+        if run is None or run.rehearsal:
+            return nothing
+        going = run.meanwhile or nothing
+        folder = shlex.quote(str(self.output_dir))
+        folder = "" if str(self.output_dir) == DEFAULT_OUTPUT_DIR else f" --output-dir {folder}"
+        if run.unfinished:
+            return f"{going}続きから再開するには: openai-sft --resume {run.run_id}{folder}"
+        if run.job_id and not run.fine_tuned_model:
+            job_id, url = shlex.quote(printable(run.job_id)), run.settings.base_url
+            place = "" if url == OPENAI_BASE_URL else f" --base-url {url}"
+            return f"{going}監視を再開するには: openai-sft --job-id {job_id}{place}{folder}"
         return going
 
     @property
     def goes_on_remotely(self) -> bool:
         """Whether this run has left something at the service to come back to."""
         run = self._run
-        if run is None or self.rehearse or not ({"job_id", "job_intent"} & run.data.keys()):
+        if run is None or run.rehearsal or not (run.job_id or run.job_intent):
             return False
-        return run.unfinished or run.data.get("job_status") not in TERMINAL_STATUSES
+        return run.unfinished or run.job_status not in TERMINAL_STATUSES
 
-    def _remember(self, **facts: Any) -> None:
-        self._current_run.update(**facts)
-
-    def _publish(self, kind: str, suffix: str, text: str) -> str:
-        """Write one more file of the run, in a new run where this one has it already."""
-        run = self._current_run
-        path = self.output_dir / f"{kind}_{run.stamp}{suffix}"
-        if path.exists() and self._resumed and "finished_at" not in run.data:
-            path.unlink()  # written just before the program died, and not yet in the record
-        elif path.exists():
-            run = self._start_run(kind="steps")
-            path = self.output_dir / f"{kind}_{run.stamp}{suffix}"
-        write_new_file(path, text)
-        run.update(files={**run.data.get("files", {}), kind: str(path)})
-        logger.info("保存しました: %s", path)
-        return str(path)
-
-    def _existing_folder(self) -> Path:
-        try:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigurationError(
-                f"保存先 {self.output_dir} を作れません（{error.strerror}）。"
-                "--output-dir で別のフォルダーを指定してください。"
-            ) from error
-        return self.output_dir
-
-    def _optional(
-        self,
-        part: str,
-        request: Callable[[], T],
-        *,
-        gone_is_missing: bool = True,
-        patience: float = RETRY_SECONDS,
-    ) -> T | None:
-        """``request()``, or ``None`` where the endpoint lacks this part of the API.
-
-        With ``gone_is_missing=False`` a 404 is about this one object and isn't remembered.
-        """
-        import openai
-
-        if part in self._lacking:
-            return None
-        try:
-            return self._call(request, patience=patience)
-        except openai.APIStatusError as error:
-            if error.status_code not in MISSING_STATUSES:
-                raise
-            if error.status_code == 404 and not gone_is_missing:
-                return None
-            self._lacking.add(part)
-            logger.info(
-                "このエンドポイントは%sに対応していません（HTTP %d）。この処理を省略して続けます。",
-                part,
-                error.status_code,
+    def _endpoint_of(self, settings: Settings) -> Endpoint:
+        """The endpoint of some settings, kept: it knows what is lacking there."""
+        url = settings.base_url
+        if url not in self._endpoints:
+            self._endpoints[url] = Endpoint(
+                settings, client=self._client, clock=self._clock, sleep=self._sleep
             )
-            return None
+        return self._endpoints[url]
 
-    def _call(
-        self, request: Callable[[], T], *, patience: float = RETRY_SECONDS, needs: str | None = None
-    ) -> T:
-        """``request()``; transient failures are repeated for up to ``patience`` seconds.
+    def _tuning(self, run: Run) -> FineTuning:
+        settings = self.settings.working_as(run.settings)
+        return FineTuning(
+            self._endpoint_of(settings),
+            self._ledger(run),
+            settings,
+            self._runs,
+            run,
+            clock=self._clock,
+            sleep=self._sleep,
+        )
 
-        An answer without the attribute that ``needs`` names is a broken one.
-        Raises the SDK's error, or :class:`BrokenAnswer` for an answer that isn't the API's JSON.
-        The key is taken out of what an endpoint may echo.
-        """
-        import openai
+    def _ledger(self, run: Run) -> Ledger:
+        settings = self.settings.working_as(run.settings)
+        return Ledger(run, settings, self._confirm, self._runs.base_of)
 
-        started = self._clock()
-        for attempt in itertools.count():
-            failure: openai.APIError | BrokenAnswer
-            try:
-                answer = request()
-                if isinstance(answer, str):  # what the SDK makes of a page that isn't JSON
-                    raise BrokenAnswer("エンドポイントの応答がJSONではありません。")
-                if needs is not None and getattr(answer, needs, None) is None:
-                    raise BrokenAnswer(f"エンドポイントの応答に {needs} がありません。")
-                return answer
-            except (openai.APIError, BrokenAnswer) as error:
-                failure = error
-            except json.JSONDecodeError:
-                failure = BrokenAnswer("エンドポイントの応答が途中で切れたか、壊れています。")
-            self._hide_key(failure)
-            delay = retry_delay(attempt, _retry_after(failure), random.random())
-            if not is_transient(failure) or self._clock() + delay - started > patience:
-                raise failure
-            level = logging.INFO if attempt == 0 and patience > 60 else logging.DEBUG
-            logger.log(
-                level, "最大%d分やり直します: %s", patience // 60, explain_api_error(failure)
-            )
-            self._sleep(delay)
-        raise AssertionError("unreachable")
+    def _current(self) -> Run:
+        """The run that the steps called one by one belong to."""
+        if self._run is None or self._run.settings != self.settings.recorded:
+            return self._begin("steps")
+        self._run.lock()
+        return self._run
 
-    def _hide_key(self, error: Any) -> None:
-        """Take the key out of an error's text: an endpoint may echo what it was sent."""
-        client_key = self._client.api_key if self._client is not None else None
-        for key in {self._api_key, client_key} - {None, ""}:
+    def _begin(
+        self, kind: RunKind, *, settings: Settings | None = None, stamp: str = "", **facts: Any
+    ) -> Run:
+        """Begin a run and make it the current one."""
+        return self._hold(self._runs.create(kind, settings or self.settings, stamp, **facts))
 
-            def clean(text: object, key: str = str(key)) -> Any:
-                return text.replace(key, "[APIキー]") if isinstance(text, str) else text
+    def _succeed(self, run: Run) -> Run:
+        """Make a successor of ``run`` the current one."""
+        return self._hold(self._runs.successor(run, self.settings))
 
-            error.args = tuple(map(clean, error.args))
-            for name in ("message", "code", "type", "param"):
-                if hasattr(error, name):
-                    setattr(error, name, clean(getattr(error, name)))
-            if getattr(error, "body", None) is not None:
-                error.body = json.loads(clean(_dump(error.body)))
+    def _take_up(self, run: Run) -> Run:
+        """Lock a run of the folder and make it the current one."""
+        run.lock()
+        return self._hold(run)
+
+    def _hold(self, run: Run) -> Run:
+        if self._run is not None and self._run is not run:
+            self._run.release()
+        self._run = run
+        return run
 
 
-def _split_options(
-    options: Mapping[str, Any], max_test_cases: int | None, seed: int
-) -> tuple[SelectionOptions, dict[str, Any]]:
-    """The filters among :class:`RunOptions`, and the options of the evaluation."""
-    names = SelectionOptions.__annotations__
-    filters = cast("SelectionOptions", {k: v for k, v in options.items() if k in names})
-    evaluation = {key: value for key, value in options.items() if key not in names}
-    check_evaluation(max_test_cases, **evaluation)
-    return filters, {"max_test_cases": max_test_cases, "seed": seed, **evaluation}
+@contextlib.contextmanager
+def _released_on_failure(run: Run) -> Iterator[None]:
+    """Let another instance take ``run`` over where this one can't go on."""
+    try:
+        yield
+    except BaseException:
+        run.release()
+        raise
 
 
-def _about_cases(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("max_test_cases", "seed", "eval_turns", "baseline")
-    return {key: value for key, value in evaluation.items() if key in names}
+def _resolve(
+    api_key: str | None,
+    model: str | None,
+    base_url: str | None,
+    dataset: str | None,
+    output_dir: str | os.PathLike[str],
+    *,
+    rehearse: bool,
+) -> dict[str, Any]:
+    """Settings by their names: the argument, then the environment, then ``.env``, the default."""
+    _require_filled(api_key=api_key, model=model, base_url=base_url, dataset=dataset)
+    _require_filled(output_dir=output_dir)
+    dotenv = _read_dotenv()
 
+    def setting(argument: str | None, name: str, default: str | None = None) -> str | None:
+        return argument or os.environ.get(name) or dotenv.get(name) or default
 
-def _answers(cases: Sequence[Case], responses: Sequence[Mapping[str, Any]]) -> list[Answer]:
-    return [
-        Answer(case.id, case.dialogue_id, response["output"], case.reference)
-        for case, response in zip(cases, responses, strict=True)
-        if "error" not in response and "invalid" not in response
-    ]
-
-
-def _cross_entropies(facts: Mapping[str, Any]) -> dict[str, float]:
-    """The job's last losses, where they are known; the service trains by cross-entropy."""
-    metrics = facts.get("final_metrics") or {}
-    valid = metrics.get("full_valid_loss", metrics.get("valid_loss"))
-    losses = {
-        "training_cross_entropy": metrics.get("train_loss"),
-        "validation_cross_entropy": valid,
+    source = "環境変数 OPENAI_API_KEY" if os.environ.get("OPENAI_API_KEY") else ".env"
+    url = setting(base_url, "OPENAI_BASE_URL", OPENAI_BASE_URL)
+    return {
+        "model": setting(model, "OPENAI_SFT_MODEL", DEFAULT_MODEL),
+        "dataset": setting(dataset, "OPENAI_SFT_DATASET", None if rehearse else DEFAULT_DATASET),
+        "base_url": None if rehearse else url,
+        "output_dir": Path(output_dir),
+        "api_key": "rehearsal" if rehearse else setting(api_key, "OPENAI_API_KEY"),
+        "api_key_source": "引数" if api_key else source,
+        "organization": setting(None, "OPENAI_ORG_ID"),
+        "project": setting(None, "OPENAI_PROJECT_ID"),
     }
-    return {name: loss for name, loss in losses.items() if loss is not None}
 
 
-def _usage(completion: Any) -> dict[str, Any] | None:
-    usage = getattr(completion, "usage", None)
-    dump = getattr(usage, "model_dump", None)
-    return None if dump is None else dict(dump(exclude_none=True, warnings=False))
-
-
-def _read_answer(completion: Any) -> tuple[str, str]:
-    """Finish reason and text. Raises :class:`BrokenAnswer` for none, naming what came instead."""
-    try:
-        choice = completion.choices[0]
-        text, refusal = choice.message.content, getattr(choice.message, "refusal", None)
-    except (AttributeError, IndexError, TypeError) as error:
-        raise BrokenAnswer("応答がチャットの形ではありません。") from error
-    reason = str(choice.finish_reason)
-    if refusal:
-        raise BrokenAnswer(f"モデルが応答を拒否しました: {printable(refusal)}")
-    if reason == "content_filter":
-        raise BrokenAnswer("内容フィルターで止められました（finish_reason: content_filter）")
-    if not str(text or "").strip():
-        raise BrokenAnswer(f"応答が空です（finish_reason: {printable(reason)}）")
-    # Half of a surrogate pair (an emoji cut in two) can't be written.
-    return reason, str(text).encode(errors="replace").decode()
-
-
-def is_transient(error: Exception) -> bool:
-    """Whether the same request may succeed later: no connection, a broken answer, 408, 409,
-    429 (but for ``insufficient_quota``) and 5xx (but for 501)."""
-    status = getattr(error, "status_code", None)
-    if status is None:
-        return True
-    if getattr(error, "code", None) == "insufficient_quota":
-        return False
-    return status in RETRIED_STATUSES or (status >= 500 and status not in MISSING_STATUSES)
-
-
-def _job_error(job: FineTuningJob) -> tuple[str | None, str | None]:
-    """Code and message; a job without an error may carry an empty object."""
-    return (job.error.code, job.error.message) if job.error else (None, None)
-
-
-def _shutdown_date(model: object) -> date | None:
-    """The date of a model's end; older SDKs don't declare the field, other endpoints lack it."""
-    try:
-        return date.fromisoformat(str(getattr(model, "shutdown_date", None)))
-    except ValueError:
-        return None
-
-
-@functools.lru_cache(maxsize=1)
-def _versions() -> dict[str, str]:
-    import importlib.metadata
-
-    names = ("openai", "datasets", "tiktoken", "psutil", "tqdm", "python-dotenv")
-    found = {name: importlib.metadata.version(name) for name in names}
-    return {"openai_sft": __version__, "python": platform.python_version(), **found}
-
-
-def _is_text(value: str | None) -> bool:
-    """Whether ``value`` can be written as UTF-8; an odd byte of a command line can't."""
-    return value is None or not any("\ud800" <= character <= "\udfff" for character in value)
-
-
-def _is_http_url(url: str) -> bool:
-    try:
-        parts = urllib.parse.urlsplit(url)
-    except ValueError:
-        return False
-    host = parts.hostname or ""
-    return parts.scheme in ("http", "https") and host.isprintable() and host.split() == [host]
-
-
-def _retry_after(error: Any) -> float | None:
-    """Seconds of a ``Retry-After`` header; its date form is left to the back-off."""
-    try:
-        return float(error.response.headers.get("retry-after", ""))
-    except (AttributeError, ValueError):
-        return None
+def _given(**arguments: str | None) -> frozenset[str]:
+    """The names of the arguments that have a value."""
+    return frozenset(name for name, value in arguments.items() if value is not None)
 
 
 def _read_dotenv() -> Mapping[str, str | None]:
@@ -5612,6 +6301,116 @@ def _read_dotenv() -> Mapping[str, str | None]:
     from dotenv import dotenv_values, find_dotenv
 
     return dotenv_values(find_dotenv(usecwd=True))
+
+
+def _read_options(
+    options: Mapping[str, Any], max_test_cases: int | None, seed: int
+) -> tuple[SelectionOptions, Asking]:
+    """The filters among :class:`RunOptions`, and how the evaluation asks.
+
+    Raises :class:`ConfigurationError` for an unknown keyword and for values out of range.
+    """
+    _require_known(options, RunOptions)
+    names = SelectionOptions.__annotations__
+    filters = cast("SelectionOptions", {k: v for k, v in options.items() if k in names})
+    others = {key: value for key, value in options.items() if key not in names}
+    return filters, Asking(max_test_cases, seed, **others)
+
+
+def _require_known(options: Mapping[str, Any], known: type) -> None:
+    """Raise :class:`ConfigurationError` for a keyword that ``known`` (a TypedDict) lacks."""
+    names = [*known.__annotations__, "epochs", "batch_size", "max_samples", "max_test_cases"]
+    for name in options.keys() - set(known.__annotations__):
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"「{near[0]}」のことですか。" if near else ""
+        raise ConfigurationError(
+            f"{printable(name)} という引数はありません。{hint}使える引数: {'、'.join(names)}"
+        )
+
+
+def _scored_train_data(runs: Runs, model_id: str, given: Sequence[Example]) -> Sequence[Example]:
+    """What the score task takes the mean of: the given examples, or those recorded with a run."""
+    train_data, run = given, runs.of_model(model_id)
+    if not train_data and run is not None and "manifest" in run.files:
+        train_data = _read_split(run, "train")
+    if train_data and not any(map(_scores_of, train_data)):
+        raise DataError("train_data に評価点の例がありません（task=score のデータが必要です）。")
+    return train_data
+
+
+def _require_same_split(run: Run, given: Mapping[str, Any], settings: Settings) -> None:
+    """Raise :class:`ConfigurationError` where what is given would change a run's split."""
+    recorded = {**asdict(run.settings), **asdict(run.known("selection"))}
+    names = ("dataset", "task", "revision", "system_prompt")
+    asked = {**given, **{n: getattr(settings, n) for n in names if n in settings.given}}
+    changed = [
+        f"{name}: 記録 {recorded.get(name)} → 指定 {value}"
+        for name, value in asked.items()
+        if value is not None and value is not False and _dump(value) != _dump(recorded.get(name))
+    ]
+    if changed:
+        raise ConfigurationError(
+            f"このモデルは {run.path} の分割で学習しました。別の分割で評価すると、学習した"
+            f"対話が混ざります（{'、'.join(changed)}）。これらの指定を外してください。"
+        )
+
+
+def _to_datasets(splits: Splits) -> tuple[Dataset, Dataset, Dataset]:
+    """The dialogues of the splits as ``datasets.Dataset``."""
+    from datasets import Dataset
+
+    # One table cut in three, so that a field that is null throughout one part keeps the
+    # type it has in another.
+    rows = [dialogue_row(dialogue) for part in splits for dialogue in part]
+    columns = dict.fromkeys(key for row in rows for key in row)
+    if any(isinstance(m, str) for row in rows for m in row.get("messages") or ()):
+        for row in rows:  # a column holds one type
+            if "messages" in row:
+                texts = [m if isinstance(m, str) else _encode_json(m) for m in row["messages"]]
+                row["messages"] = texts
+    rows = [{column: row.get(column) for column in columns} for row in rows]
+    table = Dataset.from_list(rows)
+    ends = list(itertools.accumulate(map(len, splits), initial=0))
+    train, test, valid = (
+        table.select(list(range(start, end))) for start, end in itertools.pairwise(ends)
+    )
+    return train, test, valid
+
+
+def _run_row(run: Run, jobs: Mapping[str, FineTuningJob] | None) -> RunRow:
+    """A run beside its job; ``jobs`` are those at the endpoint, where it lists any."""
+    job = jobs.get(run.job_id) if jobs and run.job_id else None
+    missing = jobs is not None and run.job_id and job is None and not run.rehearsal
+    return RunRow(
+        run_id=run.run_id,
+        job_id=run.job_id,
+        status=job.status if job else run.job_status or "-",
+        model=run.fine_tuned_model or (job.fine_tuned_model if job else None),
+        started_at=run.started_at,
+        orphan="no job" if missing else None,
+    )
+
+
+def _job_row(job: FineTuningJob) -> RunRow:
+    """A job of the endpoint that no run here knows."""
+    return RunRow(
+        run_id=(job.metadata or {}).get("openai_sft_run"),
+        job_id=job.id,
+        status=job.status,
+        model=job.fine_tuned_model,
+        started_at=_time_text(job.created_at or 0),
+        orphan="no record",
+    )
+
+
+def _log_to_stderr() -> None:
+    """Show the log, unless the application has set up logging itself."""
+    if logger.hasHandlers():
+        return
+    handler = _StderrHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
 
 
 if __name__ == "__main__":

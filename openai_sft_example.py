@@ -125,6 +125,13 @@ def number(kind: Callable[[str], Any], name: str, *, auto: bool = False) -> Call
     return parse
 
 
+def filled(text: str) -> str:
+    """The argparse type of a text: an empty one is a shell variable that isn't set."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("値が空です")
+    return text
+
+
 def turns(text: str) -> Any:
     """The argparse type of ``--eval-turns``."""
     return text if text in ("last", "all") else number(int, "整数か last、all ")(text)
@@ -150,15 +157,16 @@ def build_parser() -> argparse.ArgumentParser:
     only.add_argument("--evaluate-only", action="store_true", help="学習済みモデルの評価だけをする")
     only.add_argument(
         "--resume",
+        type=filled,
         nargs="?",
-        const="",
+        const=True,
         metavar="RUN",
         help="中断した実行を続きから再開する（既定: 最新のもの）",
     )
     only.add_argument(
-        "--job-id", metavar="ID", help="ジョブの完了を待つ（ほかで作成したジョブも可）"
+        "--job-id", type=filled, metavar="ID", help="ジョブの完了を待つ（ほかで作成したジョブも可）"
     )
-    only.add_argument("--cancel", metavar="ID", help="ジョブを取り消す")
+    only.add_argument("--cancel", type=filled, metavar="ID", help="ジョブを取り消す")
     only.add_argument(
         "--list", action="store_true", help="保存先の実行記録とサービスのジョブを一覧表示する"
     )
@@ -166,7 +174,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--check", action="store_true", help="いま実行できる状態かを確認する（料金なし）"
     )
     only.add_argument(
-        "--check-file", metavar="PATH", help="JSONLファイルの問題をすべて挙げる（キー不要）"
+        "--check-file",
+        type=filled,
+        metavar="PATH",
+        help="JSONLファイルの問題をすべて挙げる（キー不要）",
     )
     mode.add_argument(
         "--fix",
@@ -176,7 +187,9 @@ def build_parser() -> argparse.ArgumentParser:
     mode.add_argument(
         "--json", action="store_true", help="--check、--check-file、--list をJSONで表示する"
     )
-    mode.add_argument("--model-id", metavar="ID", help="評価するモデル（既定: 最後に学習したもの）")
+    mode.add_argument(
+        "--model-id", type=filled, metavar="ID", help="評価するモデル（既定: 最後に学習したもの）"
+    )
     mode.add_argument(
         "--rehearse",
         action="store_true",
@@ -190,11 +203,14 @@ def build_parser() -> argparse.ArgumentParser:
     data = parser.add_argument_group("データ")
     data.add_argument(
         "--dataset",
+        type=filled,
         metavar="SOURCE",
         help="Hubの名前、JSONのフォルダー、JSON・JSONL・Parquetファイル"
         "（既定: UEC-InabaLab/KokoroChat）",
     )
-    data.add_argument("--revision", metavar="REV", help="Hubのデータの版（既定: 最新）")
+    data.add_argument(
+        "--revision", type=filled, metavar="REV", help="Hubのデータの版（既定: 最新）"
+    )
     data.add_argument(
         "--long-examples",
         choices=("split", "drop", "refuse"),
@@ -204,7 +220,7 @@ def build_parser() -> argparse.ArgumentParser:
         "refuse（中止）のどれにするか（既定: split）",
     )
     data.add_argument(
-        "--system-prompt", metavar="TEXT", help="各対話の先頭に置く指示（既定: なし）"
+        "--system-prompt", type=filled, metavar="TEXT", help="各対話の先頭に置く指示（既定: なし）"
     )
 
     # What chooses the split is passed on only where it is given: --evaluate-only holds it
@@ -240,7 +256,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="TASK",
         help="response（応答、既定）か score（クライアントの評価20項目の予測）",
     )
-    job.add_argument("--model", metavar="NAME", help="元のモデル（既定: gpt-4o-mini-2024-07-18）")
+    job.add_argument(
+        "--model", type=filled, metavar="NAME", help="元のモデル（既定: gpt-4o-mini-2024-07-18）"
+    )
     job.add_argument(
         "--epochs",
         type=number(int, "整数", auto=True),
@@ -264,7 +282,9 @@ def build_parser() -> argparse.ArgumentParser:
     job.add_argument(
         "--timeout", type=real, metavar="SECONDS", help="ジョブを待つ時間の上限（既定: なし）"
     )
-    job.add_argument("--suffix", metavar="NAME", help="モデル名に付ける名前、64文字まで")
+    job.add_argument(
+        "--suffix", type=filled, metavar="NAME", help="モデル名に付ける名前、64文字まで"
+    )
 
     evaluation = parser.add_argument_group("評価")
     evaluation.add_argument(
@@ -277,6 +297,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluation.add_argument(
         "--baseline",
+        type=filled,
         nargs="?",
         const=True,
         metavar="MODEL",
@@ -319,9 +340,12 @@ def build_parser() -> argparse.ArgumentParser:
     money.add_argument("--yes", action="store_true", help="料金の確認を省く")
 
     place = parser.add_argument_group("接続と出力")
-    place.add_argument("--base-url", metavar="URL", help="OpenAI互換エンドポイント（既定: OpenAI）")
+    place.add_argument(
+        "--base-url", type=filled, metavar="URL", help="OpenAI互換エンドポイント（既定: OpenAI）"
+    )
     place.add_argument(
         "--output-dir",
+        type=filled,
         default="openai_sft_outputs",
         metavar="DIR",
         help="保存先（既定: openai_sft_outputs）",
@@ -433,7 +457,8 @@ def run(sft: OpenAISFT, options: argparse.Namespace) -> int:
     elif options.job_id:
         results = sft.attach(options.job_id, timeout=options.timeout)
     elif options.resume is not None:
-        results = sft.resume(options.resume or None, timeout=options.timeout)
+        named = None if options.resume is True else options.resume
+        results = sft.resume(named, timeout=options.timeout)
         if results is None:
             show(["再開する実行はありません。"])
     else:

@@ -23,12 +23,13 @@ from helpers import (
     hearing_interrupts,
     posts,
     read_json,
+    recorded_run,
     records,
     training_file,
     write_jsonl,
 )
 
-from openai_sft import OpenAISFT, RunRecord
+from openai_sft import OpenAISFT
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 
@@ -231,10 +232,7 @@ def test_every_option_of_training_reaches_the_service(
 def test_an_evaluation_alone_trains_nothing(
     cli: Callable[..., Ended], online: tuple[str, ...], endpoint: Rehearsal
 ) -> None:
-    Path("out").mkdir()
-    RunRecord.create(
-        Path("out"), "20260101_000000", settings={}, fine_tuned_model="gpt-4o-2024-08-06"
-    )
+    recorded_run(Path("out"), "20260101_000000", fine_tuned_model="gpt-4o-2024-08-06")
     newest = cli(*online, "--evaluate-only")
     named = cli(*online, "--evaluate-only", "--model-id", "gpt-4o-mini-2024-07-18")
 
@@ -310,7 +308,7 @@ def test_a_wrong_option_is_one_clear_line_and_nothing_is_sent(
         (["--max-samples", "11"], "12件以上"),
         (["--max-cost-usd", "0"], "上限"),
         (["--max-cost-usd", "9", "--model", "gpt-4.1-nano-2025-04-14"], "不明"),
-        (["--max-cost-usd", "9", "--epochs", "auto"], "不明"),
+        (["--max-cost-usd", "0.001", "--epochs", "auto"], "上限"),
         (["--evaluate-only"], "--model-id"),
         (["--output-dir", "taken"], "taken"),
     ],

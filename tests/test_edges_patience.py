@@ -28,7 +28,7 @@ import openai
 import pytest
 from endpoint import Fault, Rehearsal
 from faults import CHAT, JOB, JOBS, Answer, Asked, Bent, Clock, made, until
-from helpers import PROJECT, examples, posts, records, training_file, write_jsonl
+from helpers import PROJECT, examples, posts, recorded_run, records, training_file, write_jsonl
 
 import openai_sft_example
 from openai_sft import (
@@ -36,7 +36,6 @@ from openai_sft import (
     ConfigurationError,
     OpenAISFT,
     OpenAISFTError,
-    RunRecord,
     explain_api_error,
 )
 
@@ -332,23 +331,19 @@ def test_a_run_asks_the_endpoint_before_it_reads_or_writes_anything(
 
 
 @pytest.fixture
-def recorded(clean_environment: Path) -> RunRecord:
+def recorded(clean_environment: Path) -> str:
     """A run that is recorded here, with a job."""
-    (clean_environment / "out").mkdir()
-    facts = {"kind": "job", "job_id": "ftjob-here", "settings": {"base_url": None}}
-    record = RunRecord.create(clean_environment / "out", "20260101_000000", **facts)
-    record.release()
-    return record
+    facts = {"kind": "job", "job_id": "ftjob-here"}
+    return recorded_run(clean_environment / "out", "20260101_000000", **facts).stem
 
 
-@pytest.mark.xfail(strict=True, reason="ten minutes are waited for around the ten seconds")
 @pytest.mark.parametrize("fault", ["refused", "503", "reset_before", "malformed", "429"])
 def test_the_local_runs_are_listed_within_seconds_whatever_the_endpoint_does(
     timed: MakeSFT,
     clock: Patience,
     endpoint: Rehearsal,
     nowhere: str,
-    recorded: RunRecord,
+    recorded: str,
     fault: str,
 ) -> None:
     clock.limit = 15
@@ -356,12 +351,12 @@ def test_the_local_runs_are_listed_within_seconds_whatever_the_endpoint_does(
         endpoint.inject(Fault(fault, times=None))
     (row,) = timed(base_url=nowhere if fault == "refused" else endpoint.url).list_runs()
 
-    assert (row.run_id, row.job_id) == (recorded.data["run_id"], "ftjob-here")
+    assert (row.run_id, row.job_id) == (recorded, "ftjob-here")
 
 
 @pytest.mark.xfail(strict=True, reason="the table comes after the jobs")
 def test_the_command_line_shows_the_local_table_before_the_endpoint_has_answered(
-    recorded: RunRecord,
+    recorded: str,
 ) -> None:
     """It is killed as soon as it has asked; nothing was ever answered."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -382,7 +377,7 @@ def test_the_command_line_shows_the_local_table_before_the_endpoint_has_answered
                 process.kill()
             shown = process.communicate()[0]
 
-    assert recorded.data["run_id"] in shown
+    assert recorded in shown
 
 
 @pytest.fixture
@@ -549,7 +544,7 @@ def test_a_second_page_of_events_that_is_not_the_apis_json_is_got_past(
 
 @bodies
 def test_an_endpoint_that_never_speaks_the_api_is_a_broken_answer_and_the_list_is_the_local_one(
-    timed: MakeSFT, endpoint: Rehearsal, recorded: RunRecord, body: str
+    timed: MakeSFT, endpoint: Rehearsal, recorded: str, body: str
 ) -> None:
     with Bent(endpoint, instead=lambda _: Answer(200, *BODIES[body])) as bent:
         sft = timed(base_url=bent.url)
@@ -616,7 +611,6 @@ def test_a_file_that_is_never_processed_is_not_waited_for_for_ever(
     assert made(endpoint, JOBS) == 0
 
 
-@pytest.mark.xfail(strict=True, reason="it waits silently")
 def test_a_job_that_has_to_wait_for_the_rate_says_so(
     timed: MakeSFT,
     clock: Patience,

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 LIBRARY, COMMAND, REHEARSAL = "openai_sft", "openai_sft_example", "openai_sft_rehearsal"
 FACE = "OpenAISFT"
 FUNCTION_LINES, CLASS_LINES, FACE_ATTRIBUTES = 60, 800, 12
-UNTYPED = 18  # dict[str, Any] between our own functions: lower it with each one that goes
+UNTYPED = 11  # dict[str, Any] between our own functions: lower it with each one that goes
 BANNER = re.compile(r"# ── (.+?) ─+")
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -221,15 +221,13 @@ def fails_today(reason: str) -> pytest.MarkDecorator:
     return pytest.mark.xfail(strict=True, reason=reason)
 
 
-LONG_FUNCTIONS = fails_today("4 functions over 60 lines, the longest 128")
 LONG_COMMAND = fails_today("2 functions over 60 lines, the longest 207")
-LONG_CLASS = fails_today("OpenAISFT has 2,139 lines")
 
 
 @pytest.mark.parametrize(
     "module",
     [
-        pytest.param(LIBRARY, marks=LONG_FUNCTIONS),
+        LIBRARY,
         pytest.param(COMMAND, marks=LONG_COMMAND),
         REHEARSAL,
     ],
@@ -238,17 +236,15 @@ def test_a_function_is_read_on_one_page(module):
     assert functions_over_the_limit(module) == {}
 
 
-@pytest.mark.parametrize("module", [pytest.param(LIBRARY, marks=LONG_CLASS), COMMAND, REHEARSAL])
+@pytest.mark.parametrize("module", [LIBRARY, COMMAND, REHEARSAL])
 def test_a_class_is_held_in_one_head(module):
     assert classes_over_the_limit(module) == {}
 
 
-@fails_today("40 attributes")
 def test_the_face_keeps_little():
     assert len(face_attributes()) <= FACE_ATTRIBUTES, face_attributes()
 
 
-@fails_today("31 functions and classes without an underscore aren't listed")
 def test_every_function_and_class_without_an_underscore_is_public_and_no_other():
     listed, definitions, constants = public_names()
 
@@ -261,7 +257,6 @@ def test_a_constant_is_public_where_another_module_of_ours_needs_it():
     assert imported_by_our_other_modules() & constants <= listed
 
 
-@fails_today("19 arrows up")
 def test_no_arrow_goes_up_the_file_but_from_the_face():
     assert arrows_up() == []
 

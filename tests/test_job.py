@@ -287,7 +287,7 @@ def test_a_job_that_succeeds_comes_back_with_its_model_and_goes_on_record(
     assert ended.fine_tuned_model
     assert record["fine_tuned_model"] == ended.fine_tuned_model
     assert record["job_status"] == "succeeded"
-    assert record["job_error"] is None
+    assert "job_error" not in record
     assert record["trained_tokens"] == ended.trained_tokens
     assert any(ended.fine_tuned_model in line for line in log())
     assert not any("失敗" in line for line in log())

@@ -19,7 +19,6 @@ from openai_sft import (
     ConfigurationError,
     DataError,
     OpenAISFT,
-    RunRecord,
     Selection,
     example_line,
     read_dialogues,
@@ -73,8 +72,9 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
     options = {"dataset": str(path), "output_dir": folder / "out", "verbose": False}
     with OpenAISFT(offline=True, system_prompt=PROMPT, **options) as sft:
         files = sft.prepare_data(**CHOICE).files
-    run = RunRecord.load(Path(files["record"]))
-    run.update(fine_tuned_model=MODEL, job_id="ftjob-1", job_status="succeeded")
+    outcome = {"fine_tuned_model": MODEL, "job_id": "ftjob-1", "job_status": "succeeded"}
+    kept = {**read_json(files["record"]), **outcome}
+    Path(files["record"]).write_text(json.dumps(kept), "utf-8")
     return Tuned(folder / "out", str(path), read_json(files["manifest"]))
 
 

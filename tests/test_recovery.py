@@ -14,6 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ from helpers import (
     job,
     posts,
     read_json,
+    recorded_run,
     records,
     training_file,
     write_jsonl,
@@ -58,10 +60,9 @@ from openai_sft import (
     OpenAISFT,
     OpenAISFTError,
     Price,
-    RunRecord,
+    Runs,
     TrainingNotAvailable,
     WaitTimeout,
-    find_run,
 )
 
 MakeSFT = Callable[..., OpenAISFT]
@@ -673,19 +674,21 @@ def test_the_same_instance_comes_back_to_its_own_run(timed: MakeSFT, endpoint: R
 
 
 def test_two_processes_never_write_one_record(timed: MakeSFT, endpoint: Rehearsal) -> None:
-    endpoint.hold("running")
-    first, second = timed(), timed()
-    with pytest.raises(WaitTimeout):
-        first.run_full_pipeline(**SHORT, timeout=60)
-    before = Path(first.files["record"]).read_bytes()
-    with pytest.raises(ConfigurationError, match="別のプロセス"):
-        second.resume(timeout=60)
-    after = Path(first.files["record"]).read_bytes()
-    first.close()
-    endpoint.release()
+    def meanwhile(_: float) -> None:
+        before = Path(first.files["record"]).read_bytes()
+        with pytest.raises(ConfigurationError, match="別のプロセス"):
+            second.resume(timeout=60)
+        seen.append(Path(first.files["record"]).read_bytes() == before)
+        endpoint.release()
 
-    assert after == before
-    assert second.resume() is not None
+    seen: list[bool] = []
+    endpoint.hold("running")
+    first, second = timed(sleep=meanwhile), timed()
+    results = first.run_full_pipeline(**SHORT)
+
+    assert seen
+    assert all(seen)
+    assert results["summary"]["total_cases_evaluated"] == 2
 
 
 def test_a_rehearsal_is_marked_and_never_resumed_nor_the_newest_model(
@@ -697,9 +700,10 @@ def test_a_rehearsal_is_marked_and_never_resumed_nor_the_newest_model(
     with OpenAISFT(rehearse=True, output_dir=out, verbose=False) as done:
         done.run_full_pipeline(epochs=1, max_test_cases=1)
     stopped = OpenAISFT(rehearse=True, output_dir=out, verbose=False, sleep=interrupt)
-    assert stopped.client
-    assert stopped._endpoint
-    stopped._endpoint.hold("running")
+    (server,) = (
+        place._server for place in [stopped._endpoint_of(stopped.settings)] if place.client
+    )
+    server.hold("running")
     with stopped, pytest.raises(KeyboardInterrupt):
         stopped.run_full_pipeline(epochs=50, batch_size=1, max_test_cases=1)
     runs = sorted(out.glob("run_*.json"))
@@ -707,7 +711,7 @@ def test_a_rehearsal_is_marked_and_never_resumed_nor_the_newest_model(
     assert [read_json(path)["rehearsal"] for path in runs] == [True, True]
     assert make_sft().resume() is None
     assert make_sft().resume(runs[-1].stem) is None
-    assert find_run(out) is None
+    assert Runs(out).of_model() is None
 
 
 @pytest.mark.parametrize("hidden", ["test", "valid"])
@@ -844,10 +848,7 @@ def test_runs_and_jobs_are_listed_side_by_side_with_orphans_both_ways(
     with timed() as sft:
         sft.save_all_datasets(examples(10), [], [])
         sft.upload_training_file(file)
-    lost = RunRecord.create(
-        out, "20260101_000000", kind="job", job_id="ftjob-gone", settings={"base_url": None}
-    )
-    lost.release()
+    recorded_run(out, "20260101_000000", kind="job", job_id="ftjob-gone")
     rows = {row.job_id: row for row in timed().list_runs()}
 
     assert rows[ours].orphan is None
@@ -1195,12 +1196,16 @@ def test_a_limit_and_a_price_once_given_hold_for_the_resumed_run(
         sft.run_full_pipeline(**SHORT)
     record = Path(sft.files["record"])
     estimate = read_json(record)["estimate"]["total_usd"]
-    later = timed()
-    later.resume()
+    kept = read_json(record)
+    for name, value in (("max_cost_usd", 0.0001), ("price", asdict(Price(3e4, 0.3, 1.2)))):
+        settings = {**kept["settings"], name: value}
+        record.write_text(json.dumps({**kept, "settings": settings}), "utf-8")
+        with pytest.raises(BudgetError):
+            timed().resume()
+    record.write_text(json.dumps(kept), "utf-8")
 
     assert estimate < 0.06
-    assert later.max_cost_usd == 0.06
-    assert later.price == Price(3.0, 0.3, 1.2)
+    assert timed().resume() is not None
 
 
 def test_an_unknown_price_stops_a_limited_run_before_anything_is_sent(
@@ -1245,7 +1250,7 @@ def test_the_tokens_of_a_job_that_failed_are_a_cost_too(
         timed(base_url=bent.url, client=None) as sft,
     ):
         job = sft.monitor_fine_tune_job(start(sft, file))
-        cost = sft._current_run.data["cost"]
+        cost = record_of(sft)["cost"]
 
     assert job.status == "failed"
     assert cost["training_usd"] == pytest.approx(3.0)
@@ -1253,11 +1258,12 @@ def test_the_tokens_of_a_job_that_failed_are_a_cost_too(
 
 def test_a_correction_after_a_failed_preparation_is_what_is_converted(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [*records(12), {"dialogue": [{"role": "x"}]}])
-    sft = OpenAISFT(offline=True, dataset=str(path), output_dir=tmp_path / "out")
+    sft = OpenAISFT(
+        offline=True, dataset=str(path), output_dir=tmp_path / "out", system_prompt="新しい指示"
+    )
     with pytest.raises(DataError):
         sft.prepare_data()
     write_jsonl(path, records(12))
-    sft.system_prompt = "新しい指示"
     train, _, _ = sft.load_and_split_dataset()
 
     assert all(e["messages"][0]["content"] == "新しい指示" for e in sft.prepare_dataset(train))

@@ -17,7 +17,7 @@ import openai
 import pytest
 from endpoint import Fault, Rehearsal
 from faults import CHAT, JOBS, Answer, Asked, Bent, asked
-from helpers import examples, training_file
+from helpers import examples, recorded_run, training_file
 
 import openai_sft_example
 from openai_sft import (
@@ -25,7 +25,6 @@ from openai_sft import (
     DataError,
     OpenAISFT,
     OpenAISFTError,
-    RunRecord,
     explain_api_error,
 )
 
@@ -247,10 +246,7 @@ def test_a_lock_or_a_record_that_is_a_link_touches_nothing_outside(
 def test_a_run_named_from_outside_is_refused(
     make_sft: MakeSFT, clean_environment: Path, name: str
 ) -> None:
-    elsewhere = clean_environment / "elsewhere"
-    elsewhere.mkdir()
-    facts: dict[str, Any] = {"kind": "evaluation", "settings": {}, "plan": {}}
-    RunRecord.create(elsewhere, "20260101_000000", **facts).release()
+    recorded_run(clean_environment / "elsewhere", "20260101_000000", kind="evaluation", plan={})
     with pytest.raises(ConfigurationError) as caught:
         make_sft().resume(name)
 
