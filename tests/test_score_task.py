@@ -207,10 +207,10 @@ def finished(
 
 
 def test_the_items_are_those_of_the_review_in_its_order() -> None:
-    review = example_dialogues()[0]["review_by_client_jp"]
+    review = example_dialogues()[0]["review_by_client_en"]
     assert isinstance(review, dict)
 
-    assert [key for key in review if key in SCORE_ITEMS] == list(ITEMS)
+    assert [key for key in review if key in SCORE_ITEMS.values()] == list(SCORE_ITEMS.values())
     assert len(ITEMS) == 20
 
 
