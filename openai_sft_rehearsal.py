@@ -448,9 +448,9 @@ class CharacterModel:
             found = self._by_pair.get(pair, ())
             if len(found) <= _COMMON:
                 scores.update(found)
-        # Ties go to the older opening: the order of a set must not decide.
-        similar = min(scores, key=lambda index: (-scores[index], index), default=0)
-        text = self._openings[similar] if self._openings else ""
+        text = ""
+        if scores:  # ties go to the older opening: the order of a set must not decide
+            text = self._openings[min(scores, key=lambda index: (-scores[index], index))]
         while len(text) < _LONGEST_ANSWER:
             likeliest = self._longest_known((_START + text)[-_CONTEXT:]).best
             if likeliest in ("", _END):
