@@ -761,9 +761,8 @@ class _Service:
     # Files
 
     def create_file(self, request: Request, name: str) -> Json:
-        file, purpose = request.body.get("file"), request.body.get("purpose")
-        if not isinstance(file, SentFile):
-            raise ApiError(400, "'file' is a required property.", "file")
+        file = _field(request.body, "file", SentFile, needed=True)
+        purpose = request.body.get("purpose")
         self._check_file(file.name, purpose, len(file.data))
         return self._add_file(file.name, str(purpose), file.data).shown
 
@@ -819,9 +818,7 @@ class _Service:
         return upload
 
     def add_part(self, request: Request, name: str) -> Json:
-        upload, sent = self._upload(name), request.body.get("data")
-        if not isinstance(sent, SentFile):
-            raise ApiError(400, "'data' is a required property.", "data")
+        upload, sent = self._upload(name), _field(request.body, "data", SentFile, needed=True)
         part = self._new("part_", "upload.part", upload_id=name)
         upload.parts[part["id"]] = sent.data
         return part
@@ -1392,11 +1389,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signals = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, lambda got, _: received.append(got)) for number in signals]
     try:
-        with Rehearsal(
-            arguments.port,
-            latency=arguments.latency,
-            max_in_flight=arguments.max_in_flight,
-        ) as endpoint:
+        with Rehearsal(**vars(arguments)) as endpoint:
             _log.info("リハーサル環境を開始しました: %s （Ctrl-Cで終了）", endpoint.url)
             while not received:
                 time.sleep(0.1)  # a signal ends the sleep's turn, on Windows too
