@@ -428,6 +428,10 @@ def messages(*given: Any, **more: Any) -> dict[str, Any]:
 
 
 ANSWER = {"role": "assistant", "content": "ええ"}
+SPECIAL = (
+    *("im_start", "im_end", "im_sep", "endoftext", "endofprompt"),
+    *("fim_prefix", "fim_middle", "fim_suffix"),
+)
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 BAD_LINES: dict[str, bytes] = {
@@ -465,7 +469,10 @@ BAD_LINES: dict[str, bytes] = {
             "weight true": messages(USER, ANSWER | {"weight": True}),
             "weight 1.0": messages(USER, ANSWER | {"weight": 1.0}),
             "a user's weight": messages(USER | {"weight": 1}, ANSWER),
-            "a special token": messages({"role": "user", "content": "a<|endoftext|>"}, ANSWER),
+            **{
+                f"the special token {token}": messages(USER | {"content": f"a<|{token}|>"}, ANSWER)
+                for token in SPECIAL
+            },
             "a special token in a part": messages(
                 {"role": "user", "content": [{"type": "text", "text": "<|im_start|>"}]}, ANSWER
             ),
@@ -602,6 +609,21 @@ def test_a_tuned_model_answers_out_of_what_it_learned(
     assert len(set(answers)) >= 4
     assert all(0 < len(answer) <= 200 for answer in answers)
     assert all(a[i : i + 2] in known for a in answers for i in range(len(a) - 1) if "\n" not in a)
+
+
+def test_an_answer_begins_as_the_one_to_the_most_similar_text_did(
+    endpoint: Rehearsal, client: openai.OpenAI
+) -> None:
+    topics = {"夜に眠れません": "睡眠", "母がこわいです": "家族", "上司がこわいです": "職場"}
+    pairs = [
+        messages(USER | {"content": text}, {"role": "assistant", "content": f"{topic}ですね。"})
+        for text, topic in topics.items()
+    ]
+    job = finish(endpoint, client, start_job(client, jsonl(*pairs * 4)))
+    said = ["上司がこわい", "昨日も眠れません", "母がこわい"]
+    answers = [ask(client, job.fine_tuned_model, text).choices[0].message.content for text in said]
+
+    assert answers == ["職場ですね。", "睡眠ですね。", "家族ですね。"]
 
 
 def test_an_answer_is_cut_at_the_limit(client: openai.OpenAI) -> None:
