@@ -18,8 +18,9 @@ from typing import Any, Self
 
 import openai
 import pytest
+from edges import Forward, Gateway, Reply, Request, saying
 from endpoint import Fault, Rehearsal
-from faults import CHAT, Answer, Asked, Bent, Clock, until
+from faults import CHAT, Clock, until
 from helpers import (
     LoopbackHandler,
     LoopbackServer,
@@ -45,7 +46,7 @@ from openai_sft import (
 )
 
 MakeSFT = Callable[..., OpenAISFT]
-Reply = Callable[[dict[str, Any]], Any]
+Says = Callable[[dict[str, Any]], Any]
 
 BASE = "gpt-4o-mini-2024-07-18"
 TUNED = f"ft:{BASE}:org::abc"
@@ -60,7 +61,7 @@ class Counsellor:
     many questions are there.
     """
 
-    def __init__(self, reply: Reply, *, together: int = 1) -> None:
+    def __init__(self, reply: Says, *, together: int = 1) -> None:
         self.asked: list[dict[str, Any]] = []
         self.most = self._under_way = 0
         self._reply, self._lock = reply, threading.Lock()
@@ -743,15 +744,16 @@ def test_what_the_answers_so_far_have_cost_counts_before_another_is_asked_for(
 ) -> None:
     """They were far longer than was estimated: 20 cents each."""
 
-    def long(request: Asked, answer: Answer) -> Answer:
-        if answer.status != 200:
-            return answer
+    def long(request: Request, forward: Forward) -> Reply:
+        reply = forward(request)
+        if reply.status != 200:
+            return reply
         usage = {"prompt_tokens": 1_333_333, "completion_tokens": 0, "total_tokens": 1_333_333}
-        return answer.saying({**answer.json, "usage": usage})
+        return saying({**reply.json, "usage": usage})
 
     endpoint.inject(Fault("401", "POST", CHAT, skip=3))
-    with Bent(endpoint, long) as bent:
-        options = {"dataset": many, "client": None, "base_url": bent.url}
+    with Gateway(endpoint, long) as gateway:
+        options = {"dataset": many, "client": None, "base_url": gateway.url}
         with make_sft(**options) as first, pytest.raises(openai.AuthenticationError):
             first.run_evaluation(BASE, concurrency=1)
         before = len(posts(endpoint, CHAT))

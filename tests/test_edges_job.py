@@ -137,7 +137,7 @@ def test_a_job_that_turns_up_late_is_found_and_not_made_again(
 
 @pytest.mark.xfail(strict=True, reason="the client gives up after 60 s", raises=AssertionError)
 def test_a_creation_is_given_minutes(at: MakeSFT, endpoint: Rehearsal, file: Path) -> None:
-    with Gateway(endpoint, lambda request, forward: forward(request)) as gateway:
+    with Gateway(endpoint) as gateway:
         start(at(gateway.url), file)
         (creation,) = gateway.of("POST", JOBS)
 
@@ -912,7 +912,7 @@ def test_credentials_in_a_base_url_are_neither_saved_nor_shown(
     out: Path,
     log: Log,
 ) -> None:
-    with Gateway(endpoint, lambda request, forward: forward(request)) as gateway:
+    with Gateway(endpoint) as gateway:
         url = gateway.url.replace("//", f"//taro:{SECRET}@")
         arguments = online(url)
         shown = [cli(*arguments, "--verbose"), cli("--check", *arguments[:2])]
@@ -932,7 +932,7 @@ def test_a_run_at_a_base_url_with_credentials_is_resumed_there(
     at: MakeSFT, endpoint: Rehearsal
 ) -> None:
     endpoint.inject(Fault("insufficient_quota", "POST", CHAT))
-    with Gateway(endpoint, lambda request, forward: forward(request)) as gateway:
+    with Gateway(endpoint) as gateway:
         url = gateway.url.replace("//", "//taro:p%40ss@")
         with at(url) as sft, pytest.raises(openai.RateLimitError):
             sft.run_full_pipeline(**SHORT)
@@ -954,7 +954,7 @@ def test_a_run_at_a_base_url_with_credentials_is_resumed_there(
 def test_a_redirect_to_another_host_is_refused(
     at: MakeSFT, endpoint: Rehearsal, clock: Clock, method: str, path: str, status: int
 ) -> None:
-    with Gateway(endpoint, lambda request, forward: forward(request)) as elsewhere:
+    with Gateway(endpoint) as elsewhere:
 
         def serve(request: Request, forward: Forward) -> Reply:
             if request.method != method or not re.fullmatch(path, request.path):

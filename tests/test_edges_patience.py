@@ -26,8 +26,9 @@ from urllib.parse import urlsplit
 
 import openai
 import pytest
+from edges import Forward, Gateway, Reply, Request, Serve, refusal
 from endpoint import Fault, Rehearsal
-from faults import CHAT, JOB, JOBS, Answer, Asked, Bent, Clock, made, until
+from faults import CHAT, JOB, JOBS, Clock, made, until
 from helpers import PROJECT, examples, posts, recorded_run, records, training_file, write_jsonl
 
 import openai_sft_example
@@ -385,14 +386,14 @@ def limits(endpoint: Rehearsal) -> Iterator[tuple[str, dict[str, float]]]:
     """An endpoint, and how many seconds each kind of request was given, as the SDK tells it."""
     given: dict[str, float] = {}
 
-    def note(request: Asked, answer: Answer) -> Answer:
+    def note(request: Request, forward: Forward) -> Reply:
         seconds = request.headers.get("x-stainless-read-timeout")
         if seconds is not None:
             given[f"{request.method} {request.path}"] = float(seconds)
-        return answer
+        return forward(request)
 
-    with Bent(endpoint, note) as bent:
-        yield bent.url, given
+    with Gateway(endpoint, note) as gateway:
+        yield gateway.url, given
 
 
 @pytest.mark.xfail(strict=True, reason="every request is given 60 seconds")
@@ -502,18 +503,19 @@ def test_a_200_that_is_not_the_apis_json_is_got_past_wherever_it_comes(
     timed: MakeSFT, endpoint: Rehearsal, clean_environment: Path, place: str, body: str
 ) -> None:
     method, pattern = PLACES[place]
-    left = [Answer(200, *BODIES[body])]
+    left = [Reply(200, *BODIES[body])]
 
-    def bend(request: Asked, answer: Answer) -> Answer:
+    def bend(request: Request, forward: Forward) -> Reply:
         here = request.method == method and fnmatchcase(request.path, pattern)
-        return left.pop() if here and left else answer
+        reply = forward(request)
+        return left.pop() if here and left else reply
 
     if place == "the list of files":
         endpoint.inject(Fault("reset_after", "POST", "/files"))
     if place == "the list of jobs":
         endpoint.inject(Fault("reset_after", "POST", JOBS))
-    with Bent(endpoint, bend) as bent:
-        sft = timed(base_url=bent.url)
+    with Gateway(endpoint, bend) as gateway:
+        sft = timed(base_url=gateway.url)
         job = sft.monitor_fine_tune_job(start(sft, clean_environment), timeout=3600)
 
     assert left == []
@@ -525,14 +527,14 @@ def test_a_200_that_is_not_the_apis_json_is_got_past_wherever_it_comes(
 def test_a_second_page_of_events_that_is_not_the_apis_json_is_got_past(
     timed: MakeSFT, endpoint: Rehearsal, clean_environment: Path, body: str
 ) -> None:
-    left = [Answer(200, *BODIES[body])]
+    left = [Reply(200, *BODIES[body])]
 
-    def bend(request: Asked, answer: Answer) -> Answer:
+    def bend(request: Request, forward: Forward) -> Reply:
         second = request.path.endswith("/events") and "after=" in request.query
-        return left.pop() if second and left else answer
+        return left.pop() if second and left else forward(request)
 
-    with Bent(endpoint, bend) as bent:
-        sft = timed(base_url=bent.url)
+    with Gateway(endpoint, bend) as gateway:
+        sft = timed(base_url=gateway.url)
         file_id = sft.upload_training_file(training_file(clean_environment))
         job_id = sft.create_fine_tune_job(file_id, 10, 1)
         until(lambda: sft.client.fine_tuning.jobs.retrieve(job_id).status == "succeeded")
@@ -544,10 +546,10 @@ def test_a_second_page_of_events_that_is_not_the_apis_json_is_got_past(
 
 @bodies
 def test_an_endpoint_that_never_speaks_the_api_is_a_broken_answer_and_the_list_is_the_local_one(
-    timed: MakeSFT, endpoint: Rehearsal, recorded: str, body: str
+    timed: MakeSFT, recorded: str, body: str
 ) -> None:
-    with Bent(endpoint, instead=lambda _: Answer(200, *BODIES[body])) as bent:
-        sft = timed(base_url=bent.url)
+    with Gateway(None, lambda *_: Reply(200, *BODIES[body])) as gateway:
+        sft = timed(base_url=gateway.url)
         (row,) = sft.list_runs()
         with pytest.raises(BrokenAnswer):
             sft.cancel_job("ftjob-here")
@@ -564,19 +566,18 @@ def start(sft: OpenAISFT, folder: Path) -> str:
 
 def refusing(
     times: int, status: int, message: str, *, code: str | None = None, **headers: str
-) -> Callable[[Asked], Answer | None]:
+) -> Serve:
     """Refuses so often to make a job."""
     left = [times]
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
     named = {name.replace("_", "-"): value for name, value in headers.items()}
 
-    def instead(request: Asked) -> Answer | None:
-        if (request.method, request.path) != ("POST", JOBS) or not left[0]:
-            return None
+    def serve(request: Request, forward: Forward) -> Reply:
+        if request.line != ("POST", JOBS) or not left[0]:
+            return forward(request)
         left[0] -= 1
-        return Answer(status, json.dumps({"error": error}).encode(), headers=named)
+        return refusal(status, message, code)._replace(headers=named)
 
-    return instead
+    return serve
 
 
 PROCESSED = (
@@ -590,8 +591,8 @@ PROCESSED = (
 def test_a_file_that_is_still_being_processed_is_waited_for(
     timed: MakeSFT, clock: Patience, endpoint: Rehearsal, clean_environment: Path, message: str
 ) -> None:
-    with Bent(endpoint, instead=refusing(3, 400, message)) as bent:
-        job_id = start(timed(base_url=bent.url), clean_environment)
+    with Gateway(endpoint, refusing(3, 400, message)) as gateway:
+        job_id = start(timed(base_url=gateway.url), clean_environment)
 
     assert job_id.startswith("ftjob-")
     assert made(endpoint, JOBS) == 1
@@ -602,10 +603,10 @@ def test_a_file_that_is_never_processed_is_not_waited_for_for_ever(
     timed: MakeSFT, clock: Patience, endpoint: Rehearsal, clean_environment: Path
 ) -> None:
     with (
-        Bent(endpoint, instead=refusing(10**9, 400, PROCESSED)) as bent,
+        Gateway(endpoint, refusing(10**9, 400, PROCESSED)) as gateway,
         pytest.raises((openai.BadRequestError, OpenAISFTError)),
     ):
-        start(timed(base_url=bent.url), clean_environment)
+        start(timed(base_url=gateway.url), clean_environment)
 
     assert clock.waited <= 2 * 3600
     assert made(endpoint, JOBS) == 0
@@ -633,8 +634,8 @@ def test_a_retry_after_that_is_a_date_is_waited_for(
     timed: MakeSFT, clock: Patience, endpoint: Rehearsal, clean_environment: Path
 ) -> None:
     date = formatdate(clock() + 120, usegmt=True)
-    with Bent(endpoint, instead=refusing(1, 429, "slow down", Retry_After=date)) as bent:
-        start(timed(base_url=bent.url), clean_environment)
+    with Gateway(endpoint, refusing(1, 429, "slow down", Retry_After=date)) as gateway:
+        start(timed(base_url=gateway.url), clean_environment)
 
     assert 110 <= clock.waited <= 130
 
@@ -646,8 +647,8 @@ def test_a_retry_after_that_makes_no_sense_is_no_obstacle(
     if said == "an hour ago":
         said = formatdate(clock() - 3600, usegmt=True)
     latin = said.encode().decode("latin-1")  # as a header's bytes are read
-    with Bent(endpoint, instead=refusing(1, 429, "slow down", Retry_After=latin)) as bent:
-        start(timed(base_url=bent.url), clean_environment)
+    with Gateway(endpoint, refusing(1, 429, "slow down", Retry_After=latin)) as gateway:
+        start(timed(base_url=gateway.url), clean_environment)
 
     assert made(endpoint, JOBS) == 1
     assert clock.waited <= 600
@@ -660,10 +661,10 @@ def test_an_organisation_that_does_not_fit_the_key_is_named_with_its_variable(
     message = "OpenAI-Organization header should match organization for API key"
     refuse = refusing(1, 401, message, code="mismatched_organization")
     with (
-        Bent(endpoint, instead=refuse) as bent,
+        Gateway(endpoint, refuse) as gateway,
         pytest.raises((openai.AuthenticationError, OpenAISFTError)) as caught,
     ):
-        start(timed(base_url=bent.url), clean_environment)
+        start(timed(base_url=gateway.url), clean_environment)
 
     assert "OPENAI_ORG_ID" in told(caught.value)
     assert clock.waited <= SECONDS

@@ -21,6 +21,7 @@ from typing import Any
 
 import openai
 import pytest
+from edges import Forward, Gateway, Reply, Request, deaf, saying
 from endpoint import FAULT_KINDS, Exchange, Fault, Rehearsal
 from faults import (
     CHAT,
@@ -29,9 +30,6 @@ from faults import (
     JOBS,
     LOST,
     PASSING,
-    Answer,
-    Asked,
-    Bent,
     Clock,
     asked,
     made,
@@ -267,16 +265,16 @@ def test_a_job_is_looked_for_three_times_while_the_list_lags(
 ) -> None:
     lists: list[str] = []
 
-    def lag(request: Asked, answer: Answer) -> Answer:
-        if (request.method, request.path) != ("GET", JOBS):
-            return answer
+    def lag(request: Request, forward: Forward) -> Reply:
+        reply = forward(request)
+        if request.line != ("GET", JOBS):
+            return reply
         lists.append(request.path)
-        late = answer.json if len(lists) >= 3 else {**answer.json, "data": []}
-        return answer.saying(late)
+        return reply if len(lists) >= 3 else saying({**reply.json, "data": []})
 
     endpoint.inject(Fault("500_after", "POST", JOBS))
-    with Bent(endpoint, lag) as bent:
-        sft = timed(base_url=bent.url, client=None)
+    with Gateway(endpoint, lag) as gateway:
+        sft = timed(base_url=gateway.url, client=None)
         job_id = start(sft, file)
 
     assert made(endpoint, JOBS) == 1
@@ -291,8 +289,8 @@ def test_an_endpoint_that_ignores_the_filter_has_no_foreign_job_adopted(
     endpoint.hold("validating_files")
     foreign = {made_elsewhere(sft, file, metadata={"openai_sft_run": "x"}) for _ in range(3)}
     endpoint.inject(Fault("reset_before", "POST", JOBS))
-    with Bent(endpoint, lambda _, answer: answer, deaf=True) as bent:
-        job_id = start(timed(base_url=bent.url, client=None), file)
+    with Gateway(endpoint, deaf) as gateway:
+        job_id = start(timed(base_url=gateway.url, client=None), file)
 
     assert job_id not in foreign
     assert made(endpoint, JOBS) == 4
@@ -304,12 +302,12 @@ def test_an_answer_that_is_no_job_is_a_lost_answer(
 ) -> None:
     bodies = [body]
 
-    def empty(request: Asked, answer: Answer) -> Answer:
-        asks = (request.method, request.path) == ("POST", JOBS)
-        return answer.saying(bodies.pop()) if asks and bodies else answer
+    def empty(request: Request, forward: Forward) -> Reply:
+        reply = forward(request)
+        return saying(bodies.pop()) if request.line == ("POST", JOBS) and bodies else reply
 
-    with Bent(endpoint, empty) as bent:
-        job_id = start(timed(base_url=bent.url, client=None), file)
+    with Gateway(endpoint, empty) as gateway:
+        job_id = start(timed(base_url=gateway.url, client=None), file)
 
     assert job_id.startswith("ftjob-")
     assert made(endpoint, JOBS) == 1
@@ -363,15 +361,16 @@ def test_a_file_of_the_same_name_that_nobody_here_knows_is_never_adopted(
         content += b"\n"
     foreign = sft.client.files.create(file=(file.name, content), purpose="fine-tune").id
 
-    def aged(request: Asked, answer: Answer) -> Answer:
-        if (request.method, request.path, other) != ("GET", "/files", "of long ago"):
-            return answer
-        early = [{**one, "created_at": one["created_at"] - 7200} for one in answer.json["data"]]
-        return answer.saying({**answer.json, "data": early})
+    def aged(request: Request, forward: Forward) -> Reply:
+        reply = forward(request)
+        if (*request.line, other) != ("GET", "/files", "of long ago"):
+            return reply
+        early = [{**one, "created_at": one["created_at"] - 7200} for one in reply.json["data"]]
+        return saying({**reply.json, "data": early})
 
     endpoint.inject(Fault("reset_before", "POST", "/files"))
-    with Bent(endpoint, aged) as bent:
-        file_id = timed(base_url=bent.url, client=None).upload_training_file(file)
+    with Gateway(endpoint, aged) as gateway:
+        file_id = timed(base_url=gateway.url, client=None).upload_training_file(file)
 
     assert file_id != foreign
     assert sft.client.files.content(file_id).content == file.read_bytes()
@@ -383,8 +382,8 @@ def test_a_file_for_another_purpose_is_never_adopted(
     with file.open("rb") as opened:
         other = sft.client.files.create(file=(file.name, opened), purpose="user_data").id
     endpoint.inject(Fault("reset_before", "POST", "/files"))
-    with Bent(endpoint, lambda _, answer: answer, deaf=True) as bent:
-        file_id = timed(base_url=bent.url, client=None).upload_training_file(file)
+    with Gateway(endpoint, deaf) as gateway:
+        file_id = timed(base_url=gateway.url, client=None).upload_training_file(file)
 
     assert file_id != other
 
@@ -440,14 +439,15 @@ def test_a_file_that_was_deleted_there_is_uploaded_again(
 def test_a_known_file_that_is_not_there_as_it_was_sent_is_uploaded_again(
     timed: MakeSFT, endpoint: Rehearsal, file: Path, change: dict[str, Any]
 ) -> None:
-    def changed(request: Asked, answer: Answer) -> Answer:
+    def changed(request: Request, forward: Forward) -> Reply:
         known = request.method == "GET" and fnmatchcase(request.path, FILE)
-        return answer.saying({**answer.json, **change}) if known else answer
+        reply = forward(request)
+        return saying({**reply.json, **change}, reply.status) if known else reply
 
-    with Bent(endpoint, changed) as bent:
-        with timed(base_url=bent.url, client=None) as sft:
+    with Gateway(endpoint, changed) as gateway:
+        with timed(base_url=gateway.url, client=None) as sft:
             first = sft.upload_training_file(file)
-        with timed(base_url=bent.url, client=None) as sft:
+        with timed(base_url=gateway.url, client=None) as sft:
             again = sft.upload_training_file(file)
 
     assert again != first
@@ -1034,12 +1034,12 @@ AZURE = (
 def test_the_columns_of_azure_are_kept_one_row_a_step(
     timed: MakeSFT, endpoint: Rehearsal, file: Path, content: bytes
 ) -> None:
-    def azure(request: Asked, answer: Answer) -> Answer:
+    def azure(request: Request, forward: Forward) -> Reply:
         result = request.path.endswith("/content")
-        return Answer(200, content, "application/octet-stream") if result else answer
+        return Reply(200, content, "application/octet-stream") if result else forward(request)
 
-    with Bent(endpoint, azure) as bent:
-        sft = timed(base_url=bent.url, client=None)
+    with Gateway(endpoint, azure) as gateway:
+        sft = timed(base_url=gateway.url, client=None)
         sft.monitor_fine_tune_job(start(sft, file))
     path = Path(sft.files["training_metrics"])
     with path.open(encoding="utf-8", newline="") as table:
@@ -1166,19 +1166,20 @@ def test_an_evaluation_stops_where_its_answers_and_the_training_have_passed_the_
 ) -> None:
     """Each answer costs 0.6 cents, many times what was estimated; the training was dear."""
 
-    def long(request: Asked, answer: Answer) -> Answer:
-        if request.path != CHAT or answer.status != 200:
-            return answer
+    def long(request: Request, forward: Forward) -> Reply:
+        reply = forward(request)
+        if request.path != CHAT or reply.status != 200:
+            return reply
         usage = {"prompt_tokens": 20_000, "completion_tokens": 0, "total_tokens": 20_000}
-        return answer.saying({**answer.json, "usage": usage})
+        return saying({**reply.json, "usage": usage})
 
     options: dict[str, Any] = {"client": None, "price": Price(1000.0, 0.3, 1.2)}
-    with Bent(endpoint, long) as bent:
-        sft = timed(base_url=bent.url, **options)
+    with Gateway(endpoint, long) as gateway:
+        sft = timed(base_url=gateway.url, **options)
         stop_in_the_evaluation(sft, endpoint)
         spent = record_of(sft)["cost"]["training_usd"]
         with (
-            timed(base_url=bent.url, max_cost_usd=spent + 0.004, **options) as later,
+            timed(base_url=gateway.url, max_cost_usd=spent + 0.004, **options) as later,
             pytest.raises(BudgetError, match="評価を止めました"),
         ):
             later.resume()
@@ -1239,15 +1240,16 @@ def test_a_job_sent_with_other_settings_is_never_taken_for_the_one_that_is_asked
 def test_the_tokens_of_a_job_that_failed_are_a_cost_too(
     timed: MakeSFT, endpoint: Rehearsal, file: Path
 ) -> None:
-    def trained(asked: Asked, answer: Answer) -> Answer:
-        if "/ftjob-" not in asked.path or answer.json.get("object") != "fine_tuning.job":
-            return answer
-        return answer.saying({**answer.json, "trained_tokens": 1_000_000})
+    def trained(request: Request, forward: Forward) -> Reply:
+        reply = forward(request)
+        if "/ftjob-" not in request.path or reply.json.get("object") != "fine_tuning.job":
+            return reply
+        return saying({**reply.json, "trained_tokens": 1_000_000})
 
     endpoint.inject(Fault("job_failed", "POST", JOBS))
     with (
-        Bent(endpoint, trained) as bent,
-        timed(base_url=bent.url, client=None) as sft,
+        Gateway(endpoint, trained) as gateway,
+        timed(base_url=gateway.url, client=None) as sft,
     ):
         job = sft.monitor_fine_tune_job(start(sft, file))
         cost = record_of(sft)["cost"]

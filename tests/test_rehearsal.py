@@ -110,12 +110,11 @@ def test_a_file_comes_back_as_it_was_sent(client: openai.OpenAI) -> None:
     assert (file.bytes, file.status) == (len(data), "processed")
 
 
-def test_files_are_listed_in_pages_by_purpose_and_order(client: openai.OpenAI) -> None:
+def test_files_are_listed_in_pages_by_purpose_newest_first(client: openai.OpenAI) -> None:
     ids = [upload(client, examples(1)) for _ in range(5)]
     client.files.create(file=("a.txt", b"x"), purpose="user_data")
 
     assert [f.id for f in client.files.list(purpose="fine-tune", limit=2)] == ids[::-1]
-    assert [f.id for f in client.files.list(purpose="fine-tune", order="asc")] == ids
     assert client.files.list(purpose="batch").data == []
 
 
@@ -127,31 +126,14 @@ def test_a_deleted_file_is_gone(client: openai.OpenAI) -> None:
         client.files.retrieve(file)
 
 
-@pytest.mark.parametrize(
-    ("name", "data", "status"),
-    [("train.json", b"{}", 400), ("train.jsonl", b"", 400), ("train.jsonl", b"x" * 100_001, 413)],
-    ids=["not .jsonl", "empty", "too large"],
-)
-def test_a_file_outside_the_limits_is_refused(
-    endpoint: Rehearsal, client: openai.OpenAI, name: str, data: bytes, status: int
+@pytest.mark.parametrize(("name", "data"), [("train.json", b"{}"), ("train.jsonl", b"")])
+def test_a_file_of_another_kind_or_without_content_is_refused(
+    client: openai.OpenAI, name: str, data: bytes
 ) -> None:
-    endpoint.max_file_bytes = 100_000
-    with pytest.raises(openai.APIStatusError) as caught:
+    with pytest.raises(openai.BadRequestError) as caught:
         upload(client, data, name)
 
-    assert caught.value.status_code == status
     assert caught.value.param == "file"
-
-
-def test_a_request_over_every_limit_is_read_to_its_end_and_refused(
-    endpoint: Rehearsal, client: openai.OpenAI
-) -> None:
-    endpoint.max_file_bytes = 100_000
-    with pytest.raises(openai.APIStatusError) as caught:
-        upload(client, bytes(70 * 1024 * 1024))
-
-    assert caught.value.status_code == 413
-    assert client.files.list().data == []
 
 
 def test_an_unknown_purpose_is_refused(client: openai.OpenAI) -> None:
@@ -200,29 +182,10 @@ def test_an_upload_must_have_the_bytes_it_announced(client: openai.OpenAI) -> No
     upload_id = begin_upload(client, 5)
     part = client.uploads.parts.create(upload_id, data=b"abc").id
 
-    with pytest.raises(openai.BadRequestError, match="exceed"):
-        client.uploads.parts.create(upload_id, data=b"def")
     with pytest.raises(openai.BadRequestError, match="3 bytes"):
         client.uploads.complete(upload_id, part_ids=[part])
     with pytest.raises(openai.BadRequestError, match="part_ids"):
         client.uploads.complete(upload_id, part_ids=["part_unknown"])
-    assert client.uploads.cancel(upload_id).status == "cancelled"
-
-
-def test_an_upload_over_eight_gigabytes_is_refused(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="bytes"):
-        begin_upload(client, 8 * 1024**3 + 1)
-
-
-def test_an_upload_expires_after_an_hour(sdk: openai.OpenAI) -> None:
-    now = [1_800_000_000.0]
-    with Rehearsal(clock=lambda: now[0]) as endpoint:
-        client = connected(sdk, endpoint)
-        upload_id = begin_upload(client, 3)
-        now[0] += 3600
-
-        with pytest.raises(openai.BadRequestError, match="expired"):
-            client.uploads.parts.create(upload_id, data=b"abc")
 
 
 # --- The life of a job ----------------------------------------------------------------------------
@@ -299,10 +262,11 @@ def test_the_last_three_epochs_leave_checkpoints(
 
     assert [checkpoint.step_number for checkpoint in checkpoints] == [20, 15, 10]
     assert checkpoints[0].metrics.full_valid_loss is not None
+    answer = ask(client, job.fine_tuned_model).choices[0].message.content
     for checkpoint in checkpoints:
         name = checkpoint.fine_tuned_model_checkpoint
         assert name == f"{job.fine_tuned_model}:ckpt-step-{checkpoint.step_number}"
-        assert ask(client, name).choices[0].message.content
+        assert ask(client, name).choices[0].message.content == answer
 
 
 def test_the_result_file_has_the_losses_of_the_events(
@@ -336,15 +300,12 @@ def test_text_of_weight_0_is_not_learned(endpoint: Rehearsal, client: openai.Ope
     silent = {"role": "assistant", "content": "ヌヌヌヌヌ", "weight": 0}
     records = [{"messages": [silent, *example(n)["messages"]]} for n in range(10)]
     job = finish(endpoint, client, start_job(client, jsonl(*records)))
-    answers = [ask(client, job.fine_tuned_model, seed=n).choices[0].message for n in range(20)]
 
-    assert not any("ヌ" in answer.content for answer in answers)
+    assert "ヌ" not in ask(client, job.fine_tuned_model, "ヌヌヌヌヌ").choices[0].message.content
 
 
-def test_auto_is_resolved_and_the_deprecated_place_is_read(
-    endpoint: Rehearsal, client: openai.OpenAI
-) -> None:
-    job = start_job(client, hyperparameters={"n_epochs": 2, "batch_size": "auto"})
+def test_auto_is_resolved(endpoint: Rehearsal, client: openai.OpenAI) -> None:
+    job = start_job(client, method=hyperparameters(n_epochs=2, batch_size="auto"))
     done = finish(endpoint, client, job)
 
     assert job.hyperparameters.batch_size == "auto"
@@ -412,7 +373,8 @@ def test_a_job_is_cancelled_at_any_time(
         (f"{SUPERVISED}.n_epochs", {"method": hyperparameters(n_epochs="3")}),
         (f"{SUPERVISED}.n_epochs", {"method": hyperparameters(n_epochs=True)}),
         (f"{SUPERVISED}.batch_size", {"method": hyperparameters(batch_size=257)}),
-        ("hyperparameters.batch_size", {"hyperparameters": {"batch_size": 1.5}}),
+        (f"{SUPERVISED}.batch_size", {"method": hyperparameters(batch_size=1.5)}),
+        ("method", {"hyperparameters": {"batch_size": 2}}),
         (
             f"{SUPERVISED}.learning_rate_multiplier",
             {"method": hyperparameters(learning_rate_multiplier=0)},
@@ -466,6 +428,10 @@ def messages(*given: Any, **more: Any) -> dict[str, Any]:
 
 
 ANSWER = {"role": "assistant", "content": "ええ"}
+SPECIAL = (
+    *("im_start", "im_end", "im_sep", "endoftext", "endofprompt"),
+    *("fim_prefix", "fim_middle", "fim_suffix"),
+)
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 BAD_LINES: dict[str, bytes] = {
@@ -503,7 +469,10 @@ BAD_LINES: dict[str, bytes] = {
             "weight true": messages(USER, ANSWER | {"weight": True}),
             "weight 1.0": messages(USER, ANSWER | {"weight": 1.0}),
             "a user's weight": messages(USER | {"weight": 1}, ANSWER),
-            "a special token": messages({"role": "user", "content": "a<|endoftext|>"}, ANSWER),
+            **{
+                f"the special token {token}": messages(USER | {"content": f"a<|{token}|>"}, ANSWER)
+                for token in SPECIAL
+            },
             "a special token in a part": messages(
                 {"role": "user", "content": [{"type": "text", "text": "<|im_start|>"}]}, ANSWER
             ),
@@ -632,7 +601,7 @@ def test_a_tuned_model_answers_out_of_what_it_learned(
     }
     prompts = ["眠れません", "母と話せません", "転職したいです", "ひとりで寂しい", "試験が不安"]
     answers = [
-        ask(client, job.fine_tuned_model, prompt, temperature=0).choices[0].message.content
+        ask(client, job.fine_tuned_model, prompt).choices[0].message.content
         for prompt in prompts * 2
     ]
 
@@ -642,17 +611,19 @@ def test_a_tuned_model_answers_out_of_what_it_learned(
     assert all(a[i : i + 2] in known for a in answers for i in range(len(a) - 1) if "\n" not in a)
 
 
-def test_a_seed_repeats_an_answer_and_none_varies_it(
-    trained: tuple[Rehearsal, openai.OpenAI, Any],
+def test_an_answer_begins_as_the_one_to_the_most_similar_text_did(
+    endpoint: Rehearsal, client: openai.OpenAI
 ) -> None:
-    _, client, job = trained
+    topics = {"夜に眠れません": "睡眠", "母がこわいです": "家族", "上司がこわいです": "職場"}
+    pairs = [
+        messages(USER | {"content": text}, {"role": "assistant", "content": f"{topic}ですね。"})
+        for text, topic in topics.items()
+    ]
+    job = finish(endpoint, client, start_job(client, jsonl(*pairs * 4)))
+    said = ["上司がこわい", "昨日も眠れません", "母がこわい"]
+    answers = [ask(client, job.fine_tuned_model, text).choices[0].message.content for text in said]
 
-    def answers(**options: Any) -> set[str]:
-        asked = [ask(client, job.fine_tuned_model, **options) for _ in range(12)]
-        return {answer.choices[0].message.content for answer in asked}
-
-    assert len(answers(seed=3)) == 1
-    assert len(answers()) > 1
+    assert answers == ["職場ですね。", "睡眠ですね。", "家族ですね。"]
 
 
 def test_an_answer_is_cut_at_the_limit(client: openai.OpenAI) -> None:
@@ -670,7 +641,7 @@ def test_tools_and_parts_and_a_format_of_text_are_accepted(client: openai.OpenAI
         tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}],
         response_format={"type": "text"},
         messages=[
-            {"role": "developer", "content": "d"},
+            {"role": "system", "content": "d"},
             {"role": "user", "content": [{"type": "text", "text": "四文字だ"}]},
         ],
     )
@@ -687,7 +658,6 @@ def test_tools_and_parts_and_a_format_of_text_are_accepted(client: openai.OpenAI
         ("messages[1]", {"messages": [USER, "x"]}),
         ("n", {"n": 2}),
         ("stream", {"stream": True}),
-        ("temperature", {"temperature": 2.5}),
         ("max_tokens", {"max_tokens": 0}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -907,16 +877,14 @@ def test_answers_that_are_not_all_scores_are_learned_as_text_only(
     ("method", "path", "status"),
     [
         ("GET", "/nothing", 404),
-        ("PUT", "/files", 404),
         ("GET", "/files/file-unknown", 404),
         ("GET", "/files/file-unknown/content", 404),
         ("GET", "/fine_tuning/jobs/ftjob-unknown", 404),
         ("GET", "/fine_tuning/jobs/ftjob-unknown/events", 404),
-        ("POST", "/uploads/upload_unknown/cancel", 404),
+        ("POST", "/uploads/upload_unknown/complete", 404),
         ("GET", "/fine_tuning/jobs?limit=0", 400),
         ("GET", "/fine_tuning/jobs?limit=x", 400),
         ("GET", "/files?after=file-unknown", 400),
-        ("GET", "/files?order=up", 400),
         ("GET", "/models/", 200),
     ],
 )
@@ -926,13 +894,6 @@ def test_each_path_answers_in_the_apis_shape(
     assert raw(endpoint, method, path)[0] == status
 
 
-@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer "}, {"Authorization": "x"}])
-def test_a_key_is_needed(endpoint: Rehearsal, headers: dict[str, str]) -> None:
-    status, answer = raw(endpoint, "GET", "/models", headers=headers)
-
-    assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
-
-
 @pytest.mark.parametrize(
     "body", [b"{", b"[]", b"\xff", b'{"n": NaN}', b"[" * 200_000], ids=lambda b: str(b[:8])
 )
@@ -940,14 +901,9 @@ def test_a_malformed_body_is_refused(endpoint: Rehearsal, body: bytes) -> None:
     assert raw(endpoint, "POST", "/chat/completions", body)[0] == 400
 
 
-@pytest.mark.parametrize(
-    ("headers", "status"),
-    [({"Transfer-Encoding": "chunked"}, 411), ({"Content-Length": "x"}, 400)],
-)
-def test_a_body_of_unknown_length_is_refused(
-    endpoint: Rehearsal, headers: dict[str, str], status: int
-) -> None:
-    assert raw(endpoint, "POST", "/files", headers=AUTHORIZED | headers)[0] == status
+@pytest.mark.parametrize("headers", [{"Transfer-Encoding": "chunked"}, {"Content-Length": "x"}])
+def test_a_body_of_unknown_length_is_refused(endpoint: Rehearsal, headers: dict[str, str]) -> None:
+    assert raw(endpoint, "POST", "/files", headers=AUTHORIZED | headers)[0] == 411
 
 
 @pytest.mark.parametrize(
@@ -1007,9 +963,12 @@ connection.request("POST", "/v1/chat/completions", body, {"Authorization": "Bear
     assert done.returncode == 0
 
 
-def test_an_endpoint_not_started_says_so() -> None:
-    with pytest.raises(RuntimeError, match="起動"):
-        _ = Rehearsal().url
+def test_an_endpoint_that_never_started_closes() -> None:
+    endpoint = Rehearsal()
+    endpoint.close()
+    endpoint.close()
+
+    assert raw(endpoint, "GET", "/models")[0] == 0
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
@@ -1050,24 +1009,21 @@ def test_the_example_dialogues_have_kokorochats_form() -> None:
     assert any("\n" in turn["utterance"] for turn in utterances)
     assert not any("\\n" in turn["utterance"] for turn in utterances)
     for dialogue in dialogues:
-        japanese, english = dialogue["review_by_client_jp"], dialogue["review_by_client_en"]
-        times = [turn["time"] for turn in dialogue["dialogue"]]
-        items = list(english.values())[5:25]
-        assert times == sorted(set(times))
-        assert list(japanese.values()) == list(english.values())
-        assert english["score"] == sum(items)
+        review = dialogue["review_by_client_en"]
+        items = list(review.values())[4:24]
+        assert review["score"] == sum(items)
         assert all(0 <= points <= 5 for points in items)
 
 
-def test_a_real_dialogue_has_the_same_keys() -> None:
+def test_a_real_dialogue_has_these_fields_and_more() -> None:
     real = PROJECT.parent / "shared" / "kokorochat" / "kokorochat_dialogues" / "10.json"
     if not real.exists():
         pytest.skip("KokoroChat is not at hand")
     theirs, ours = json.loads(real.read_text(encoding="utf-8")), example_dialogues()[0]
 
-    def keys(value: Any) -> Any:
+    def paths(value: Any) -> set[str]:
         if isinstance(value, dict):
-            return {key: keys(inner) for key, inner in value.items()}
-        return [keys(value[0])] if isinstance(value, list) else None
+            return {f"{key}/{path}" for key in value for path in paths(value[key])}
+        return paths(value[0]) if isinstance(value, list) else {""}
 
-    assert keys(theirs) == keys(ours)
+    assert paths(theirs) > paths(ours)

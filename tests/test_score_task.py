@@ -17,9 +17,9 @@ from unicodedata import east_asian_width
 import numpy as np
 import openai
 import pytest
+from edges import Forward, Gateway, Reply, Request
 from endpoint import Fault, Rehearsal
-from faults import Answer as Sent
-from faults import Asked, Bent, Clock
+from faults import Clock
 from helpers import (
     KOKOROCHAT,
     PROJECT,
@@ -207,10 +207,10 @@ def finished(
 
 
 def test_the_items_are_those_of_the_review_in_its_order() -> None:
-    review = example_dialogues()[0]["review_by_client_jp"]
+    review = example_dialogues()[0]["review_by_client_en"]
     assert isinstance(review, dict)
 
-    assert [key for key in review if key in SCORE_ITEMS] == list(ITEMS)
+    assert [key for key in review if key in SCORE_ITEMS.values()] == list(SCORE_ITEMS.values())
     assert len(ITEMS) == 20
 
 
@@ -1095,14 +1095,14 @@ def test_the_response_tasks_summary_has_the_jobs_last_cross_entropies_and_never_
 
 
 def test_an_empty_cell_is_no_cross_entropy(make_sft: MakeSFT, endpoint: Rehearsal) -> None:
-    def bend(request: Asked, sent: Sent) -> Sent:
+    def bend(request: Request, forward: Forward) -> Reply:
         if not request.path.endswith("/content"):
-            return sent
+            return forward(request)
         content = b"step,train_loss,valid_loss\n1,2.5,1.75\n2,1.5,1.25\n3,0.5,\n4,,\n"
-        return Sent(200, content, "application/octet-stream")
+        return Reply(200, content, "application/octet-stream")
 
-    with Bent(endpoint, bend) as bent:
-        results = make_sft(base_url=bent.url).run_full_pipeline(1, 4, max_test_cases=1)
+    with Gateway(endpoint, bend) as gateway:
+        results = make_sft(base_url=gateway.url).run_full_pipeline(1, 4, max_test_cases=1)
 
     assert results["summary"]["training_cross_entropy"] == 0.5
     assert results["summary"]["validation_cross_entropy"] == 1.25
@@ -1111,13 +1111,13 @@ def test_an_empty_cell_is_no_cross_entropy(make_sft: MakeSFT, endpoint: Rehearsa
 def test_the_loss_over_all_validation_data_is_taken_where_it_is_told(
     make_sft: MakeSFT, endpoint: Rehearsal
 ) -> None:
-    def azure(request: Asked, sent: Sent) -> Sent:
+    def azure(request: Request, forward: Forward) -> Reply:
         content = b"step,train_loss,valid_loss,full_valid_loss\n1,2.5,1.75,1.8\n"
         result = request.path.endswith("/content")
-        return Sent(200, content, "application/octet-stream") if result else sent
+        return Reply(200, content, "application/octet-stream") if result else forward(request)
 
-    with Bent(endpoint, azure) as bent:
-        results = make_sft(base_url=bent.url).run_full_pipeline(1, 4, max_test_cases=1)
+    with Gateway(endpoint, azure) as gateway:
+        results = make_sft(base_url=gateway.url).run_full_pipeline(1, 4, max_test_cases=1)
 
     assert results["summary"]["validation_cross_entropy"] == 1.8
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import openai
 import pytest
+from edges import Forward, Gateway, Reply, Request, saying
 from endpoint import Fault, Rehearsal
-from faults import CHAT, JOBS, Answer, Asked, Bent, asked
+from faults import CHAT, JOBS, asked
 from helpers import examples, recorded_run, training_file
 
 import openai_sft_example
@@ -45,18 +46,19 @@ def everything_logged(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
 
 
 @pytest.fixture
-def echoing(endpoint: Rehearsal) -> Iterator[Bent]:
+def echoing(endpoint: Rehearsal) -> Iterator[Gateway]:
     """An endpoint that says in every field of an error which key it was asked with."""
 
-    def echo(request: Asked, answer: Answer) -> Answer:
-        if answer.status < 400:
-            return answer
-        said = f"You sent {request.authorization}"
+    def echo(request: Request, forward: Forward) -> Reply:
+        reply = forward(request)
+        if reply.status < 400:
+            return reply
+        said = f"You sent {request.headers['authorization']}"
         error = {"message": said, "type": said, "param": said, "code": said}
-        return answer.saying({"error": error})
+        return saying({"error": error}, reply.status)
 
-    with Bent(endpoint, echo) as bent:
-        yield bent
+    with Gateway(endpoint, echo) as gateway:
+        yield gateway
 
 
 def everything_told(error: BaseException) -> str:
@@ -95,7 +97,7 @@ def everything_written(folder: Path) -> str:
 def test_the_key_is_nowhere_even_where_the_endpoint_tells_it(
     make_sft: MakeSFT,
     endpoint: Rehearsal,
-    echoing: Bent,
+    echoing: Gateway,
     clean_environment: Path,
     everything_logged: Callable[[], str],
     fault: str,
@@ -124,7 +126,7 @@ def test_the_key_is_nowhere_even_where_the_endpoint_tells_it(
 
 def test_the_command_line_shows_no_key(
     endpoint: Rehearsal,
-    echoing: Bent,
+    echoing: Gateway,
     dataset: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -144,12 +146,12 @@ def test_the_command_line_shows_no_key(
 def test_a_key_in_an_answer_that_is_no_json_is_not_shown_either(
     make_sft: MakeSFT, endpoint: Rehearsal, everything_logged: Callable[[], str]
 ) -> None:
-    def page(request: Asked, answer: Answer) -> Answer:
-        text = f"<html>Denied: {request.authorization}</html>"
-        return Answer(403, text.encode(), "text/html")
+    def page(request: Request, forward: Forward) -> Reply:
+        text = f"<html>Denied: {request.headers['authorization']}</html>"
+        return Reply(403, text.encode(), "text/html")
 
-    with Bent(endpoint, page) as bent:
-        sft = make_sft(api_key=KEY, client=None, base_url=bent.url)
+    with Gateway(endpoint, page) as gateway:
+        sft = make_sft(api_key=KEY, client=None, base_url=gateway.url)
         with pytest.raises(openai.PermissionDeniedError) as caught:
             sft.cancel_job("ftjob-1")
 
@@ -277,16 +279,17 @@ def hostile_words(value: Any, key: str = "") -> Any:
 
 
 @pytest.fixture
-def hostile(endpoint: Rehearsal) -> Iterator[Bent]:
-    def bend(request: Asked, answer: Answer) -> Answer:
-        if answer.content_type != "application/json":
-            return answer
+def hostile(endpoint: Rehearsal) -> Iterator[Gateway]:
+    def bend(request: Request, forward: Forward) -> Reply:
+        reply = forward(request)
+        if reply.content_type != "application/json":
+            return reply
         # No model has such a name, and a 404 would be waited out.
-        status = 401 if answer.status == 404 and request.path == CHAT else answer.status
-        return answer.saying(hostile_words(answer.json), status)
+        status = 401 if reply.status == 404 and request.path == CHAT else reply.status
+        return saying(hostile_words(reply.json), status)
 
-    with Bent(endpoint, bend) as bent:
-        yield bent
+    with Gateway(endpoint, bend) as gateway:
+        yield gateway
 
 
 def inert(text: str) -> bool:
@@ -294,7 +297,7 @@ def inert(text: str) -> bool:
 
 
 def test_what_the_service_says_of_a_run_comes_out_inert(
-    hostile: Bent,
+    hostile: Gateway,
     dataset: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -319,7 +322,7 @@ def test_what_the_service_says_of_a_run_comes_out_inert(
 
 
 def test_what_the_service_says_of_a_failed_job_comes_out_inert(
-    make_sft: MakeSFT, endpoint: Rehearsal, hostile: Bent, clean_environment: Path
+    make_sft: MakeSFT, endpoint: Rehearsal, hostile: Gateway, clean_environment: Path
 ) -> None:
     endpoint.inject(Fault("job_failed", "POST", JOBS))
     sft = make_sft(client=None, base_url=hostile.url)
@@ -336,13 +339,14 @@ def test_what_the_service_says_of_a_failed_job_comes_out_inert(
 def test_the_command_that_comes_back_cannot_be_made_another(
     make_sft: MakeSFT, endpoint: Rehearsal, clean_environment: Path
 ) -> None:
-    def bend(request: Asked, answer: Answer) -> Answer:
-        if (request.method, request.path) != ("POST", JOBS):
-            return answer
-        return answer.saying({**answer.json, "id": "ftjob-1; touch pwned #\x1b[31m"})
+    def bend(request: Request, forward: Forward) -> Reply:
+        reply = forward(request)
+        if request.line != ("POST", JOBS):
+            return reply
+        return saying({**reply.json, "id": "ftjob-1; touch pwned #\x1b[31m"})
 
-    with Bent(endpoint, bend) as bent:
-        sft = make_sft(client=None, base_url=bent.url)
+    with Gateway(endpoint, bend) as gateway:
+        sft = make_sft(client=None, base_url=gateway.url)
         file = training_file(clean_environment)
         sft.create_fine_tune_job(sft.upload_training_file(file), 1)
     told = sft.describe_remote_state()
@@ -354,15 +358,16 @@ def test_the_command_that_comes_back_cannot_be_made_another(
 def test_an_answer_is_kept_as_it_was_but_never_printed(
     make_sft: MakeSFT, endpoint: Rehearsal
 ) -> None:
-    def bend(request: Asked, answer: Answer) -> Answer:
+    def bend(request: Request, forward: Forward) -> Reply:
+        reply = forward(request)
         if request.path != CHAT:
-            return answer
-        body = answer.json
+            return reply
+        body = reply.json
         body["choices"][0]["message"]["content"] = HOSTILE
-        return answer.saying(body)
+        return saying(body)
 
-    with Bent(endpoint, bend) as bent:
-        sft = make_sft(client=None, base_url=bent.url)
+    with Gateway(endpoint, bend) as gateway:
+        sft = make_sft(client=None, base_url=gateway.url)
         results = sft.evaluate_model_comprehensive("gpt-4o-mini-2024-07-18", examples(1), [])
         path = Path(sft.save_results(results))
     (response,) = results["test_evaluation"]["responses"]
