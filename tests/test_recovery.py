@@ -1014,7 +1014,10 @@ def test_an_interruption_prints_the_one_command_that_comes_back_and_it_works(
     assert process.returncode == code
     assert "Traceback" not in said
     assert len(commands) == 1
+    assert asked(endpoint, "POST", JOBS)[0].response["id"] in said
+    assert "料金" in said
     assert made(endpoint, JOBS) == 1
+    assert asked_of(endpoint, "POST", "*/cancel") == []
     if sent == signal.SIGINT:
         again = [*shlex.split(commands[0]), "--quiet", "--poll-interval", "0.05"]
         assert openai_sft_example.main(again) == 0
