@@ -668,7 +668,7 @@ RECOVERY = (
         "an unknown status is an end",
         "if status in TERMINAL_STATUSES",
         "if status in TERMINAL_STATUSES or status not in KNOWN_STATUSES",
-        "test_job.py::test_a_status_nobody_has_heard_of_is_no_end_either",
+        "test_job.py::test_a_status_that_is_no_end_is_said_once_and_waited_out",
         within="monitor_fine_tune_job",
     ),
     Mutant(
@@ -1031,7 +1031,7 @@ FILES = (
         "a control character is shown",
         'c if c.isprintable() else " " for c in str(text)',
         "c for c in str(text)",
-        "test_job.py::test_a_status_nobody_has_heard_of_is_no_end_either",
+        "test_job.py::test_a_status_that_is_no_end_is_said_once_and_waited_out",
     ),
     Mutant(
         "files are anybody's",
