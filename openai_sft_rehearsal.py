@@ -1310,7 +1310,7 @@ class Rehearsal(_Service):
     def start(self) -> Self:
         """Begin to answer and to work."""
         for name, run in (
-            ("rehearsal", lambda: self._server.serve_forever(0.02)),
+            ("rehearsal", lambda: self._server.serve_forever(0.005)),
             ("rehearsal-jobs", self._run_jobs),
         ):
             thread = threading.Thread(target=run, name=name, daemon=True)

@@ -43,6 +43,16 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_authorities(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No certificate is trusted, here and in the processes tests start: reading those of the
+    system takes longer than most tests, for each client anew."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("SSL_CERT_FILE", raising=False)
+        patch.setenv("SSL_CERT_DIR", str(tmp_path_factory.mktemp("authorities")))
+        yield
+
+
 @pytest.fixture
 def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No setting of the person who runs the tests is seen: no key, no proxy, no ``.env``."""
@@ -128,7 +138,7 @@ def kokorochat() -> list[Dialogue]:
 
 @pytest.fixture(scope="session")
 def sdk() -> Iterator[openai.OpenAI]:
-    """The SDK's client, made once: reading the certificates for each test would take seconds."""
+    """The SDK's client, made once."""
     with openai.OpenAI(api_key="k", base_url="http://127.0.0.1:1/v1") as client:
         yield client
 

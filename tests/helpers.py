@@ -180,7 +180,7 @@ class Script:
         return 404, {"error": {"message": "not found", "type": "", "param": None, "code": None}}
 
     def __enter__(self) -> Self:
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.002,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:

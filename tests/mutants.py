@@ -668,7 +668,7 @@ RECOVERY = (
         "an unknown status is an end",
         "if status in TERMINAL_STATUSES",
         "if status in TERMINAL_STATUSES or status not in KNOWN_STATUSES",
-        "test_job.py::test_a_status_nobody_has_heard_of_is_no_end_either",
+        "test_job.py::test_a_status_that_is_no_end_is_said_once_and_waited_out",
         within="monitor_fine_tune_job",
     ),
     Mutant(
@@ -946,7 +946,7 @@ FILES = (
         "SIGTERM ends as Ctrl-C",
         "return 143 if isinstance(interrupt, Terminated) else 130",
         "return 130",
-        "test_cli.py::test_a_termination_says_what_goes_on_and_how_to_come_back",
+        "test_recovery.py::test_an_interruption_prints_the_one_command_that_comes_back_and_it_works",
         file=EXAMPLE,
     ),
     Mutant(
@@ -1031,7 +1031,7 @@ FILES = (
         "a control character is shown",
         'c if c.isprintable() else " " for c in str(text)',
         "c for c in str(text)",
-        "test_job.py::test_a_status_nobody_has_heard_of_is_no_end_either",
+        "test_job.py::test_a_status_that_is_no_end_is_said_once_and_waited_out",
     ),
     Mutant(
         "files are anybody's",
@@ -1094,7 +1094,7 @@ FILES = (
         "the way back names no folder",
         '"" if str(self.output_dir) == DEFAULT_OUTPUT_DIR else',
         '"" if True else',
-        "test_cli.py::test_the_way_back_that_is_named_after_ctrl_c_works",
+        "test_recovery.py::test_an_interruption_prints_the_one_command_that_comes_back_and_it_works",
     ),
     Mutant(
         "two runs share a stamp",

@@ -6,7 +6,6 @@ import json
 import os
 import pty
 import re
-import signal
 import subprocess
 import sys
 import unicodedata
@@ -408,9 +407,7 @@ def test_an_error_while_the_job_goes_on_says_so_and_how_to_come_back(
 # ── Asking on a terminal ─────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(
-    ("answer", "code"), [("n\n", 2), ("\n", 2), ("はい\n", 0)], ids=["no", "nothing", "yes"]
-)
+@pytest.mark.parametrize(("answer", "code"), [("\n", 2), ("はい\n", 0)], ids=["nothing", "yes"])
 def test_on_a_terminal_the_price_is_shown_and_asked_about(
     online: tuple[str, ...], endpoint: Rehearsal, answer: str, code: int
 ) -> None:
@@ -466,59 +463,6 @@ def test_on_a_terminal_a_cancellation_is_asked_about(
 
     assert f"{job_id} を取り消しますか？ [y/N]" in ended.err
     assert (ended.code, found) == (0 if status == "cancelled" else 2, status)
-
-
-# ── Interrupted ──────────────────────────────────────────────────────────────────────────────
-
-
-def test_a_termination_says_what_goes_on_and_how_to_come_back(
-    online: tuple[str, ...], endpoint: Rehearsal
-) -> None:
-    endpoint.hold("running")
-    process = shell(*online, "--poll-interval", "60")
-    assert process.stderr
-    for line in iter(process.stderr.readline, ""):
-        if "の状態: " in line:  # the job is being watched now
-            break
-    process.send_signal(signal.SIGTERM)
-    ended = wait(process)
-    job_id = posts(endpoint, JOBS)[0].response["id"]
-
-    assert ended.code == 143
-    assert "Traceback" not in ended.err
-    assert job_id in ended.err
-    assert "料金" in ended.err
-    assert [e for e in endpoint.exchanges if e.path.endswith("/cancel")] == []
-
-
-def test_the_way_back_that_is_named_after_ctrl_c_works(
-    online: tuple[str, ...], endpoint: Rehearsal
-) -> None:
-    """The command in the message is run as a shell would."""
-    endpoint.hold("running")
-    process = shell(*online, "--poll-interval", "60")
-    assert process.stderr
-    for line in iter(process.stderr.readline, ""):
-        if "の状態: " in line:
-            break
-    process.send_signal(signal.SIGINT)
-    ended = wait(process)
-    endpoint.release()
-    command = re.search(r"openai-sft (--resume .*)", ended.err)
-    assert command, ended.err
-    done = subprocess.run(
-        ["/bin/sh", "-c", f"{sys.executable} {SCRIPT} {command[1]}"],
-        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
-        capture_output=True,
-        encoding="utf-8",
-        timeout=30,
-    )
-
-    assert ended.code == 130
-    assert "Traceback" not in ended.err
-    assert done.returncode == 0
-    assert "モデル: ft:" in done.stdout
-    assert len(posts(endpoint, JOBS)) == 1
 
 
 # ── Loudness ─────────────────────────────────────────────────────────────────────────────────

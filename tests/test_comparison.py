@@ -77,7 +77,9 @@ def verdicts(tuned: Sequence[Answer], baseline: Sequence[Answer]) -> dict[str, s
 # ── The sign test ────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(("wins", "losses"), [*itertools.product(range(7), range(7))])
+@pytest.mark.parametrize(
+    ("wins", "losses"), [*itertools.combinations_with_replacement(range(7), 2)]
+)
 def test_the_sign_test_is_the_share_of_coin_throws_at_least_as_uneven(
     wins: int, losses: int
 ) -> None:
@@ -141,16 +143,15 @@ def test_many_small_wins_and_a_few_great_losses_are_neither_better_nor_worse() -
     assert found["verdict"] == "indistinguishable"
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_model_known_to_be_better_is_called_better_at_100_cases(seed: int) -> None:
-    found = figures(ask(listener, 100, seed), ask(stranger, 100, seed))
+def test_a_model_known_to_be_better_is_called_better_at_100_cases() -> None:
+    found = figures(ask(listener, 100), ask(stranger, 100))
 
     for name in QUALITY:
         assert found[name]["verdict"] == "better"
         assert "良くなりました" in found[name]["sentence"]
 
 
-@pytest.mark.parametrize("count", [10, 500])
+@pytest.mark.parametrize("count", [10, 100])
 def test_an_identical_model_is_not_told_apart(count: int) -> None:
     answers = ask(listener, count)
     found = figures(answers, answers)
@@ -188,7 +189,7 @@ def test_a_small_gain_in_every_case_shows_although_the_cases_differ_much() -> No
 
 
 @pytest.mark.parametrize("models", [(listener, stranger), (stranger, stranger)])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_swapping_the_models_turns_everything_round(seed: int, models: tuple[Model, Model]) -> None:
     one = ask(models[0], 40, seed, cases=2)
     other = ask(models[1], 40, seed, cases=2, luck=1)

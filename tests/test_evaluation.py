@@ -328,25 +328,6 @@ def test_an_answer_that_is_json_but_no_completion_fails_its_case_alone(
     assert all(response["error"] for response in part["responses"])
 
 
-@pytest.mark.parametrize(
-    ("fault", "error"),
-    [
-        ("401", openai.AuthenticationError),
-        ("403", openai.PermissionDeniedError),
-        ("404", openai.NotFoundError),
-        ("insufficient_quota", openai.RateLimitError),
-    ],
-)
-def test_an_error_that_every_case_would_meet_is_raised_at_the_first(
-    make_sft: MakeSFT, endpoint: Rehearsal, fault: str, error: type[Exception]
-) -> None:
-    endpoint.inject(Fault(fault, "POST", CHAT, times=None))
-    with pytest.raises(error):
-        evaluate(make_sft())
-
-    assert len(posts(endpoint, CHAT)) == 1
-
-
 def test_a_model_that_does_not_exist_is_an_error(make_sft: MakeSFT, endpoint: Rehearsal) -> None:
     with pytest.raises(openai.NotFoundError):
         make_sft().evaluate_model_comprehensive(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 import urllib.error
@@ -234,10 +235,21 @@ def hub() -> Iterator[FakeHub]:
 
 
 @pytest.fixture(scope="module")
-def unpinned(hub: FakeHub, tmp_path_factory: pytest.TempPathFactory) -> Reading:
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the processes that share a cache have it."""
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture(scope="module")
+def unpinned(hub: FakeHub, kept: Path) -> Reading:
     """Every data set read once as it is, by one process."""
-    wanted = [(name, None) for name in [*REPOSITORIES, "koto/unknown"]]
-    return read(hub, tmp_path_factory.mktemp("unpinned"), *wanted)
+    return read(hub, kept, *[(name, None) for name in [*REPOSITORIES, "koto/unknown"]])
+
+
+@pytest.fixture(scope="module")
+def again(hub: FakeHub, kept: Path, unpinned: Reading) -> Reading:
+    """Data sets that are kept from ``unpinned``, and a revision of one of them that isn't."""
+    return read(hub, kept, *[(name, None) for name in SAME_DATA], ("koto/script", "v1"))
 
 
 @pytest.fixture(scope="module")
@@ -309,29 +321,26 @@ def test_the_dialogues_are_the_same_whichever_way_they_came(name: str, unpinned:
 
 
 def test_what_was_read_once_is_read_again_with_the_hub_and_without(
-    hub: FakeHub, tmp_path: Path
+    hub: FakeHub, kept: Path, again: Reading
 ) -> None:
     wanted = [(name, None) for name in SAME_DATA]
-    read(hub, tmp_path, *wanted)
-
-    again = read(hub, tmp_path, *wanted)
-    offline = read(hub, tmp_path, *wanted, HF_HUB_OFFLINE="1")
+    offline = read(hub, kept, *wanted, HF_HUB_OFFLINE="1")
 
     assert [again.of(*one).ids for one in wanted] == [ALL_IDS] * len(wanted)
     assert [offline.of(*one).ids for one in wanted] == [ALL_IDS] * len(wanted)
     assert offline.requests == offline.strays == []
 
 
-def test_what_has_changed_on_the_hub_since_is_read_anew(hub: FakeHub, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("unpinned")
+def test_what_has_changed_on_the_hub_since_is_read_anew(kept: Path, tmp_path: Path) -> None:
     changed: dict[str, dict[str, Files]] = {
         "koto/script": {"main": {"script.py": SCRIPT}, CONVERSION: as_converted(EARLIER)},
         "koto/plain": {"main": as_json(EARLIER)},
     }
     wanted = [(name, None) for name in changed]
-    read(hub, tmp_path, *wanted)
-
+    home = shutil.copytree(kept, tmp_path / "home", symlinks=True)
     with FakeHub(changed) as later:
-        reading = read(later, tmp_path, *wanted)
+        reading = read(later, home, *wanted)
 
     assert [reading.of(*one).ids for one in wanted] == [EARLIER_IDS, EARLIER_IDS]
 
@@ -354,14 +363,10 @@ def test_a_pinned_revision_is_never_had_from_the_conversion_which_follows_main(
     assert not any("refs/convert" in path for path in pinned.requests)
 
 
-def test_a_pinned_revision_is_not_answered_from_what_was_kept_of_another(
-    hub: FakeHub, tmp_path: Path
-) -> None:
+def test_a_pinned_revision_is_not_answered_from_what_was_kept_of_another(again: Reading) -> None:
     # ``datasets`` falls back to the newest build of that name where it can't load a revision.
-    reading = read(hub, tmp_path, ("koto/script", None), ("koto/script", "v1"))
-
-    assert reading.of("koto/script").ids == ALL_IDS
-    assert reading.of("koto/script", "v1").ids == EARLIER_IDS
+    assert again.of("koto/script").ids == ALL_IDS
+    assert again.of("koto/script", "v1").ids == EARLIER_IDS
 
 
 def test_a_revision_that_is_not_there_is_named(pinned: Reading) -> None:

@@ -235,28 +235,6 @@ def test_a_run_killed_at_any_moment_is_taken_up_to_the_end_of_one_that_was_not(
         assert sft.resume() is None
 
 
-def test_the_command_line_takes_up_a_killed_run_too(
-    endpoint: Rehearsal,
-    kill_at: KillAt,
-    clean_environment: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    undisturbed: dict[str, Any],
-) -> None:
-    kill_at("while polling")
-    monkeypatch.setenv("OPENAI_API_KEY", "k")
-    command = [sys.executable, "-W", "error", str(PROJECT / "openai_sft_example.py"), "--resume"]
-    done = subprocess.run(
-        [*command, "--output-dir", "out", "--poll-interval", "0.05"],
-        capture_output=True,
-        encoding="utf-8",
-        timeout=30,
-    )
-
-    assert done.returncode == 0, done.stderr
-    assert made(endpoint, JOBS) == 1
-    assert end_result(clean_environment / "out") == undisturbed
-
-
 def test_a_file_that_a_killed_process_left_half_written_is_cleared_away(
     make_sft: MakeSFT, endpoint: Rehearsal, kill_at: KillAt, clean_environment: Path
 ) -> None:

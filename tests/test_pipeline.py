@@ -28,7 +28,6 @@ from openai_sft import (
     JobFailed,
     OpenAISFT,
     TokenCounter,
-    TrainingNotAvailable,
     load_vocabulary,
 )
 
@@ -304,14 +303,6 @@ def test_the_run_record_tells_all_that_is_needed_to_find_the_model_again(
     assert "心" in Path(sft.files["record"]).read_text("utf-8")
 
 
-def test_the_key_is_in_no_file_and_no_line_of_the_log(make_sft: MakeSFT, log: Log) -> None:
-    sft = make_sft(api_key="sk-very-secret")
-    run(sft)
-
-    assert not any(b"very-secret" in path.read_bytes() for path in sft.output_dir.iterdir())
-    assert not any("very-secret" in line for line in log())
-
-
 # ── Too few, too dear, not wanted ────────────────────────────────────────────────────────────
 
 
@@ -382,10 +373,6 @@ def test_over_the_budget_or_where_the_price_is_unknown_nothing_is_sent(
         run(make_sft(confirm=lambda _: True, **options), **asked)
 
     assert posts(endpoint) == []
-
-
-def test_within_the_budget_the_run_goes_on(make_sft: MakeSFT) -> None:
-    assert run(make_sft(max_cost_usd=1.0))["summary"]["total_cases_evaluated"] == 2
 
 
 def test_without_a_budget_an_unknown_price_does_not_stop_the_run(
@@ -483,17 +470,6 @@ def test_a_failed_job_is_raised_with_the_services_code_and_message(
     assert caught.value.job_id == kept["job_id"] == posts(endpoint, JOBS)[0].response["id"]
     assert caught.value.message in str(caught.value)
     assert posts(endpoint, CHAT) == []
-
-
-def test_an_organisation_that_may_not_train_is_told_after_one_request(
-    make_sft: MakeSFT, endpoint: Rehearsal
-) -> None:
-    endpoint.inject(Fault("training_not_available", "POST", JOBS, times=None))
-    with pytest.raises(TrainingNotAvailable) as caught:
-        run(make_sft())
-
-    assert "training_not_available" in str(caught.value)
-    assert len(posts(endpoint, JOBS)) == 1
 
 
 # ── The newest model ─────────────────────────────────────────────────────────────────────────

@@ -5,10 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +19,7 @@ from endpoint import Fault, Rehearsal
 from faults import Clock
 from helpers import (
     KOKOROCHAT,
-    PROJECT,
+    Ended,
     Script,
     awkward_text,
     examples,
@@ -1171,27 +1168,19 @@ def test_a_rehearsal_learns_the_scores_of_the_example_dialogues(clean_environmen
     assert set(results["comparison"]) == {"baseline_model", "test", "valid", "mean_reference"}
 
 
-def test_the_command_line_ends_with_the_table_of_twenty_items(clean_environment: Path) -> None:
-    flags = ("--rehearse", "--task", "score", "--epochs", "1", "--max-test-cases", "0")
-    ended = subprocess.run(
-        [sys.executable, "-W", "error", str(PROJECT / "openai_sft_example.py"), *flags],
-        capture_output=True,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONIOENCODING": "utf-8", "COLUMNS": "300"},
-        encoding="utf-8",
-        timeout=60,
-        check=False,
-    )
+def test_the_command_line_ends_with_the_table_of_twenty_items(
+    cli: Callable[..., Ended], clean_environment: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    ended = cli("--rehearse", "--task", "score", "--epochs", "1", "--max-test-cases", "0")
     (saved,) = (clean_environment / "openai_sft_outputs").glob("comprehensive_evaluation_*.json")
     results = strict_json(saved)
-    lines = ended.stdout.splitlines()
+    lines = ended.out.splitlines()
     (head,) = [n for n, line in enumerate(lines) if line.startswith("項目（テスト）")]
     rows = [line.split() for line in lines[head + 1 : head + 23]]
     metrics = results["test_evaluation"]["metrics"]
 
-    assert ended.returncode == 0, ended.stderr
-    assert "Warning" not in ended.stderr
-    assert "Traceback" not in ended.stderr
+    assert ended.code == 0
     assert [row[0] for row in rows] == ["全項目", "合計点", *ITEMS]
     for row, group in zip(rows, ("overall", "total", *ITEMS), strict=True):
         mse = metrics[group]["mse"]["score"]
