@@ -304,6 +304,11 @@ MODEL_SHUTDOWN_DATE = "2027-01-14"
 RETRIED_STATUSES = frozenset({408, 409, 429})  # and every 5xx
 RETRY_SECONDS = 600.0
 LOOK_DELAYS = (0.0, 3.0, 3.0)  # a list may lag behind what was just created
+# A job is paid for: before another is made it is looked for over two and a half minutes.
+JOB_LOOK_DELAYS = (*LOOK_DELAYS, 5.0, 10.0, 15.0, 20.0, 30.0, 30.0, 34.0)
+CREATION_SECONDS = 180.0  # a service has been seen to take 75 s for a job
+INTENT_KEY = "openai_sft_intent"  # of a job's metadata
+CLOCK_SKEW_SECONDS = 3600.0  # by which the service's clock may differ from this one's
 MODEL_LOADING_SECONDS = 600.0  # a model may answer 404 for a while after its job succeeded
 MISSING_STATUSES = frozenset({404, 405, 501})  # the endpoint lacks this part of the API
 COUNTED_AT_ONCE = 64  # conversations a call of the tokeniser
@@ -1095,11 +1100,20 @@ class Upload:
 
 @dataclass(frozen=True)
 class Intent:
-    """A job that is about to be created: its request, and the token that it will carry."""
+    """A job that is about to be created: its request, and the token that it will carry.
+
+    ``sent`` counts the requests that may have made one; the token stays the same for all.
+    """
 
     token: str
     at: str
     request: Mapping[str, Any]
+    sent: int = 1
+
+    @property
+    def since(self) -> float:
+        """The earliest moment at which its job can have been made, by the service's clock."""
+        return datetime.fromisoformat(self.at).timestamp() - CLOCK_SKEW_SECONDS
 
 
 class Loaded(NamedTuple):
@@ -3219,6 +3233,15 @@ def _read_shutdown_date(model: object) -> date | None:
         return None
 
 
+def _never_arrived(error: Exception) -> bool:
+    """Whether a failed request can't have been carried out: there was no connection, or it was
+    refused for the rate. Of any other failure only the service knows."""
+    # By name, for the SDK's HTTP library isn't the same in all its versions.
+    unconnected = {"ConnectError", "ConnectTimeout", "PoolTimeout"}
+    cause = type(error.__cause__).__name__
+    return getattr(error, "status_code", None) == 429 or cause in unconnected
+
+
 def _retry_after(error: Any) -> float | None:
     """Seconds of a ``Retry-After`` header; its date form is left to the back-off."""
     try:
@@ -3924,13 +3947,11 @@ class Endpoint:
                 return answer
             if not is_transient(failure) and not (passes and passes(failure)):
                 raise failure
-            if lost is not None and getattr(failure, "status_code", None) != 429:
-                # A refusal for the rate tells that nothing happened; of any other failure only
-                # the service knows whether the request was carried out.
+            if lost is not None and not _never_arrived(failure):
                 logger.info(
                     "応答を受け取れませんでした。リクエストがサービスに届いたかを確認します。"
                 )
-                found = self.look(lost)
+                found = lost()
                 if found is not None:
                     return found
             delay = retry_delay(attempt, _retry_after(failure), random.random())
@@ -3967,9 +3988,9 @@ class Endpoint:
             minutes = patience // 60
             logger.info("最大%d分やり直します: %s", minutes, explain_api_error(failure))
 
-    def look(self, find: Callable[[], T | None]) -> T | None:
-        """``find()`` some times over :data:`LOOK_DELAYS`, for a list may lag; what it finds."""
-        for delay in LOOK_DELAYS:
+    def look(self, find: Callable[[], T | None], delays: Sequence[float] = LOOK_DELAYS) -> T | None:
+        """``find()`` some times after these delays, for a list may lag; what it finds."""
+        for delay in delays:
             if delay:
                 self._sleep(delay)
             found = find()
@@ -4026,8 +4047,8 @@ class Endpoint:
         page = self.call(lambda: self.client.files.list(purpose="fine-tune"), needs="data")
         for file in page.data:
             same = (file.filename, file.bytes) == (upload.name, upload.bytes)
-            # A stamp a run makes names unique; the hour is for clocks that disagree.
-            late = file.created_at >= upload.intent_time - 3600
+            # A stamp a run makes names unique.
+            late = file.created_at >= upload.intent_time - CLOCK_SKEW_SECONDS
             if same and late and file.purpose == "fine-tune" and file.id not in others:
                 return file
         return None
@@ -4037,7 +4058,7 @@ class Endpoint:
         return self.call(
             lambda: self._send_file(path, upload.bytes),
             needs="id",
-            lost=lambda: self.find_file(upload, others),
+            lost=lambda: self.look(lambda: self.find_file(upload, others)),
         ).id
 
     def _send_file(self, path: Path, size: int) -> FileObject:
@@ -4084,35 +4105,52 @@ class Endpoint:
     # Jobs ------------------------------------------------------------------------------
 
     def create(
-        self, intent: Intent, metadata: Mapping[str, str], refused: Callable[[], None]
+        self,
+        intent: Intent,
+        metadata: Mapping[str, str],
+        *,
+        sending: Callable[[], None],
+        refused: Callable[[], None],
+        find: Callable[[], FineTuningJob | None],
     ) -> str:
         """Create the job of ``intent``, once; return its id.
 
-        ``refused`` is called where the service has certainly made none.
+        ``sending`` is called before each request, ``refused`` after one that has certainly made
+        nothing. Where an answer is lost, ``find`` is asked for minutes before another is sent.
         """
-        tags = {**metadata, "openai_sft_intent": intent.token}
-        unknown = False
+        jobs = self.client.with_options(timeout=CREATION_SECONDS).fine_tuning.jobs
+        tags = {**metadata, INTENT_KEY: intent.token}
 
         def send() -> FineTuningJob:
-            nonlocal unknown
-            before, unknown = unknown, True
+            sending()
             try:
-                return self.client.fine_tuning.jobs.create(**intent.request, metadata=tags)
-            except _openai().APIStatusError as error:
-                unknown = before or (is_transient(error) and error.status_code != 429)
-                if not unknown and not is_transient(error):
+                return jobs.create(**intent.request, metadata=tags)
+            except _openai().APIError as error:
+                if _never_arrived(error) or not is_transient(error):
                     refused()
                 raise
 
-        return self.call(send, needs="id", lost=lambda: self.find_job(intent.token)).id
+        return self.call(send, needs="id", lost=lambda: self.look(find, JOB_LOOK_DELAYS)).id
 
-    def find_job(self, token: str) -> FineTuningJob | None:
-        """The job that carries the token of one request."""
+    def find_jobs(self, intent: Intent) -> list[FineTuningJob]:
+        """The jobs that requests of ``intent`` may have made.
+
+        They carry its token. Where an endpoint keeps no metadata, training file, model and time
+        tell them.
+        """
         # Compared here too, for an endpoint may ignore the filter.
-        for job in self.jobs(metadata={"openai_sft_intent": token}):
-            if (job.metadata or {}).get("openai_sft_intent") == token:
-                return job
-        return None
+        named = self.jobs(metadata={INTENT_KEY: intent.token})
+        ours = [job for job in named if (job.metadata or {}).get(INTENT_KEY) == intent.token]
+        if ours:
+            return ours
+        model, file_id = (intent.request[name] for name in ("model", "training_file"))
+        return [
+            job
+            for job in self.jobs()
+            if not job.metadata
+            and (job.model, job.training_file) == (MODEL_ALIASES.get(model, model), file_id)
+            and job.created_at >= intent.since
+        ]
 
     def jobs(self, *, patience: float = RETRY_SECONDS, **options: Any) -> Iterator[FineTuningJob]:
         """All jobs, page by page; one that comes twice is given once."""
@@ -4722,11 +4760,16 @@ class FineTuning:
             logger.info("前に送信したジョブを引き継ぎます: %s", printable(found))
             return found
         self._ledger.require(self._price(training, file_id), "training")
-        intent = Intent(uuid.uuid4().hex, _time_text(self._clock()), request)
-        self._run.save(job_intent=intent)
+        token = self._run.job_intent.token if self._run.job_intent else uuid.uuid4().hex
+        intent = Intent(token, _time_text(self._clock()), request)
         try:
-            refused = functools.partial(self._run.save, job_intent=None)
-            job_id = self._endpoint.create(intent, self._run.metadata, refused)
+            job_id = self._endpoint.create(
+                intent,
+                self._run.metadata,
+                sending=lambda: self._count(intent, 1),
+                refused=lambda: self._count(intent, -1),
+                find=lambda: self._find(intent),
+            )
         except _openai().PermissionDeniedError as error:
             if error.code != "training_not_available":
                 raise
@@ -4747,18 +4790,59 @@ class FineTuning:
             exact_tokens=exact,
         )
 
+    def _count(self, intent: Intent, change: int) -> None:
+        """Keep on record how many requests may have made a job."""
+        sent = (self._run.job_intent.sent if self._run.job_intent else 0) + change
+        self._run.passed.discard("search")
+        self._run.save(job_intent=replace(intent, sent=sent) if sent else None)
+
     def recover(self) -> str | None:
-        """The job that an earlier attempt of ``run`` may have made without learning its id."""
-        if self._run.job_intent is None:
+        """The job that an earlier attempt of the run may have made without learning its id.
+
+        It is looked for over minutes, once a process. Raises :class:`ConfigurationError` where
+        it can't be told which job is the run's.
+        """
+        intent = self._run.job_intent
+        if intent is None or self._run.job_id is not None or "search" in self._run.passed:
             return None
-        token = self._run.job_intent.token
-        found = self._endpoint.look(lambda: self._endpoint.find_job(token))
+        logger.info(
+            "前に送信したジョブが作られていないかを確認します（最大%.0f分）。",
+            math.ceil(sum(JOB_LOOK_DELAYS) / 60),
+        )
+        found = self._endpoint.look(lambda: self._find(intent), JOB_LOOK_DELAYS)
         if found is None:
-            # It never arrived; the next one is written before it is sent.
-            self._run.save(job_intent=None)
+            self._run.passed.add("search")
             return None
         self._run.save(job_id=found.id)
         return found.id
+
+    def _find(self, intent: Intent) -> FineTuningJob | None:
+        known = {run.job_id for run in self._runs}
+        found = [job for job in self._endpoint.find_jobs(intent) if job.id not in known]
+        if len(found) > 1 and not found[0].metadata:
+            raise ConfigurationError(
+                "どれがこの実行のジョブか分かりません（エンドポイントがmetadataを返さないため）: "
+                f"{'、'.join(printable(job.id) for job in found)}。何も送信していません。"
+                "--job-id で見守るか、--cancel で取り消してください。"
+            )
+        return found[0] if found else None
+
+    def cancel_surplus(self) -> None:
+        """Cancel and name what a repeated request has made besides the run's job."""
+        intent = self._run.job_intent
+        if intent is None or self._run.job_id is None or intent.sent < 2:
+            return
+        for job in self._endpoint.find_jobs(intent):
+            if job.id == self._run.job_id or not job.metadata or job.status in TERMINAL_STATUSES:
+                continue
+            job = self._endpoint.cancel(job.id)
+            logger.warning(
+                "応答が失われたリクエストのジョブ %s が後から見つかったため、取り消しました（%s）。"
+                "この実行のジョブは %s です。",
+                printable(job.id),
+                printable(job.status),
+                printable(self._run.job_id),
+            )
 
     def _delete_uploads(self) -> list[str]:
         """Delete what this run uploaded itself; return the ids that are gone."""
@@ -5643,6 +5727,7 @@ class OpenAISFT:
         with _released_on_failure(run):
             if run.job_id is None:
                 self._tuning(run).recover()
+            self._tuning(run).cancel_surplus()
             while (step := run.next_step) is not None:
                 results = deeds[step.name]()
                 run.passed.add(step.name)
@@ -5751,6 +5836,9 @@ class OpenAISFT:
                 jobs = None if listed is None else {job.id: job for job in listed}
             except (_openai().APIError, BrokenAnswer) as error:
                 logger.warning("ジョブの一覧を取得できません: %s", explain_api_error(error))
+        for run in self._runs if jobs else ():
+            if run.settings.base_url == self.base_url:
+                self._tuning(run).cancel_surplus()
         rows = [_run_row(run, jobs) for run in self._runs]
         known = {row.job_id for row in rows}
         rows += [_job_row(job) for job in (jobs or {}).values() if job.id not in known]
@@ -5796,7 +5884,7 @@ class OpenAISFT:
             examples={name: len(part) for name, part in zip(SPLIT_NAMES, splits, strict=True)},
             tokens=tokens,
             files=self.files,
-            estimate=self._estimate(self.settings, splits, training, tokens["train"].total, asking),
+            estimate=_estimate_run(self.settings, splits, training, tokens["train"].total, asking),
             removed=loaded.removed,
             leakage=loaded.leakage,
         )
@@ -5954,32 +6042,7 @@ class OpenAISFT:
             training_tokens = sum(count.total for count in counter.count_many(conversations))
         asking = Asking(max_test_cases, seed, eval_turns, baseline)
         training = None if epochs is None else Training(epochs)
-        return self._estimate(self.settings, splits, training, training_tokens, asking, model)
-
-    def _estimate(
-        self,
-        settings: Settings,
-        splits: Splits,
-        training: Training | None,
-        training_tokens: int | None,
-        asking: Asking,
-        model: str | None = None,
-    ) -> CostEstimate:
-        cases = itertools.chain(*_choose_for(splits, asking).values())
-        input_tokens, output_tokens, exact = _count_cases(cases)
-        model = model or settings.model
-        baseline = asking.baseline_of(model, settings.model)
-        return estimate_cost(
-            training_tokens,
-            training.epochs if training else None,
-            model=model,
-            baseline=None if training is None and baseline == model else baseline,
-            evaluation_input_tokens=input_tokens,
-            evaluation_output_tokens=output_tokens,
-            price=settings.price,
-            yen_per_dollar=settings.yen_per_dollar,
-            exact_tokens=exact,
-        )
+        return _estimate_run(self.settings, splits, training, training_tokens, asking, model)
 
     # Training ------------------------------------------------------------------------------
 
@@ -5987,7 +6050,7 @@ class OpenAISFT:
         """Show what the whole run costs and pass both doors."""
         plan, tokens = run.known("plan"), run.data["train"].tokens
         settings = self.settings.working_as(run.settings)
-        estimate = self._estimate(settings, splits, plan.training, tokens, plan.asking)
+        estimate = _estimate_run(settings, splits, plan.training, tokens, plan.asking)
         self._ledger(run).require(estimate, "training", "evaluation")
 
     def upload_training_file(self, path: str | os.PathLike[str]) -> str:
@@ -6248,6 +6311,32 @@ class OpenAISFT:
             self._run.release()
         self._run = run
         return run
+
+
+def _estimate_run(
+    settings: Settings,
+    splits: Splits,
+    training: Training | None,
+    training_tokens: int | None,
+    asking: Asking,
+    model: str | None = None,
+) -> CostEstimate:
+    """Price training, if any, and the evaluation of what comes of it."""
+    cases = itertools.chain(*_choose_for(splits, asking).values())
+    input_tokens, output_tokens, exact = _count_cases(cases)
+    model = model or settings.model
+    baseline = asking.baseline_of(model, settings.model)
+    return estimate_cost(
+        training_tokens,
+        training.epochs if training else None,
+        model=model,
+        baseline=None if training is None and baseline == model else baseline,
+        evaluation_input_tokens=input_tokens,
+        evaluation_output_tokens=output_tokens,
+        price=settings.price,
+        yen_per_dollar=settings.yen_per_dollar,
+        exact_tokens=exact,
+    )
 
 
 @contextlib.contextmanager

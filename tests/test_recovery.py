@@ -257,29 +257,6 @@ def test_a_lost_answer_never_makes_a_second_job(
     assert sft.monitor_fine_tune_job(job_id).status == "succeeded"
 
 
-def test_a_job_is_looked_for_three_times_while_the_list_lags(
-    timed: MakeSFT, endpoint: Rehearsal, clock: Clock, file: Path
-) -> None:
-    lists: list[str] = []
-
-    def lag(request: Request, forward: Forward) -> Reply:
-        reply = forward(request)
-        if request.line != ("GET", JOBS):
-            return reply
-        lists.append(request.path)
-        return reply if len(lists) >= 3 else saying({**reply.json, "data": []})
-
-    endpoint.inject(Fault("500_after", "POST", JOBS))
-    with Gateway(endpoint, lag) as gateway:
-        sft = timed(base_url=gateway.url, client=None)
-        job_id = start(sft, file)
-
-    assert made(endpoint, JOBS) == 1
-    assert len(lists) == 3
-    assert 5 <= clock.now - clock.began <= 7
-    assert record_of(sft)["job_id"] == job_id
-
-
 def test_an_endpoint_that_ignores_the_filter_has_no_foreign_job_adopted(
     timed: MakeSFT, sft: OpenAISFT, endpoint: Rehearsal, file: Path
 ) -> None:
