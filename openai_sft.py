@@ -655,9 +655,9 @@ PRICES_AS_OF = "2026-09"
 PRICES_SOURCE = "https://platform.openai.com/docs/pricing"
 PRICES: dict[str, Price] = {
     "gpt-4o-mini-2024-07-18": Price(3.00, 0.30, 1.20, 0.15, 0.60),
-    "gpt-4o-2024-08-06": Price(25.00, 3.75, 15.00),
-    "gpt-4.1-2025-04-14": Price(25.00, 3.00, 12.00),
-    "gpt-4.1-mini-2025-04-14": Price(5.00, 0.80, 3.20),
+    "gpt-4o-2024-08-06": Price(25.00, 3.75, 15.00, 2.50, 10.00),
+    "gpt-4.1-2025-04-14": Price(25.00, 3.00, 12.00, 2.00, 8.00),
+    "gpt-4.1-mini-2025-04-14": Price(5.00, 0.80, 3.20, 0.40, 1.60),
 }
 MODEL_ALIASES = {
     "gpt-4o-mini": "gpt-4o-mini-2024-07-18",
@@ -3296,6 +3296,7 @@ class Run:
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     cost: Mapping[str, float] = field(default_factory=dict)
     finished_at: str | None = None
+    declined: bool | None = None
     passed: set[str] = field(default_factory=set, compare=False)
 
     def __post_init__(self) -> None:
@@ -3328,7 +3329,8 @@ class Run:
     @property
     def next_step(self) -> Step | None:
         """The first step of :data:`STEPS` that isn't done; ``None`` where nothing is left."""
-        if self.plan is None or self.finished_at or self.job_status in ("failed", "cancelled"):
+        ended = self.finished_at or self.declined or self.job_status in ("failed", "cancelled")
+        if self.plan is None or ended:
             return None
         return next(step for step in STEPS if self.kind in step.kinds and not step.done(self))
 
@@ -3336,6 +3338,14 @@ class Run:
     def unfinished(self) -> bool:
         """Whether :meth:`OpenAISFT.resume` has something to do here."""
         return not self.rehearsal and self.next_step is not None
+
+    @property
+    def has_sent(self) -> bool:
+        """Whether something of it is at the service: a file, a job, a question."""
+        if self.uploads or self.job_intent or self.job_id:
+            return True
+        journal = self.file("journal") if "journal" in self.files else None
+        return journal is not None and journal.exists() and journal.stat().st_size > 0
 
     @property
     def meanwhile(self) -> str:
@@ -3549,8 +3559,8 @@ class Runs:
                 logger.warning("%s", error)
 
     def newest_unfinished(self) -> Run | None:
-        """The newest run that has something left to do."""
-        return next((run for run in self if run.unfinished), None)
+        """The newest run that has sent something and has something left to do."""
+        return next((run for run in self if run.unfinished and run.has_sent), None)
 
     def named(self, name: str) -> Run:
         """The run ``run_STAMP``, by its name or file. Raises :class:`ConfigurationError`."""
@@ -4380,6 +4390,7 @@ class Ledger:
         if not self._settings.rehearse:
             self._require_limit(estimate, spent)
             if not agreed and self._confirm is not None and not self._confirm(estimate):
+                self._run.save(declined=None if self._run.has_sent else True)
                 raise Declined("中止しました。この先は何も送信していません。")
         self._run.passed.update(doors)
 
@@ -4441,10 +4452,18 @@ class Ledger:
     def paid_training(self, job: FineTuningJob) -> None:
         """Keep and log what a job has cost, where its tokens and price are known."""
         price = self._settings.price or price_of(job.model)
-        if self._settings.rehearse or price is None or job.trained_tokens is None:
+        estimate = (self._run.estimate or {}).get("training_usd")
+        if self._settings.rehearse:
+            return
+        if job.trained_tokens is None and job.status == "succeeded" and estimate is not None:
+            logger.warning(
+                "学習したトークン数の返答がないため、見積もりの $%.4f とします。", estimate
+            )
+            self.paid(training_usd=estimate)
+            return
+        if price is None or job.trained_tokens is None:
             return
         actual = job.trained_tokens * price.training / 1e6
-        estimate = (self._run.estimate or {}).get("training_usd")
         difference = f"、見積もりとの差 {actual / estimate - 1:+.1%}" if estimate else ""
         logger.info(
             "学習の実費: $%.4f（%s トークン%s）", actual, f"{job.trained_tokens:,}", difference
@@ -5251,6 +5270,7 @@ class Evaluation:
             answer = self._endpoint.ask(model_id, lambda: pool.attempt(create))
             response["usage"] = _usage(answer)
             response["finish_reason"], response["output"] = _read_answer(answer)
+            response["usage"] = response["usage"] or _estimated_usage(case, response["output"])
             if fault := self._task.find_fault(response["output"]):
                 response["invalid"] = fault
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError):
@@ -5397,10 +5417,22 @@ def _cross_entropies(metrics: Mapping[str, float]) -> dict[str, float]:
     return {name: loss for name, loss in losses.items() if loss is not None}
 
 
-def _usage(completion: Any) -> dict[str, Any] | None:
-    usage = getattr(completion, "usage", None)
-    dump = getattr(usage, "model_dump", None)
-    return None if dump is None else dict(dump(exclude_none=True, warnings=False))
+def _usage(completion: Any) -> Mapping[str, Any] | None:
+    """What the service says that an answer took, ``None`` where it doesn't."""
+    dump = getattr(getattr(completion, "usage", None), "model_dump", None)
+    usage = {} if dump is None else dump(exclude_none=True, warnings=False)
+    told = all(isinstance(usage.get(f"{kind}_tokens"), int) for kind in ("prompt", "completion"))
+    return usage if told else None
+
+
+def _estimated_usage(case: Case, output: str) -> Mapping[str, Any]:
+    """What an answer takes whose tokens the service doesn't tell."""
+    counter = TokenCounter(load_vocabulary())
+    return {
+        "prompt_tokens": counter.count(case.input).total,
+        "completion_tokens": counter.count_texts([output]),
+        "estimated": True,
+    }
 
 
 def _read_answer(completion: Any) -> tuple[str, str]:

@@ -42,7 +42,9 @@ from openai_sft import (
     OpenAISFT,
     Price,
     Splits,
+    TokenCounter,
     choose_cases,
+    load_vocabulary,
 )
 
 MakeSFT = Callable[..., OpenAISFT]
@@ -477,7 +479,10 @@ def test_a_usage_that_is_none_loses_no_answer(make_at: MakeSFT, usage: Any) -> N
         results = make_at(counsellor.url).evaluate_model_comprehensive(BASE, examples(2), [])
 
     assert results["summary"]["total_cases_evaluated"] == 2
-    assert results["usage"]["prompt_tokens"] == 0
+    assert all(response["usage"]["estimated"] for response in responses(results))
+    assert results["usage"]["completion_tokens"] == 2 * TokenCounter(load_vocabulary()).count_texts(
+        ["はい"]
+    )
 
 
 # ── Several at once ──────────────────────────────────────────────────────────────────────────

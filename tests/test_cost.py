@@ -280,7 +280,8 @@ def test_an_evaluation_alone_is_priced_at_the_rate_of_the_model_that_answers() -
 
     assert price(f"ft:{MINI}:org::abc") == pytest.approx(0.30 + 1.20)
     assert price(MINI) == pytest.approx(0.15 + 0.60)
-    assert price("gpt-4o-2024-08-06") is None
+    assert price("gpt-4o-2024-08-06") == pytest.approx(2.50 + 10)
+    assert price("gpt-4.1-nano-2025-04-14") is None
 
 
 @pytest.mark.parametrize("epochs", [None, 3])

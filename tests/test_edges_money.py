@@ -240,7 +240,6 @@ def test_an_estimate_of_splits_prices_their_training() -> None:
     assert estimate.training_usd == pytest.approx(tokens * 10 * 3e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="base rates are missing", raises=AssertionError)
 @pytest.mark.parametrize(
     ("model", "asking", "answering"),
     [
@@ -417,7 +416,6 @@ def test_price_job_and_loss_are_seen_where_the_application_hides_what_is_said_by
 # ── Runs that sent nothing ───────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.xfail(strict=True, reason="the run is resumed and paid for", raises=AssertionError)
 @pytest.mark.parametrize("deed", ["whole run", "evaluation"])
 def test_a_run_that_was_declined_is_closed(
     make_sft: MakeSFT, endpoint: Rehearsal, deed: str
@@ -436,7 +434,6 @@ def test_a_run_that_was_declined_is_closed(
     assert posts(endpoint) == []
 
 
-@pytest.mark.xfail(strict=True, reason="the newest is taken although it sent nothing")
 @pytest.mark.parametrize("end", ["interrupted", "too dear"])
 def test_a_run_that_has_sent_nothing_is_taken_up_only_by_its_name(
     make_sft: MakeSFT, endpoint: Rehearsal, end: str
