@@ -307,6 +307,14 @@ LOOK_DELAYS = (0.0, 3.0, 3.0)  # a list may lag behind what was just created
 # A job is paid for: before another is made it is looked for over two and a half minutes.
 JOB_LOOK_DELAYS = (*LOOK_DELAYS, 5.0, 10.0, 15.0, 20.0, 30.0, 30.0, 34.0)
 CREATION_SECONDS = 180.0  # a service has been seen to take 75 s for a job
+# How long a request may take, beside the 60 s of all others: a look, and an answer, for to ask
+# anew is to pay anew.
+LOOK_SECONDS = 15.0
+ANSWER_SECONDS = 600.0
+CONNECT_SECONDS = 10.0
+FIRST_CONTACT_SECONDS = 5.0  # for what won't mend itself, where nothing has answered yet
+SPARE_SECONDS = 60.0  # for an answer that can be done without
+MAX_PAGES = 100
 INTENT_KEY = "openai_sft_intent"  # of a job's metadata
 CLOCK_SKEW_SECONDS = 3600.0  # by which the service's clock may differ from this one's
 MODEL_LOADING_SECONDS = 600.0  # a model may answer 404 for a while after its job succeeded
@@ -884,9 +892,10 @@ class Settings(RunSettings):
     given: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
+        key = self.api_key or "k"
+        if not (key.isascii() and key.isprintable()) or " " in key:
             raise ConfigurationError(
-                "OpenAI API keyに使えない文字（全角文字や改行など）が含まれています。"
+                "OpenAI API keyに使えない文字（空白、全角文字、改行など）が含まれています。"
                 "OPENAI_API_KEY を確認してください。"
             )
         for name in ("model", "dataset", "system_prompt"):
@@ -3163,6 +3172,9 @@ def explain_api_error(error: Exception) -> str:
     status = getattr(error, "status_code", None)
     code = getattr(error, "code", None)
     remedies: dict[object, str] = {
+        "mismatched_organization": (
+            "APIキーと組織が一致しません。OPENAI_ORG_ID と OPENAI_PROJECT_ID を確認してください。"
+        ),
         "insufficient_quota": "残高か上限額が足りません。支払い設定を確認してください。",
         "training_not_available": (
             "この組織では新しいファインチューニングができません。"
@@ -3175,6 +3187,7 @@ def explain_api_error(error: Exception) -> str:
         429: "回数の上限に達しています。しばらく待ってからやり直してください。",
     }
     remedy = remedies.get(code) or remedies.get(status)
+    remedy = remedy or (None if status else _connection_fault(error))
     if remedy is None:
         remedy = (
             "サービスがエラーを返しました。しばらく待ってからやり直してください。"
@@ -3221,8 +3234,11 @@ def is_transient(error: Exception) -> bool:
 
 
 def _job_error(job: FineTuningJob) -> tuple[str | None, str | None]:
-    """Code and message; a job without an error may carry an empty object."""
-    return (job.error.code, job.error.message) if job.error else (None, None)
+    """Code and message; a job without an error may carry an empty object, and a gateway a text."""
+    error: object = getattr(job, "error", None)
+    parts = [getattr(error, name, None) for name in ("code", "message")]
+    code, message = [None, error] if isinstance(error, str) else parts
+    return printable(code or "") or None, printable(message or "") or None
 
 
 def _read_shutdown_date(model: object) -> date | None:
@@ -3233,20 +3249,63 @@ def _read_shutdown_date(model: object) -> date | None:
         return None
 
 
-def _never_arrived(error: Exception) -> bool:
+def _made_nothing(error: Exception) -> bool:
     """Whether a failed request can't have been carried out: there was no connection, or it was
-    refused for the rate. Of any other failure only the service knows."""
+    refused. Of any other failure only the service knows."""
     # By name, for the SDK's HTTP library isn't the same in all its versions.
     unconnected = {"ConnectError", "ConnectTimeout", "PoolTimeout"}
     cause = type(error.__cause__).__name__
-    return getattr(error, "status_code", None) == 429 or cause in unconnected
+    status = getattr(error, "status_code", None) or 0
+    return (400 <= status < 500 and status not in (408, 409)) or cause in unconnected
 
 
-def _retry_after(error: Any) -> float | None:
-    """Seconds of a ``Retry-After`` header; its date form is left to the back-off."""
+def _is_being_processed(error: Exception) -> bool:
+    """Whether a file was refused that the service is still reading."""
+    return getattr(error, "status_code", None) == 400 and "being processed" in str(error)
+
+
+def _connection_fault(error: BaseException) -> str | None:
+    """Why no connection came about that doesn't mend itself, and what to do; else ``None``."""
+    import socket
+    import ssl
+
+    url = getattr(getattr(error, "request", None), "url", "")
+    place = printable(urllib.parse.urlsplit(str(url)).netloc.rpartition("@")[2])
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return (
+                f"{place} の証明書を確認できません。社内の認証局なら SSL_CERT_FILE にその証明書を、"
+                "違えば --base-url を確認してください。"
+            )
+        if isinstance(cause, socket.gaierror):
+            return f"{place} のアドレスが見つかりません。--base-url とDNSを確認してください。"
+        if isinstance(cause, ConnectionRefusedError):
+            return (
+                f"{place} に接続を拒否されました。--base-url と、サーバーが動いているかを"
+                "確認してください。"
+            )
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def _timer_of(clock: Callable[[], float]) -> Callable[[], float]:
+    """What waits are measured by: a clock that nobody sets, unless one was given."""
+    return time.monotonic if clock is time.time else clock
+
+
+def _retry_after(error: Any, now: float) -> float | None:
+    """Seconds that a ``Retry-After`` header asks for, as a number or as a date."""
+    import email.utils
+
+    text = getattr(getattr(error, "response", None), "headers", {}).get("retry-after", "")
     try:
-        return float(error.response.headers.get("retry-after", ""))
-    except (AttributeError, ValueError):
+        return float(text)
+    except ValueError:
+        pass
+    try:
+        return email.utils.parsedate_to_datetime(text).timestamp() - now
+    except (ValueError, TypeError, OverflowError):
         return None
 
 
@@ -3847,7 +3906,8 @@ class Endpoint:
         self._settings = settings
         self._client = client
         self._owns_client = client is None
-        self._clock, self._sleep = clock, sleep
+        self._clock, self._timer, self._sleep = clock, _timer_of(clock), sleep
+        self._reached = False  # whether anything has ever answered
         self._server: Rehearsal | None = None
         self._lacking: set[str] = set()
         self._loading: dict[str, float] = {}
@@ -3866,23 +3926,42 @@ class Endpoint:
         if self._client is None:
             if not settings.api_key:
                 raise ConfigurationError(NO_KEY)
-            import openai
+            self._client = self._make_client()
+        if self._client.max_retries:
+            self._client = self._client.with_options(max_retries=0)
+        return self._client
 
-            self._client = openai.OpenAI(
+    def _make_client(self) -> OpenAI:
+        import openai
+
+        settings = self._settings
+        try:
+            http_client = openai.DefaultHttpxClient(
+                # A proxy of the environment must not see a rehearsal.
+                trust_env=not settings.rehearse,
+                event_hooks={"response": [_refuse_foreign_redirect]},
+            )
+            weakref.finalize(self, http_client.close)
+            return openai.OpenAI(
                 api_key=settings.api_key,
                 base_url=self._start_rehearsal() if settings.rehearse else settings.base_url,
                 organization=settings.organization,
                 project=settings.project,
                 timeout=60.0,
                 max_retries=0,
-                # A proxy of the environment must not see a rehearsal.
-                http_client=openai.DefaultHttpxClient(trust_env=False)
-                if settings.rehearse
-                else None,
+                http_client=http_client,
             )
-        if self._client.max_retries:
-            self._client = self._client.with_options(max_retries=0)
-        return self._client
+        except ImportError as error:
+            raise ConfigurationError(
+                "環境変数のプロキシ（ALL_PROXY など）がSOCKSですが、必要なパッケージがありません。"
+                "pip install 'httpx[socks]' を実行するか、ALL_PROXY を外してください"
+                f"（{printable(error)[:200]}）。"
+            ) from error
+
+    def given(self, seconds: float) -> OpenAI:
+        """The client for requests that may take so long."""
+        timeout = _openai().Timeout(seconds, connect=CONNECT_SECONDS)
+        return self.client.with_options(timeout=timeout)
 
     def _start_rehearsal(self) -> str:
         from openai_sft_rehearsal import Rehearsal
@@ -3932,20 +4011,24 @@ class Endpoint:
         passes: Callable[[Exception], bool] | None = None,
         lost: Callable[[], T | None] | None = None,
         told: str | None = None,
+        spare: bool = False,
     ) -> T:
         """``request()``; what may succeed later is repeated for up to ``patience`` seconds.
 
         An answer without the attribute that ``needs`` names is a broken one. ``passes`` tells
         of further errors that pass by themselves. ``lost`` is for what must not happen twice:
         after an answer that was lost it looks for what the request may have made, and nothing
-        is sent again where it finds that. ``told`` is said once, where it has to wait.
+        is sent again where it finds that. ``told`` is said once, where it has to wait. For what
+        is ``spare``, a broken answer is soon taken for the endpoint's way. What can't mend
+        itself (a refusing port, no address, a certificate) ends at once where nothing has
+        answered yet.
 
         Raises the SDK's error, or :class:`BrokenAnswer` for an answer that isn't the API's
         JSON. The key is taken out of what an endpoint may echo.
         """
         began: float | None = None
         for attempt in itertools.count():
-            started = self._clock()
+            started = self._timer()
             began = started if began is None else began
             try:
                 answer = self._read(request, needs)
@@ -3957,18 +4040,23 @@ class Endpoint:
                 return answer
             if not is_transient(failure) and not (passes and passes(failure)):
                 raise failure
-            if lost is not None and not _never_arrived(failure):
+            if lost is not None and not _made_nothing(failure):
                 logger.info(
                     "応答を受け取れませんでした。リクエストがサービスに届いたかを確認します。"
                 )
                 found = lost()
                 if found is not None:
                     return found
-            delay = retry_delay(attempt, _retry_after(failure), random.random())
-            if self._clock() + delay - began > patience:
+            delay = retry_delay(attempt, _retry_after(failure, self._clock()), random.random())
+            limit = patience
+            if not self._reached and _connection_fault(failure) is not None:
+                limit = min(patience, FIRST_CONTACT_SECONDS)
+            elif spare and isinstance(failure, BrokenAnswer):
+                limit = min(patience, SPARE_SECONDS)
+            if self._timer() + delay - began > limit:
                 raise failure
-            if attempt == 0 and patience > 60:
-                self._tell_waiting(failure, patience, told)
+            if attempt == 0 and limit > 60:
+                self._tell_waiting(failure, limit, told)
             self._sleep(delay)
         raise AssertionError("unreachable")
 
@@ -3977,14 +4065,16 @@ class Endpoint:
         failure: Exception
         try:
             answer = request()
-            if isinstance(answer, str):  # what the SDK makes of a page that isn't JSON
-                raise BrokenAnswer("エンドポイントの応答がJSONではありません。")
-            if needs is not None and getattr(answer, needs, None) is None:
-                raise BrokenAnswer(f"エンドポイントの応答に {needs} がありません。")
+            _require_shape(answer, needs)
+            self._reached = True
             return answer
         except (_openai().APIError, BrokenAnswer) as error:
+            if isinstance(error.__cause__, OpenAISFTError):  # of this library's own hook
+                raise error.__cause__ from None
+            self._reached = self._reached or not isinstance(error, _openai().APIConnectionError)
             failure = error
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, AttributeError, TypeError):
+            # What the SDK makes of JSON that isn't the API's.
             failure = BrokenAnswer("エンドポイントの応答が途中で切れたか、壊れています。")
         client_key = self._client.api_key if self._client is not None else None
         for key in {self._settings.api_key, client_key} - {None, ""}:
@@ -4013,30 +4103,51 @@ class Endpoint:
         part: str,
         request: Callable[[], T],
         *,
+        needs: str | None = None,
         gone_is_missing: bool = True,
         patience: float = RETRY_SECONDS,
         told: str | None = None,
     ) -> T | None:
-        """``request()``, or ``None`` where the endpoint lacks this part of the API.
+        """``request()``, or ``None`` where the endpoint lacks this part of the API or refuses it.
 
         With ``gone_is_missing=False`` a 404 is about this one object and isn't remembered.
+        Raises where the endpoint is out of reach for longer than ``patience`` seconds.
         """
         if part in self._lacking:
             return None
         try:
-            return self.call(request, patience=patience, told=told)
+            return self.call(request, needs=needs, patience=patience, told=told, spare=True)
+        except BrokenAnswer as error:
+            reason = str(error)
+        except _openai().APIStatusError as error:
+            if error.status_code == 404 and not gone_is_missing:
+                return None
+            reason = explain_api_error(error)
+            if error.status_code in MISSING_STATUSES:
+                self._lacking.add(part)
+                reason = f"このエンドポイントは対応していません（HTTP {error.status_code}）"
+        logger.warning("%sを省略して続けます: %s", part, reason)
+        return None
+
+    def greet(self) -> None:
+        """Ask once whether the endpoint is there and takes the key; raise what it says."""
+        jobs = self.given(LOOK_SECONDS).fine_tuning.jobs
+        try:
+            self.call(lambda: jobs.list(limit=1))
         except _openai().APIStatusError as error:
             if error.status_code not in MISSING_STATUSES:
                 raise
-            if error.status_code == 404 and not gone_is_missing:
-                return None
-            self._lacking.add(part)
-            logger.info(
-                "このエンドポイントは%sに対応していません（HTTP %d）。この処理を省略して続けます。",
-                part,
-                error.status_code,
-            )
-            return None
+
+    def is_up(self) -> bool:
+        """Whether anything answers at this moment, whatever it says."""
+        models = self.given(LOOK_SECONDS).models
+        try:
+            self._read(lambda: models.retrieve(self._settings.model), None)
+        except _openai().APIStatusError as error:
+            return bool(error.status_code < 500)
+        except (_openai().APIError, BrokenAnswer):
+            return False
+        return True
 
     # Files -----------------------------------------------------------------------------
 
@@ -4072,7 +4183,7 @@ class Endpoint:
         ).id
 
     def _send_file(self, path: Path, size: int) -> FileObject:
-        client = self.client.with_options(timeout=600.0)
+        client = self.given(600.0)
         limit = self._settings.max_single_upload_bytes
         with _ProgressReader(path, size, enabled=self._settings.verbose) as file:
             if size <= limit:
@@ -4128,7 +4239,7 @@ class Endpoint:
         ``sending`` is called before each request, ``refused`` after one that has certainly made
         nothing. Where an answer is lost, ``find`` is asked for minutes before another is sent.
         """
-        jobs = self.client.with_options(timeout=CREATION_SECONDS).fine_tuning.jobs
+        jobs = self.given(CREATION_SECONDS).fine_tuning.jobs
         tags = {**metadata, INTENT_KEY: intent.token}
 
         def send() -> FineTuningJob:
@@ -4136,11 +4247,16 @@ class Endpoint:
             try:
                 return jobs.create(**intent.request, metadata=tags)
             except _openai().APIError as error:
-                if _never_arrived(error) or not is_transient(error):
+                if _made_nothing(error) or not is_transient(error):
                     refused()
                 raise
 
-        return self.call(send, needs="id", lost=lambda: self.look(find, JOB_LOOK_DELAYS)).id
+        return self.call(
+            send,
+            needs="id",
+            passes=_is_being_processed,
+            lost=lambda: self.look(find, JOB_LOOK_DELAYS),
+        ).id
 
     def find_jobs(self, intent: Intent) -> list[FineTuningJob]:
         """The jobs that requests of ``intent`` may have made.
@@ -4148,32 +4264,38 @@ class Endpoint:
         They carry its token. Where an endpoint keeps no metadata, training file, model and time
         tell them.
         """
-        # Compared here too, for an endpoint may ignore the filter.
-        named = self.jobs(metadata={INTENT_KEY: intent.token})
-        ours = [job for job in named if (job.metadata or {}).get(INTENT_KEY) == intent.token]
+        # Compared here too, for an endpoint may ignore the filter. The newest come first.
+        ours = [
+            job
+            for job in self._jobs_since(intent.since, metadata={INTENT_KEY: intent.token})
+            if (job.metadata or {}).get(INTENT_KEY) == intent.token
+        ]
         if ours:
             return ours
         model, file_id = (intent.request[name] for name in ("model", "training_file"))
+        wanted = (MODEL_ALIASES.get(model, model), file_id)
         return [
             job
-            for job in self.jobs()
-            if not job.metadata
-            and (job.model, job.training_file) == (MODEL_ALIASES.get(model, model), file_id)
-            and job.created_at >= intent.since
+            for job in self._jobs_since(intent.since)
+            if not job.metadata and (job.model, job.training_file) == wanted
         ]
 
+    def _jobs_since(self, since: float, **options: Any) -> Iterator[FineTuningJob]:
+        return itertools.takewhile(lambda job: job.created_at >= since, self.jobs(**options))
+
     def jobs(self, *, patience: float = RETRY_SECONDS, **options: Any) -> Iterator[FineTuningJob]:
-        """All jobs, page by page; one that comes twice is given once."""
-        jobs = self.client.fine_tuning.jobs
-        page = self.call(lambda: jobs.list(limit=100, **options), patience=patience)
+        """The newest jobs, page by page; one that comes twice is given once."""
+        jobs = self.given(LOOK_SECONDS).fine_tuning.jobs
+        call = functools.partial(self.call, needs="data", patience=patience)
+        page = call(lambda: jobs.list(limit=100, **options))
         seen: set[str] = set()
-        while True:
+        for _ in range(MAX_PAGES):
             fresh = [job for job in page.data if job.id not in seen]
             yield from fresh
             seen.update(job.id for job in fresh)
             if not fresh or not page.has_next_page():
                 return
-            page = self.call(page.get_next_page, patience=patience)
+            page = call(page.get_next_page)
 
     def job(self, job_id: str, *, patience: float = RETRY_SECONDS) -> FineTuningJob:
         """How a job stands."""
@@ -4184,16 +4306,18 @@ class Endpoint:
         self, job_id: str, seen: set[str], *, until: float
     ) -> tuple[FineTuningJob, list[FineTuningJobEvent]]:
         """One look at a job: how it stands, and its events that are not in ``seen``, oldest
-        first. Failures are waited out ``until`` a moment of the clock."""
+        first. Failures are waited out ``until`` a moment of the timer."""
         retrieve = functools.partial(self.client.fine_tuning.jobs.retrieve, job_id)
         told = "ジョブの状態を取得できません。回復するまで待ちます"
-        job = self.call(retrieve, needs="status", patience=until - self._clock(), told=told)
+        job = self.call(retrieve, needs="status", patience=until - self._timer(), told=told)
         list_events = self.client.fine_tuning.jobs.list_events
         fresh: list[FineTuningJobEvent] = []
         more: Callable[[], Any] = functools.partial(list_events, job_id, limit=100)
-        while True:  # newest first, in pages
-            patience = until - self._clock()
-            page = self.optional("イベント", more, patience=patience, told=told)
+        for _ in range(MAX_PAGES):  # newest first, in pages
+            patience = until - self._timer()
+            if patience <= 0 and fresh:
+                break
+            page = self.optional("イベント", more, needs="data", patience=patience, told=told)
             if page is None:
                 break
             known = seen.union(event.id for event in fresh)
@@ -4219,7 +4343,7 @@ class Endpoint:
     def checkpoints(self, job_id: str) -> list[FineTuningJobCheckpoint]:
         """The checkpoints of a job, none where the endpoint keeps none."""
         listed = self.client.fine_tuning.jobs.checkpoints.list
-        page = self.optional("チェックポイント", lambda: listed(job_id))
+        page = self.optional("チェックポイント", lambda: listed(job_id), needs="data")
         return page.data if page is not None else []
 
     def result_rows(self, job: FineTuningJob) -> list[dict[str, float]]:
@@ -4242,7 +4366,8 @@ class Endpoint:
 
     def model(self, name: str, *, patience: float) -> Model:
         """What the endpoint says of a model."""
-        return self.call(lambda: self.client.models.retrieve(name), patience=patience)
+        models = self.given(LOOK_SECONDS).models
+        return self.call(lambda: models.retrieve(name), patience=patience)
 
     def shutdown_date(self, *names: str | None) -> tuple[str, date] | None:
         """The first of some models whose end is announced, with its date."""
@@ -4259,7 +4384,7 @@ class Endpoint:
 
     def expect(self, model_id: str) -> None:
         """From now on, :data:`MODEL_LOADING_SECONDS` long, a 404 of this model passes."""
-        self._loading[model_id] = self._clock() + MODEL_LOADING_SECONDS
+        self._loading[model_id] = self._timer() + MODEL_LOADING_SECONDS
 
     def is_loading(self, model_id: str) -> bool:
         """Whether a model was just tuned and hasn't answered yet."""
@@ -4271,7 +4396,7 @@ class Endpoint:
         told: list[str] = []
 
         def loads(error: Exception) -> bool:
-            if getattr(error, "status_code", None) != 404 or self._clock() >= until:
+            if getattr(error, "status_code", None) != 404 or self._timer() >= until:
                 return False
             if not told:
                 told.append(model_id)
@@ -4288,6 +4413,31 @@ def _openai() -> ModuleType:
     import openai
 
     return openai
+
+
+def _require_shape(answer: object, needs: str | None) -> None:
+    """Raise :class:`BrokenAnswer` for what isn't the API's: a page, or no ``needs`` in it."""
+    if answer is None or isinstance(answer, str | list):  # what the SDK makes of another's JSON
+        raise BrokenAnswer("エンドポイントの応答がAPIのJSONではありません。")
+    value: Any = getattr(answer, needs, None) if needs else answer
+    if value is None:
+        raise BrokenAnswer(f"エンドポイントの応答に {needs} がありません。")
+    if needs == "data" and not all(getattr(item, "id", None) for item in value):
+        raise BrokenAnswer("エンドポイントの一覧に、APIのものでない項目があります。")
+
+
+def _refuse_foreign_redirect(response: Any) -> None:
+    """Follow no redirect that leads the key and the data to another host."""
+    target = response.headers.get("location")
+    if not target or not 300 <= response.status_code < 400:
+        return
+    here = str(response.request.url)
+    host = urllib.parse.urlsplit(urllib.parse.urljoin(here, target)).hostname
+    if host != urllib.parse.urlsplit(here).hostname:
+        raise ConfigurationError(
+            f"エンドポイントが別のホスト {printable(host)} へ転送しようとしたため、中止しました。"
+            "正しい場所なら --base-url にそのURLを指定してください。"
+        )
 
 
 def _hide(key: str, error: Any) -> None:
@@ -4451,7 +4601,8 @@ class Ledger:
 
     def paid_training(self, job: FineTuningJob) -> None:
         """Keep and log what a job has cost, where its tokens and price are known."""
-        price = self._settings.price or price_of(job.model)
+        model = getattr(job, "model", None) or self._settings.model
+        price = self._settings.price or price_of(model)
         estimate = (self._run.estimate or {}).get("training_usd")
         if self._settings.rehearse:
             return
@@ -4740,7 +4891,7 @@ class FineTuning:
     ) -> None:
         self._endpoint, self._ledger, self._settings = endpoint, ledger, settings
         self._runs, self._run = runs, run
-        self._clock, self._sleep = clock, sleep
+        self._clock, self._timer, self._sleep = clock, _timer_of(clock), sleep
 
     def upload(self, path: Path, part: UploadPart) -> str:
         """Upload a file, unless this data is there already; its intent is recorded first."""
@@ -4877,7 +5028,7 @@ class FineTuning:
         See :meth:`OpenAISFT.monitor_fine_tune_job`.
         """
         job_id = self._run.known("job_id")
-        until = math.inf if timeout is None else self._clock() + timeout
+        until = math.inf if timeout is None else self._timer() + timeout
         seen: set[str] = set()
         status = ""
         bar = _TrainingBar(enabled=self._settings.verbose)
@@ -4888,7 +5039,7 @@ class FineTuning:
                 except (_openai().APIError, BrokenAnswer) as error:
                     if timeout is None or not is_transient(error):
                         raise
-                    self._sleep(max(0.0, until - self._clock()))
+                    self._sleep(max(0.0, until - self._timer()))
                     raise WaitTimeout(job_id, status, timeout) from error
                 for event in events:
                     bar.show(event)
@@ -4900,9 +5051,9 @@ class FineTuning:
                     self._run.save(job_status=status)
                 if status in TERMINAL_STATUSES:
                     break
-                if timeout is not None and self._clock() >= until:
+                if timeout is not None and self._timer() >= until:
                     raise WaitTimeout(job_id, status, timeout)
-                self._sleep(min(delay, until - self._clock()))
+                self._sleep(min(delay, until - self._timer()))
         self._record_outcome(job, bar.rows)
         return job
 
@@ -4948,7 +5099,8 @@ class FineTuning:
             logger.info("チェックポイント: %s（step %s）", name, checkpoint.step_number)
         self._run.save(checkpoints=[c.fine_tuned_model_checkpoint for c in checkpoints])
         self._ledger.paid_training(job)
-        shutdown = self._endpoint.shutdown_date(job.fine_tuned_model, job.model)
+        base_model = getattr(job, "model", None)
+        shutdown = self._endpoint.shutdown_date(job.fine_tuned_model, base_model)
         if shutdown is not None:
             logger.warning("%s は %s に停止します。", printable(shutdown[0]), shutdown[1])
             self._run.save(shutdown_date=str(shutdown[1]))
@@ -5264,7 +5416,8 @@ class Evaluation:
         }
         if case.tools:
             request["tools"] = case.tools
-        create = functools.partial(self._endpoint.client.chat.completions.create, **request)
+        chat = self._endpoint.given(ANSWER_SECONDS).chat
+        create = functools.partial(chat.completions.create, **request)
         started = time.perf_counter()
         try:
             answer = self._endpoint.ask(model_id, lambda: pool.attempt(create))
@@ -5273,10 +5426,8 @@ class Evaluation:
             response["usage"] = response["usage"] or _estimated_usage(case, response["output"])
             if fault := self._task.find_fault(response["output"]):
                 response["invalid"] = fault
-        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError):
-            raise
         except (openai.APIError, BrokenAnswer) as error:
-            if getattr(error, "code", None) == "insufficient_quota":
+            if "usage" not in response and self._meets_every_case(error):
                 raise
             reason = error if isinstance(error, BrokenAnswer) else explain_api_error(error)
             response["error"] = str(reason)
@@ -5284,6 +5435,15 @@ class Evaluation:
         response["reference"] = case.reference
         response["latency_seconds"] = round(time.perf_counter() - started, 3)
         return response
+
+    def _meets_every_case(self, error: Exception) -> bool:
+        """Whether the next case would fail as well: by the key, the model, the quota, a limit of
+        the rate or an outage that outlasts all patience."""
+        openai = _openai()
+        final = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
+        if isinstance(error, (*final, openai.RateLimitError)):
+            return True
+        return is_transient(error) and not self._endpoint.is_up()
 
     def results(
         self, asked: Asked, train_data: Sequence[Example] | None, asked_at: str
@@ -5740,6 +5900,8 @@ class OpenAISFT:
         filters, asking = _read_options(options, max_test_cases, seed)
         selection = Selection(max_samples, seed, **filters)
         self._require_ready(self.settings)
+        if not self.settings.rehearse:
+            self._endpoint_of(self.settings).greet()
         run, splits, _ = self._make_data("pipeline", selection, Plan(asking, training))
         return self._go_on(run, splits=splits, timeout=timeout)
 
@@ -5863,7 +6025,7 @@ class OpenAISFT:
         if endpoint.reachable:
             try:
                 listed = endpoint.optional(
-                    "ジョブの一覧", lambda: list(endpoint.jobs(patience=10.0)), patience=0.0
+                    "ジョブの一覧", lambda: tuple(endpoint.jobs(patience=10.0)), patience=0.0
                 )
                 jobs = None if listed is None else {job.id: job for job in listed}
             except (_openai().APIError, BrokenAnswer) as error:

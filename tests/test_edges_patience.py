@@ -168,7 +168,6 @@ def ends_within_seconds(sft: OpenAISFT, act: Callable[[OpenAISFT], None], clock:
     return told(caught.value)
 
 
-@pytest.mark.xfail(strict=True, reason="it is tried for ten minutes and the cause never shown")
 @pytest.mark.parametrize("act", ACTS.values(), ids=ACTS)
 def test_a_port_that_refuses_ends_it_within_seconds_with_cause_and_remedy(
     timed: MakeSFT, clock: Patience, nowhere: str, act: Callable[[OpenAISFT], None]
@@ -179,7 +178,6 @@ def test_a_port_that_refuses_ends_it_within_seconds_with_cause_and_remedy(
     assert any_of(said, "--base-url", "OPENAI_BASE_URL")
 
 
-@pytest.mark.xfail(strict=True, reason="it is tried for ten minutes and the cause never shown")
 @pytest.mark.parametrize("act", ACTS.values(), ids=ACTS)
 def test_a_host_that_has_no_address_ends_it_within_seconds_with_cause_and_remedy(
     timed: MakeSFT, clock: Patience, act: Callable[[OpenAISFT], None]
@@ -220,7 +218,6 @@ def shake_hands(listener: socket.socket, context: ssl.SSLContext) -> None:
                 context.wrap_socket(connection, server_side=True).close()
 
 
-@pytest.mark.xfail(strict=True, reason="it is tried for ten minutes and the cause never shown")
 @pytest.mark.parametrize("act", ACTS.values(), ids=ACTS)
 def test_a_certificate_nobody_knows_ends_it_within_seconds_with_cause_and_remedy(
     timed: MakeSFT, clock: Patience, self_signed: str, act: Callable[[OpenAISFT], None]
@@ -231,7 +228,6 @@ def test_a_certificate_nobody_knows_ends_it_within_seconds_with_cause_and_remedy
     assert any_of(said, "SSL_CERT_FILE", "--base-url")
 
 
-@pytest.mark.xfail(strict=True, reason="it is tried for ten minutes and the cause never shown")
 @pytest.mark.parametrize("act", ACTS.values(), ids=ACTS)
 def test_a_key_with_a_blank_at_its_end_ends_it_within_seconds_and_is_not_shown(
     timed: MakeSFT, clock: Patience, endpoint: Rehearsal, act: Callable[[OpenAISFT], None]
@@ -246,7 +242,6 @@ def test_a_key_with_a_blank_at_its_end_ends_it_within_seconds_and_is_not_shown(
     assert endpoint.exchanges == []
 
 
-@pytest.mark.xfail(strict=True, reason="an ImportError passes through")
 @pytest.mark.parametrize("act", ACTS.values(), ids=ACTS)
 def test_a_proxy_whose_package_is_missing_ends_it_at_once_with_cause_and_remedy(
     timed: MakeSFT,
@@ -288,7 +283,6 @@ def test_a_port_that_refuses_for_an_hour_in_mid_watch_is_waited_out(
     assert 3600 < clock.waited < 3 * 3600
 
 
-@pytest.mark.xfail(strict=True, reason="each case waits ten minutes of its own")
 def test_an_endpoint_that_dies_under_an_evaluation_is_waited_for_once_and_not_for_each_case(
     timed: MakeSFT, clock: Patience, endpoint: Rehearsal
 ) -> None:
@@ -311,7 +305,6 @@ def test_an_endpoint_that_dies_under_an_evaluation_is_waited_for_once_and_not_fo
 # ── Asked once before anything is read or sent ───────────────────────────────────────────────
 
 
-@pytest.mark.xfail(strict=True, reason="the data are read first")
 @pytest.mark.parametrize("fault", ["401", "403", None], ids=["401", "403", "refused"])
 def test_a_run_asks_the_endpoint_before_it_reads_or_writes_anything(
     timed: MakeSFT, endpoint: Rehearsal, nowhere: str, fault: str | None
@@ -396,7 +389,6 @@ def limits(endpoint: Rehearsal) -> Iterator[tuple[str, dict[str, float]]]:
         yield gateway.url, given
 
 
-@pytest.mark.xfail(strict=True, reason="every request is given 60 seconds")
 def test_a_look_is_given_seconds(timed: MakeSFT, limits: tuple[str, dict[str, float]]) -> None:
     url, given = limits
     sft = timed(base_url=url)
@@ -407,7 +399,6 @@ def test_a_look_is_given_seconds(timed: MakeSFT, limits: tuple[str, dict[str, fl
     assert max(given.values()) <= 15
 
 
-@pytest.mark.xfail(strict=True, reason="every request is given 60 seconds")
 def test_an_answer_is_given_minutes_for_to_ask_anew_is_to_pay_anew(
     timed: MakeSFT, limits: tuple[str, dict[str, float]]
 ) -> None:
@@ -472,9 +463,6 @@ BODIES = {
     "null": (b"null", "application/json"),
     "a list": (b"[]", "application/json"),
 }
-UNREAD = pytest.mark.xfail(
-    strict=True, reason="what isn't an object on a list ends in an AttributeError"
-)
 PLACES = {
     "the job": ("GET", JOB),
     "its events": ("GET", f"{JOB}/events"),
@@ -483,18 +471,11 @@ PLACES = {
     "the list of files": ("GET", "/files"),
     "the list of jobs": ("GET", JOBS),
 }
-LISTS = PLACES.keys() - {"the job", "the model"}
-bodies = pytest.mark.parametrize("body", [pytest.param(body, marks=UNREAD) for body in BODIES])
+bodies = pytest.mark.parametrize("body", BODIES)
 
 
-@pytest.mark.parametrize(
-    ("place", "body"),
-    [
-        pytest.param(place, body, marks=[UNREAD] if place in LISTS else [])
-        for place in PLACES
-        for body in BODIES
-    ],
-)
+@bodies
+@pytest.mark.parametrize("place", PLACES)
 def test_a_200_that_is_not_the_apis_json_is_got_past_wherever_it_comes(
     timed: MakeSFT, endpoint: Rehearsal, clean_environment: Path, place: str, body: str
 ) -> None:
@@ -582,7 +563,6 @@ PROCESSED = (
 )
 
 
-@pytest.mark.xfail(strict=True, reason="a 400 is final whatever it says")
 @pytest.mark.parametrize("message", [PROCESSED, "The specified file is still being processed."])
 def test_a_file_that_is_still_being_processed_is_waited_for(
     timed: MakeSFT, clock: Patience, endpoint: Rehearsal, clean_environment: Path, message: str
@@ -625,7 +605,6 @@ def test_a_job_that_has_to_wait_for_the_rate_says_so(
     assert any_of(said[0], "上限", "429")
 
 
-@pytest.mark.xfail(strict=True, reason="a date is left to the back-off")
 def test_a_retry_after_that_is_a_date_is_waited_for(
     timed: MakeSFT, clock: Patience, endpoint: Rehearsal, clean_environment: Path
 ) -> None:
@@ -650,7 +629,6 @@ def test_a_retry_after_that_makes_no_sense_is_no_obstacle(
     assert clock.waited <= 600
 
 
-@pytest.mark.xfail(strict=True, reason="the key is blamed")
 def test_an_organisation_that_does_not_fit_the_key_is_named_with_its_variable(
     timed: MakeSFT, clock: Patience, endpoint: Rehearsal, clean_environment: Path
 ) -> None:
@@ -803,7 +781,6 @@ def test_a_dotenv_that_is_not_utf_8_is_one_line_that_names_it(
     assert "UTF-8" in said
 
 
-@pytest.mark.xfail(strict=True, reason="an ImportError passes through")
 def test_a_proxy_whose_package_is_missing_is_one_line(
     endpoint: Rehearsal,
     dataset: Path,

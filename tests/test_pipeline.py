@@ -313,7 +313,7 @@ def test_eleven_dialogues_are_too_few_and_nothing_is_sent(
         run(make_sft(), max_samples=11)
 
     assert "9件" in str(caught.value)
-    assert endpoint.exchanges == []
+    assert posts(endpoint) == []
 
 
 def test_twelve_dialogues_are_enough(make_sft: MakeSFT) -> None:
@@ -333,7 +333,7 @@ def test_what_cannot_be_learnt_from_does_not_count_as_an_example(
     with pytest.raises(DataError, match="10件以上"):
         run(make_sft(dataset=str(path)))
 
-    assert endpoint.exchanges == []
+    assert posts(endpoint) == []
 
 
 @pytest.mark.parametrize("options", [{"epochs": 0}, {"batch_size": 257}, {"seed": -1}], ids=str)
