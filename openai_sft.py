@@ -76,6 +76,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import date, datetime
 from pathlib import Path
 from typing import (
+    IO,
     TYPE_CHECKING,
     Any,
     ClassVar,
@@ -187,6 +188,7 @@ __all__ = [
     "percentile",
     "price_of",
     "printable",
+    "printable_lines",
     "read_dialogues",
     "read_examples",
     "retry_delay",
@@ -315,12 +317,15 @@ CONNECT_SECONDS = 10.0
 FIRST_CONTACT_SECONDS = 5.0  # for what won't mend itself, where nothing has answered yet
 SPARE_SECONDS = 60.0  # for an answer that can be done without
 MAX_PAGES = 100
+SILENCE_SECONDS = 3.0  # after which it is said what is waited for
 INTENT_KEY = "openai_sft_intent"  # of a job's metadata
 CLOCK_SKEW_SECONDS = 3600.0  # by which the service's clock may differ from this one's
 MODEL_LOADING_SECONDS = 600.0  # a model may answer 404 for a while after its job succeeded
+OUTAGE_STATUSES = frozenset({502, 503, 504})  # nothing behind the gateway answers
 MISSING_STATUSES = frozenset({404, 405, 501})  # the endpoint lacks this part of the API
 COUNTED_AT_ONCE = 64  # conversations a call of the tokeniser
 MIN_FREE_BYTES = 2**30
+MIN_KEY_LENGTH = 12
 NO_KEY = (
     "OpenAI API keyが設定されていません。環境変数 OPENAI_API_KEY か .env ファイルに設定するか、"
     "OpenAISFT(api_key=...) で渡してください。キーなしで試すにはリハーサル（rehearse=True、"
@@ -344,13 +349,47 @@ def _dump(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+def printable_lines(text: object) -> str:
+    """``text`` with its lines, but without what else controls a terminal."""
+    lines = str(text).split("\n")
+    return "\n".join("".join(c if c.isprintable() else " " for c in line) for line in lines)
+
+
+class _Inert(logging.Filter):
+    """Takes what controls a terminal out of every line of the log, whoever wrote it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if not message.isprintable():
+            record.msg, record.args = printable_lines(message), ()
+        return True
+
+
+logger.addFilter(_Inert())
+
+
 def _to_json(value: object) -> str:
     """Readable JSON, UTF-8 as it is."""
     return json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n"
 
 
 def write_new_file(path: Path, lines: str | Iterable[bytes]) -> None:
-    """Write ``path`` whole or not at all; an existing file raises ``FileExistsError``."""
+    """Write ``path`` whole or not at all; an existing file raises ``FileExistsError``.
+
+    On Linux what is written has no name until it is whole: a kill leaves nothing behind.
+    """
+    try:
+        descriptor = os.open(path.parent, os.O_WRONLY | os.O_TMPFILE, 0o600)
+    except (AttributeError, OSError):  # another system, or a file system that can't
+        _write_and_link(path, lines)
+        return
+    with os.fdopen(descriptor, "wb") as file:
+        _write_through(file, lines)
+        # With a directory's descriptor, which an absolute path ignores, links are followed.
+        os.link(f"/proc/self/fd/{descriptor}", path, src_dir_fd=descriptor, follow_symlinks=True)
+
+
+def _write_and_link(path: Path, lines: str | Iterable[bytes]) -> None:
     temporary = _write_temporary(path, lines)
     try:
         os.link(temporary, path)
@@ -364,15 +403,19 @@ def write_new_file(path: Path, lines: str | Iterable[bytes]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _write_through(file: IO[bytes], lines: str | Iterable[bytes]) -> None:
+    file.writelines([lines.encode()] if isinstance(lines, str) else lines)
+    file.flush()
+    os.fsync(file.fileno())
+
+
 def _write_temporary(path: Path, lines: str | Iterable[bytes]) -> Path:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.writelines([lines.encode()] if isinstance(lines, str) else lines)
-            file.flush()
-            os.fsync(file.fileno())
+            _write_through(file, lines)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -397,6 +440,9 @@ class OpenAISFTError(Exception):
     """Base of this library's errors. ``exit_code`` is what the command line ends with."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return printable_lines(super().__str__())
 
 
 class ConfigurationError(OpenAISFTError, ValueError):
@@ -922,9 +968,10 @@ class Settings(RunSettings):
 
     @property
     def recorded(self) -> RunSettings:
-        """What a run keeps of these."""
-        names = [f.name for f in fields(RunSettings)]
-        return RunSettings(**{name: getattr(self, name) for name in names})
+        """What a run keeps of these; credentials in ``base_url`` are nobody's to read."""
+        facts = {f.name: getattr(self, f.name) for f in fields(RunSettings)}
+        facts["base_url"] = self.base_url and _without_credentials(self.base_url)
+        return RunSettings(**facts)
 
     def working_as(self, run: RunSettings) -> Settings:
         """These settings with what a run was begun with; a limit or a price of now goes first."""
@@ -932,7 +979,13 @@ class Settings(RunSettings):
         for name in ("max_cost_usd", "price"):
             if getattr(self, name) is not None:
                 del changes[name]
+        if run.base_url == self.recorded.base_url:
+            del changes["base_url"]  # it may hold credentials here
         return replace(self, **changes)
+
+    def working_at(self, run: RunSettings) -> Settings:
+        """These settings at the endpoint of a run."""
+        return replace(self, base_url=self.working_as(run).base_url)
 
     @property
     def host(self) -> str:
@@ -964,6 +1017,11 @@ def _is_whole(value: object, low: int, high: int) -> bool:
 def _is_text(value: str | None) -> bool:
     """Whether ``value`` can be written as UTF-8; an odd byte of a command line can't."""
     return value is None or not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _without_credentials(url: str) -> str:
+    parts = urllib.parse.urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def _is_http_url(url: str) -> bool:
@@ -1341,9 +1399,10 @@ def _hub_records(name: str, revision: str | None) -> Iterator[SourceRecord]:
         if unreachable and not cache.exists():
             continue  # each try takes half a minute to give up
         try:
-            loaded = datasets.load_dataset(
-                name, revision=attempt, cache_dir=str(cache) if attempt else None
-            )
+            with _telling_when_late("Hugging Face Hub からの応答がまだありません。"):
+                loaded = datasets.load_dataset(
+                    name, revision=attempt, cache_dir=str(cache) if attempt else None
+                )
         except Exception as error:  # noqa: BLE001  # builders raise anything; all are told
             failures.append(f"{label}: {_reason(error)}")
             logger.info("%s では読めません。次の方法を試します。", failures[-1])
@@ -1375,6 +1434,18 @@ def _hub_records(name: str, revision: str | None) -> Iterator[SourceRecord]:
             "指定してください。"
         ) from error
     yield from records
+
+
+@contextlib.contextmanager
+def _telling_when_late(line: str) -> Iterator[None]:
+    """Log ``line`` where what is done within takes long."""
+    timer = threading.Timer(SILENCE_SECONDS, logger.info, (line,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _reason(error: Exception) -> str:
@@ -1733,6 +1804,14 @@ def read_examples(path: str | os.PathLike[str]) -> list[Example]:
     return examples
 
 
+def _is_over(limit: int, counter: TokenCounter, messages: Sequence[Message], about: int) -> bool:
+    """Whether messages pass the limit; they are counted where their ``about`` rounded summands
+    leave it open."""
+    if abs(about - limit) > len(messages):
+        return about > limit
+    return counter.count(messages).total > limit
+
+
 def split_long_example(example: Example, counter: TokenCounter, limit: int) -> list[Example]:
     """Cut a conversation of more than ``limit`` tokens into consecutive examples.
 
@@ -1752,14 +1831,18 @@ def split_long_example(example: Example, counter: TokenCounter, limit: int) -> l
             exchanges.append([])
         exchanges[-1].append(message)
     parts: list[list[Message]] = []
+    size = 0  # of the part so far, summed up: nothing is counted anew with every exchange
     for exchange in exchanges:
-        if not parts or counter.count([*head, *parts[-1], *exchange]).total > limit:
+        tokens = counter.count(exchange).total - 3  # of which an example has them once
+        if not parts or _is_over(limit, counter, [*head, *parts[-1], *exchange], size + tokens):
             parts.append([])
-            if counter.count([*head, *exchange]).total > limit:
+            size = counter.count(head).total
+            if _is_over(limit, counter, [*head, *exchange], size + tokens):
                 raise DataError(
                     f"対話「{example['id']}」には1回のやりとりだけで{limit:,}トークンを超える"
                     "部分があり、分割できません。除くには --long-examples drop を指定してください。"
                 )
+        size += tokens
         parts[-1].extend(exchange)
     trained = [
         part
@@ -1801,7 +1884,8 @@ def load_vocabulary(timeout: float = 20.0) -> Any | None:
 
     thread = threading.Thread(target=fetch, name="openai-sft-vocabulary", daemon=True)
     thread.start()
-    thread.join(timeout)
+    with _telling_when_late(f"tiktokenの語彙がまだ届きません（最大{timeout:g}秒待ちます）。"):
+        thread.join(timeout)
     if not outcome or isinstance(outcome[0], Exception):
         logger.warning(
             "tiktokenの語彙 %s を取得できないため、トークン数は推定です（%s）。"
@@ -3349,7 +3433,7 @@ class Run:
     trained_tokens: int | None = None
     result_files: Sequence[str] | None = None
     checkpoints: Sequence[str] = ()
-    final_metrics: Mapping[str, float] | None = None
+    final_metrics: Mapping[str, float | None] | None = None
     shutdown_date: str | None = None
     training_recorded_at: str | None = None
     evaluation: Mapping[str, Any] = field(default_factory=dict)
@@ -3478,11 +3562,17 @@ class Run:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
                 raise BlockingIOError  # its holder has just removed it, and another made it anew
-        except OSError as error:
+        except (BlockingIOError, PermissionError) as error:
             os.close(descriptor)
             raise ConfigurationError(
                 f"{self.path} は別のプロセスが使っています。終わるのを待ってください。"
             ) from error
+        except OSError as error:  # Lustre and some NFS can't
+            logger.warning(
+                "%s ではファイルをロックできません（%s）。同じ実行を二重に動かさないでください。",
+                self.path.parent,
+                error.strerror,
+            )
         self._release = weakref.finalize(self, _unlock, path, descriptor)
         for left_behind in self.path.parent.glob(f".*_{self.stamp}.*.tmp"):
             left_behind.unlink(missing_ok=True)  # by a process that was killed while writing
@@ -3978,7 +4068,7 @@ class Endpoint:
     @property
     def url(self) -> str:
         """Where requests go."""
-        return str(self.client.base_url)
+        return _without_credentials(str(self.client.base_url))
 
     @property
     def reachable(self) -> bool:
@@ -5113,7 +5203,10 @@ class FineTuning:
             return
         self._run.publish("training_metrics", ".csv", _to_csv(rows))
         # Validation has no value at most steps, so the last of each column counts.
-        self._run.save(final_metrics=dict(collections.ChainMap(*map(dict, reversed(rows)))))
+        last = dict(collections.ChainMap(*map(dict, reversed(rows))))
+        # JSON has no way to write a loss that isn't a number; the table keeps it.
+        numbers = {name: x if math.isfinite(x) else None for name, x in last.items()}
+        self._run.save(final_metrics=numbers)
 
 
 def _require_same_request(job_id: str, sent: Mapping[str, Any], request: Mapping[str, Any]) -> None:
@@ -5443,6 +5536,8 @@ class Evaluation:
         final = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
         if isinstance(error, (*final, openai.RateLimitError)):
             return True
+        if getattr(error, "status_code", None) in OUTAGE_STATUSES:
+            return True
         return is_transient(error) and not self._endpoint.is_up()
 
     def results(
@@ -5567,7 +5662,7 @@ def _answers(cases: Sequence[Case], responses: Sequence[Mapping[str, Any]]) -> l
     ]
 
 
-def _cross_entropies(metrics: Mapping[str, float]) -> dict[str, float]:
+def _cross_entropies(metrics: Mapping[str, float | None]) -> dict[str, float]:
     """A job's last losses, where they are known; the service trains by cross-entropy."""
     valid = metrics.get("full_valid_loss", metrics.get("valid_loss"))
     losses = {
@@ -5668,8 +5763,10 @@ def _check_key(settings: Settings, endpoint: Endpoint) -> CheckItem:
         if endpoint.brings_key:
             return CheckItem("APIキー", "ok", "渡された client のものを使います")
         return CheckItem("APIキー", "fail", "ありません", "OPENAI_API_KEY に設定してください")
-    ending = f"…{key[-4:]}" if len(key) >= 12 else "短すぎる値"
-    return CheckItem("APIキー", "ok", f"{settings.api_key_source}から（{ending}）")
+    if len(key) < MIN_KEY_LENGTH:
+        text = f"{settings.api_key_source}から（短すぎる値）"
+        return CheckItem("APIキー", "warn", text, "OPENAI_API_KEY の値を確認してください")
+    return CheckItem("APIキー", "ok", f"{settings.api_key_source}から（…{key[-4:]}）")
 
 
 def _check_endpoint(settings: Settings, endpoint: Endpoint, now: float) -> Iterator[CheckItem]:
@@ -5694,7 +5791,7 @@ def _check_endpoint(settings: Settings, endpoint: Endpoint, now: float) -> Itera
             yield CheckItem("エンドポイント", "fail", address, explain_api_error(error))
         return
     except (openai.OpenAIError, BrokenAnswer, ConfigurationError) as error:
-        text = settings.base_url or "不明"
+        text = settings.recorded.base_url or "不明"
         yield CheckItem("エンドポイント", "fail", text, explain_api_error(error))
         return
     yield CheckItem("エンドポイント", "ok", f"{address} につながりました")
@@ -5715,6 +5812,41 @@ def _check_vocabulary() -> CheckItem:
         remedy = "TIKTOKEN_CACHE_DIR に語彙ファイルを置くと正確になります"
         return CheckItem("トークンの語彙", "warn", f"{VOCABULARY} がなく、推定になります", remedy)
     return CheckItem("トークンの語彙", "ok", f"{VOCABULARY} で正確に数えられます")
+
+
+def _check_data(settings: Settings) -> Iterator[CheckItem]:
+    """Whether the data set is where it is said to be; the Hub is asked for a few seconds."""
+    name = settings.dataset
+    if name is None:
+        return
+    if Path(name).expanduser().exists():
+        yield CheckItem("データ", "ok", f"{name} があります")
+        return
+    if _looks_like_path(name):
+        yield CheckItem("データ", "fail", f"{name} がありません", "--dataset を確認してください")
+        return
+    import huggingface_hub
+
+    try:
+        huggingface_hub.HfApi().dataset_info(
+            name, revision=settings.revision, timeout=FIRST_CONTACT_SECONDS
+        )
+    except Exception as error:  # noqa: BLE001  # of whichever HTTP library the Hub's package uses
+        remedy = "名前とネットワークを確かめるか、フォルダーを --dataset で指定してください"
+        yield CheckItem("データ", "warn", f"Hubの {name} を確かめられません", remedy)
+        logger.debug("Hub: %s", _reason(error))
+        return
+    yield CheckItem("データ", "ok", f"Hubの {name} があります")
+
+
+def _check_extra() -> CheckItem:
+    try:
+        import rapidfuzz.distance  # noqa: F401  # only whether it is there
+        import sacrebleu.metrics  # noqa: F401
+    except ImportError:
+        text = "chrF、BLEU、ROUGE-Lのパッケージがなく、計算されません"
+        return CheckItem("評価の指標", "warn", text, EVAL_EXTRA)
+    return CheckItem("評価の指標", "ok", "すべて計算できます")
 
 
 def _check_versions() -> CheckItem:
@@ -5743,8 +5875,10 @@ class OpenAISFT:
     uses it, whatever key or URL is set. ``allow_no_key`` puts the question for a key off until
     it is needed, for :meth:`check` and :meth:`list_runs`.
     ``confirm`` is asked with a :class:`CostEstimate` before anything is paid; ``max_cost_usd``
-    bounds it. ``clock`` and ``sleep`` serve tests. With ``verbose`` the log goes to stderr,
-    unless the application has set up logging itself.
+    bounds it. ``trust`` is asked with the URL of a run's recorded endpoint before a key is sent
+    there while another one is configured; without it, that is refused. ``clock`` and ``sleep``
+    serve tests. With ``verbose`` the log goes to stderr, unless the application has set up
+    logging itself.
 
     Raises :class:`ConfigurationError` where no key is set and none is needed otherwise.
     """
@@ -5772,6 +5906,7 @@ class OpenAISFT:
         max_cost_usd: float | None = None,
         yen_per_dollar: float = DEFAULT_YEN_PER_DOLLAR,
         confirm: Callable[[CostEstimate], bool] | None = None,
+        trust: Callable[[str], bool] | None = None,
         clock: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -5799,7 +5934,8 @@ class OpenAISFT:
         )
         if not (self.settings.api_key or client or offline or allow_no_key):
             raise ConfigurationError(NO_KEY)
-        self._client, self._confirm, self._clock, self._sleep = client, confirm, clock, sleep
+        self._client, self._clock, self._sleep = client, clock, sleep
+        self._confirm, self._trust = confirm, trust
         self._endpoints: dict[str | None, Endpoint] = {}
         self._runs = Runs(self.settings.output_dir, clock)
         self._preparation = Preparation(self.settings)
@@ -5845,8 +5981,8 @@ class OpenAISFT:
 
     @property
     def base_url(self) -> str | None:
-        """The endpoint; ``None`` in a rehearsal."""
-        return self.settings.base_url
+        """The endpoint, without credentials; ``None`` in a rehearsal."""
+        return self.settings.recorded.base_url
 
     @property
     def task(self) -> TaskName:
@@ -5948,6 +6084,7 @@ class OpenAISFT:
                 f"{found.path} は task={recorded} の実行です（指定: task={self.task}）。"
                 "指定を外してください。"
             )
+        self._require_trust(found)
         self._take_up(found)
         logger.info(
             "再開します: %s（設定は記録したもの、接続先 %s）", found.path, found.settings.base_url
@@ -6048,7 +6185,9 @@ class OpenAISFT:
             *_check_local(settings, self._runs, self._clock()),
             _check_key(settings, endpoint),
             *_check_endpoint(settings, endpoint, self._clock()),
+            *_check_data(settings),
             _check_vocabulary(),
+            _check_extra(),
             _check_versions(),
         ]
 
@@ -6127,12 +6266,22 @@ class OpenAISFT:
 
     def _where_tuned(self, run: Run) -> Settings:
         """A tuned model answers where it was tuned, unless another place is asked for."""
-        recorded = run.settings.base_url
-        given = "base_url" in self.settings.given or self._client is not None
-        if given or recorded in (None, self.base_url):
+        if "base_url" in self.settings.given or run.settings.base_url is None:
             return self.settings
+        self._require_trust(run)
+        return self.settings.working_at(run.settings)
+
+    def _require_trust(self, run: Run) -> None:
+        """Raise :class:`ConfigurationError` rather than send the key where nobody wants it."""
+        recorded = run.settings.base_url
+        if self._client is not None or recorded in (None, self.base_url):
+            return
+        if self._trust is None or not self._trust(recorded):
+            raise ConfigurationError(
+                f"{run.path} の接続先は {recorded} で、いまの設定（{self.base_url}）と違います。"
+                f"APIキーをそこへ送ってよければ --base-url {recorded} を指定してください。"
+            )
         logger.info("記録したエンドポイントを使います: %s", recorded)
-        return replace(self.settings, base_url=recorded)
 
     # Data ----------------------------------------------------------------------------------
 
@@ -6583,7 +6732,13 @@ def _read_dotenv() -> Mapping[str, str | None]:
     """The nearest ``.env`` from the working directory upwards, read but never written."""
     from dotenv import dotenv_values, find_dotenv
 
-    return dotenv_values(find_dotenv(usecwd=True))
+    path = find_dotenv(usecwd=True)
+    try:
+        return dotenv_values(path)
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(
+            f"{path} がUTF-8ではありません。UTF-8で保存し直してください。"
+        ) from error
 
 
 def _read_options(

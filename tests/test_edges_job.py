@@ -456,7 +456,6 @@ def evaluated_whole(at: MakeSFT, url: str, clock: Clock) -> Any:
     return results
 
 
-@pytest.mark.xfail(strict=True, reason="the failures are final", raises=AssertionError)
 def test_an_outage_of_an_hour_loses_no_answer_of_an_evaluation(
     at: MakeSFT, endpoint: Rehearsal, clock: Clock
 ) -> None:
@@ -779,7 +778,6 @@ def strictly(path: Path) -> Any:
     return json.loads(path.read_text("utf-8"), parse_constant=refuse)
 
 
-@pytest.mark.xfail(strict=True, reason="NaN is written into the record", raises=ValueError)
 @pytest.mark.parametrize("told", ["by the result file", "by the events"])
 def test_a_loss_that_is_no_number_leaves_valid_files(
     at: MakeSFT, endpoint: Rehearsal, out: Path, told: str
@@ -802,7 +800,6 @@ def test_a_loss_that_is_no_number_leaves_valid_files(
     assert all(strictly(path) for path in files)
 
 
-@pytest.mark.xfail(strict=True, reason="another process is blamed", raises=ConfigurationError)
 @pytest.mark.parametrize("reason", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
 def test_where_files_cannot_be_locked_it_works_and_says_that_nothing_guards_them(
     at: MakeSFT,
@@ -848,7 +845,6 @@ OpenAISFT(offline=True, dataset=sys.argv[1], output_dir=sys.argv[2], verbose=Fal
 """
 
 
-@pytest.mark.xfail(strict=True, reason="the hidden copy is never cleared", raises=AssertionError)
 def test_a_process_that_is_killed_while_it_writes_leaves_no_hidden_copy_of_dialogues(
     dataset: Path, out: Path
 ) -> None:
@@ -873,7 +869,6 @@ def test_a_process_that_is_killed_while_it_writes_leaves_no_hidden_copy_of_dialo
 SECRET = "p%40ss-wörd"
 
 
-@pytest.mark.xfail(strict=True, reason="saved in the record and shown", raises=AssertionError)
 def test_credentials_in_a_base_url_are_neither_saved_nor_shown(
     at: MakeSFT,
     cli: Cli,
@@ -957,7 +952,6 @@ def configured_elsewhere(
         yield gateway
 
 
-@pytest.mark.xfail(strict=True, reason="the key is sent there", raises=pytest.fail.Exception)
 @pytest.mark.parametrize("deed", ["resume", "run_evaluation"])
 def test_no_key_is_sent_to_a_recorded_endpoint_that_is_not_the_one_configured(
     make_sft: MakeSFT, endpoint: Rehearsal, configured_elsewhere: Gateway, deed: str
@@ -999,7 +993,6 @@ def test_on_a_terminal_a_recorded_endpoint_that_is_not_the_one_configured_is_ask
 # ── What a terminal would obey ───────────────────────────────────────────────────────────────
 
 
-@pytest.mark.xfail(strict=True, reason="shown as it is", raises=AssertionError)
 def test_the_id_of_a_job_is_shown_inert(at: MakeSFT, endpoint: Rehearsal, log: Log) -> None:
     real: list[str] = []
 
@@ -1070,7 +1063,6 @@ class Tally:
         return count
 
 
-@pytest.mark.xfail(strict=True, reason="each part is counted anew with every turn")
 def test_a_long_conversation_is_counted_a_few_times_over_to_be_split() -> None:
     tally = Tally(load_vocabulary())
     counter = TokenCounter(tally)

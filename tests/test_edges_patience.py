@@ -413,14 +413,12 @@ def lines(sft: OpenAISFT) -> list[tuple[str, str]]:
     return [(item.level, str(item)) for item in sft.check()]
 
 
-@pytest.mark.xfail(strict=True, reason="the check doesn't look at the data set")
 def test_a_data_set_that_is_not_there_fails_the_check(timed: MakeSFT, endpoint: Rehearsal) -> None:
     found = lines(timed(base_url=endpoint.url, dataset="nothing.jsonl"))
 
     assert [level for level, text in found if "nothing.jsonl" in text] == ["fail"]
 
 
-@pytest.mark.xfail(strict=True, reason="the check doesn't look at the data set")
 def test_a_data_set_that_is_there_is_ticked(
     timed: MakeSFT, endpoint: Rehearsal, dataset: Path
 ) -> None:
@@ -429,7 +427,6 @@ def test_a_data_set_that_is_there_is_ticked(
     assert [level for level, text in found if str(dataset) in text] == ["ok"]
 
 
-@pytest.mark.xfail(strict=True, reason="the check doesn't look at the extra")
 def test_a_missing_extra_is_a_warning_that_says_how_to_get_it(
     timed: MakeSFT, endpoint: Rehearsal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -443,7 +440,6 @@ def test_a_missing_extra_is_a_warning_that_says_how_to_get_it(
     assert [level for level, text in after if "openai-sft[eval]" in text] == ["warn"]
 
 
-@pytest.mark.xfail(strict=True, reason="any key is ticked")
 @pytest.mark.parametrize("key", ["k", "abcdefg"])
 def test_a_key_too_short_to_be_one_is_not_ticked(
     timed: MakeSFT, endpoint: Rehearsal, key: str
@@ -719,7 +715,6 @@ def unreachable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
         yield started
 
 
-@pytest.mark.xfail(strict=True, reason="both are silent for 20 seconds")
 @pytest.mark.parametrize(
     ("missing", "words"), [("the Hub", ("Hub", "Hugging Face")), ("the vocabulary", ("語彙",))]
 )
@@ -729,7 +724,6 @@ def test_a_line_says_within_five_seconds_what_can_not_be_reached(
     assert unreachable[missing].soon(*words), unreachable[missing].lines
 
 
-@pytest.mark.xfail(strict=True, reason="the check doesn't look at the Hub")
 def test_the_check_looks_at_the_hub_too(
     endpoint: Rehearsal, clean_environment: Path, vocabulary: Path
 ) -> None:
@@ -763,7 +757,6 @@ DOTENVS = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="a UnicodeDecodeError passes through")
 @pytest.mark.parametrize("content", DOTENVS.values(), ids=DOTENVS)
 def test_a_dotenv_that_is_not_utf_8_is_one_line_that_names_it(
     dataset: Path, capsys: pytest.CaptureFixture[str], content: bytes
