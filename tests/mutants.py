@@ -958,8 +958,8 @@ FILES = (
     ),
     Mutant(
         "a watched job that failed ends with 0",
-        'code = 0 if results.status == "succeeded" else 1',
-        "code = 0",
+        'return 0 if results.status == "succeeded" else 1',
+        "return 0",
         "test_cli.py::test_a_watched_job_that_fails_ends_with_1",
         file=EXAMPLE,
     ),
