@@ -369,11 +369,15 @@ def add_money(parser: argparse.ArgumentParser) -> None:
         ("--price-training", "学習"),
         ("--price-input", "学習済みモデルの入力"),
         ("--price-output", "学習済みモデルの出力"),
+        ("--price-base-input", "元のモデルの入力"),
+        ("--price-base-output", "元のモデルの出力"),
     ):
         group.add_argument(
             flag, type=REAL, metavar="X", help=f"{text}の単価（100万トークンあたりのドル）"
         )
-    group.add_argument("--yes", action="store_true", help="料金の確認を省く")
+    group.add_argument(
+        "--yes", action="store_true", help="料金の確認を省く（端末がないときは支払いに必要）"
+    )
 
 
 def add_place(parser: argparse.ArgumentParser) -> None:
@@ -540,7 +544,7 @@ def show_outcome(results: EvaluationResults | FineTuningJob | None) -> int:
 
 
 def cancel(sft: OpenAISFT, options: argparse.Namespace) -> int:
-    """--cancel: asked about on a terminal only, for it costs nothing."""
+    """--cancel: asked about on a terminal; without one it goes on, for it costs nothing."""
     if not agrees(f"ジョブ {options.cancel} を取り消しますか？", options):
         raise Declined("中止しました。")
     show([f"{options.cancel}: {printable(sft.cancel_job(options.cancel).status)}"])
@@ -612,15 +616,20 @@ def check(options: argparse.Namespace) -> int:
 
 
 def price_from(options: argparse.Namespace) -> Price | None:
-    """The price given by flags: all three or none."""
+    """The price given by flags: all three, with both of the base model or without; or none."""
     prices = (options.price_training, options.price_input, options.price_output)
-    if prices == (None, None, None):
+    base = (options.price_base_input, options.price_base_output)
+    if {*prices, *base} == {None}:
         return None
     if None in prices:
         raise ConfigurationError(
             "単価は --price-training、--price-input、--price-output の3つを指定してください。"
         )
-    return Price(*prices)
+    if None in base and base != (None, None):
+        raise ConfigurationError(
+            "元のモデルの単価は --price-base-input、--price-base-output の2つを指定してください。"
+        )
+    return Price(*prices, *base)
 
 
 def show_results(results: dict[str, Any]) -> None:
@@ -663,12 +672,18 @@ def tell(line: str) -> None:
 
 
 def confirm_with(options: argparse.Namespace) -> Callable[[CostEstimate], bool]:
-    """Show the price, and ask on a terminal unless ``--yes``."""
+    """Show the price, and ask on a terminal unless ``--yes``; without one only ``--yes`` pays."""
 
     def confirm(estimate: CostEstimate) -> bool:
         if options.quiet:
             for line in estimate.lines():
                 tell(line)
+        if not (options.yes or on_terminal()):
+            # Nobody has said no, so the run isn't declined and can be resumed.
+            raise ConfigurationError(
+                "料金がかかりますが、端末がなく確認できないため中止しました。この先は何も送信して"
+                "いません。この料金でよければ、--yes を付けて実行してください。"
+            )
         return agrees("この料金で進めますか？", options)
 
     return confirm
@@ -676,11 +691,16 @@ def confirm_with(options: argparse.Namespace) -> Callable[[CostEstimate], bool]:
 
 def agrees(question: str, options: argparse.Namespace) -> bool:
     """The answer on a terminal; without one, or with ``--yes``, it is yes."""
-    if options.yes or not (sys.stdin and sys.stdin.isatty()):
+    if options.yes or not on_terminal():
         return True
     sys.stderr.write(f"{question} [y/N] ")
     sys.stderr.flush()
     return sys.stdin.readline().strip().casefold() in ("y", "yes", "はい")
+
+
+def on_terminal() -> bool:
+    """Whether somebody can be asked."""
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 def is_sdk_error(error: Exception) -> bool:

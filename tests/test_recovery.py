@@ -955,7 +955,7 @@ def test_an_interruption_prints_the_one_command_that_comes_back_and_it_works(
     code: int,
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "k")
-    script = [sys.executable, "-W", "error", str(PROJECT / "openai_sft_example.py")]
+    script = [sys.executable, "-W", "error", str(PROJECT / "openai_sft_example.py"), "--yes"]
     chosen = ["--base-url", endpoint.url, "--dataset", str(dataset), "--output-dir", "o ut"]
     endpoint.hold("running")
     with hearing_interrupts():
@@ -985,7 +985,7 @@ def test_an_interruption_prints_the_one_command_that_comes_back_and_it_works(
     assert made(endpoint, JOBS) == 1
     assert asked_of(endpoint, "POST", "*/cancel") == []
     if sent == signal.SIGINT:
-        again = [*shlex.split(commands[0]), "--quiet", "--poll-interval", "0.05"]
+        again = [*shlex.split(commands[0]), "--yes", "--quiet", "--poll-interval", "0.05"]
         assert openai_sft_example.main(again) == 0
         assert made(endpoint, JOBS) == 1
 
