@@ -5736,12 +5736,15 @@ class OpenAISFT:
                 run.release()
         return job
 
-    def list_runs(self) -> list[RunRow]:
+    def list_runs(self, *, first: Callable[[list[RunRow]], None] | None = None) -> list[RunRow]:
         """The runs recorded here and the jobs at the endpoint side by side, newest first.
 
         Without a key (``offline``) or where the endpoint lists no jobs, the runs alone.
+        ``first`` is called with the runs alone before the endpoint is asked.
         """
-        endpoint = self._endpoint_of(self.settings)
+        endpoint, runs = self._endpoint_of(self.settings), list(self._runs)
+        if first is not None:
+            first(_rows(runs, None))
         jobs: dict[str, FineTuningJob] | None = None
         if endpoint.reachable:
             try:
@@ -5751,10 +5754,7 @@ class OpenAISFT:
                 jobs = None if listed is None else {job.id: job for job in listed}
             except (_openai().APIError, BrokenAnswer) as error:
                 logger.warning("ジョブの一覧を取得できません: %s", explain_api_error(error))
-        rows = [_run_row(run, jobs) for run in self._runs]
-        known = {row.job_id for row in rows}
-        rows += [_job_row(job) for job in (jobs or {}).values() if job.id not in known]
-        return sorted(rows, key=lambda row: row.started_at or "", reverse=True)
+        return _rows(runs, jobs)
 
     def check(self) -> list[CheckItem]:
         """Whether a run can work today: key, endpoint, model, dates, disk, vocabulary.
@@ -6375,6 +6375,14 @@ def _to_datasets(splits: Splits) -> tuple[Dataset, Dataset, Dataset]:
         table.select(list(range(start, end))) for start, end in itertools.pairwise(ends)
     )
     return train, test, valid
+
+
+def _rows(runs: Iterable[Run], jobs: Mapping[str, FineTuningJob] | None) -> list[RunRow]:
+    """Runs beside their jobs and the jobs that no run knows, newest first."""
+    rows = [_run_row(run, jobs) for run in runs]
+    known = {row.job_id for row in rows}
+    rows += [_job_row(job) for job in (jobs or {}).values() if job.id not in known]
+    return sorted(rows, key=lambda row: row.started_at or "", reverse=True)
 
 
 def _run_row(run: Run, jobs: Mapping[str, FineTuningJob] | None) -> RunRow:

@@ -494,8 +494,7 @@ def run(sft: OpenAISFT, options: argparse.Namespace) -> int:
     if options.check:
         return show_check(sft.check(), as_json=options.json)
     if options.list:
-        show_runs(sft.list_runs(), as_json=options.json)
-        return 0
+        return list_runs(sft, options)
     if options.cancel:
         return cancel(sft, options)
     names = {"max_samples", "seed", "max_test_cases"} | RunOptions.__annotations__.keys()
@@ -560,11 +559,30 @@ def show_check(items: Sequence[CheckItem], *, as_json: bool) -> int:
     return 1 if any(item.level == "fail" for item in items) else 0
 
 
-def show_runs(rows: Sequence[RunRow], *, as_json: bool) -> None:
-    """--list: a table aligned by what a terminal shows."""
-    if as_json:
-        show([json.dumps([asdict(row) for row in rows], ensure_ascii=False, indent=2)])
-        return
+def list_runs(sft: OpenAISFT, options: argparse.Namespace) -> int:
+    """--list: the runs recorded here at once, then what the endpoint adds to them."""
+    if options.json:
+        rows = [asdict(row) for row in sft.list_runs()]
+        show([json.dumps(rows, ensure_ascii=False, indent=2)])
+        return 0
+    recorded: list[RunRow] = []
+
+    def show_recorded(rows: list[RunRow]) -> None:
+        recorded.extend(rows)
+        if rows:
+            show_runs(rows)
+            sys.stdout.flush()
+
+    added = [row for row in sft.list_runs(first=show_recorded) if row not in recorded]
+    if recorded and added:
+        show(["", "サービスから分かったこと:"])
+    if added or not recorded:
+        show_runs(added)
+    return 0
+
+
+def show_runs(rows: Sequence[RunRow]) -> None:
+    """A table aligned by what a terminal shows."""
     notes = {None: "", "no record": "記録なし", "no job": "ジョブなし"}
     table = [["実行", "ジョブ", "状態", "モデル", "備考"]]
     for row in rows:

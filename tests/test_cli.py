@@ -518,6 +518,46 @@ def test_what_costs_nothing_needs_no_yes(
     assert f"{job_id}（cancelled）" in watched.out
 
 
+# ── The list ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_list_shows_what_is_recorded_and_then_only_what_the_endpoint_adds(
+    cli: Callable[..., Ended], asked: tuple[str, ...], endpoint: Rehearsal
+) -> None:
+    def job_of(folder: str) -> str:
+        with OpenAISFT("k", base_url=endpoint.url, output_dir=folder, verbose=False) as sft:
+            file_id = sft.upload_training_file(training_file(Path.cwd()))
+            return sft.cancel_job(sft.create_fine_tune_job(file_id, 1, 4)).id
+
+    endpoint.hold("running")
+    known, foreign = job_of("out"), job_of("elsewhere")
+    recorded_run(Path("out"), "20260101_000000", job_id="ftjob-gone", job_status="running")
+    shown = cli("--list", *asked)
+    before, heading, after = shown.out.partition("サービスから分かったこと:")
+    rows = json.loads(cli("--list", "--json", *asked).out)
+
+    assert shown.code == 0
+    assert [known in before, "ftjob-gone" in before, foreign in before] == [True, True, False]
+    assert "記録なし" not in before
+    assert "ジョブなし" not in before
+    assert heading
+    assert [known in after, "ftjob-gone" in after, foreign in after] == [False, True, True]
+    assert re.search(r"ftjob-gone .*ジョブなし", after)
+    assert re.search(rf"{foreign} .*記録なし", after)
+    assert sorted(row["job_id"] for row in rows) == sorted([known, foreign, "ftjob-gone"])
+
+
+def test_a_list_to_which_the_endpoint_adds_nothing_is_one_table(
+    cli: Callable[..., Ended], asked: tuple[str, ...]
+) -> None:
+    empty = cli("--list", *asked)
+    recorded_run(Path("out"), "20260101_000000")
+    one = cli("--list", *asked)
+
+    assert [len(shown.out.splitlines()) for shown in (empty, one)] == [1, 2]
+    assert "run_20260101_000000" in one.out
+
+
 # ── Loudness ─────────────────────────────────────────────────────────────────────────────────
 
 
