@@ -3731,6 +3731,13 @@ class _StderrHandler(logging.Handler):
             self.handleError(record)
 
 
+def _announce(message: str, *args: object, verbose: bool) -> None:
+    """Log what costs money or what it has bought: as a warning where the application hides INFO."""
+    handlers = [*logger.handlers, *logging.getLogger().handlers]
+    shown = logger.isEnabledFor(logging.INFO) and any(h.level <= logging.INFO for h in handlers)
+    logger.log(logging.INFO if shown or not verbose else logging.WARNING, message, *args)
+
+
 class _TrainingBar:
     """A tqdm bar on training steps, made when the first metrics event tells how many."""
 
@@ -4331,7 +4338,7 @@ class Ledger:
         spent = self.spent + paid
         if not agreed:
             for line in estimate.lines():
-                logger.info("%s", line)
+                _announce("%s", line, verbose=self._settings.verbose)
             if spent:
                 logger.info("この実行でこれまでにかかった料金: $%.4f", spent)
             if self._settings.rehearse:
@@ -4732,7 +4739,8 @@ class FineTuning:
                 raise
             raise TrainingNotAvailable(self._endpoint.url, self._delete_uploads()) from error
         self._run.save(job_id=job_id)
-        logger.info("ファインチューニングジョブを作成しました: %s", printable(job_id))
+        told = "ファインチューニングジョブを作成しました: %s"
+        _announce(told, printable(job_id), verbose=self._settings.verbose)
         return job_id
 
     def _price(self, training: Training, file_id: str) -> CostEstimate:
@@ -4858,7 +4866,13 @@ class FineTuning:
             return
         self._run.publish("training_metrics", ".csv", _to_csv(rows))
         # Validation has no value at most steps, so the last of each column counts.
-        self._run.save(final_metrics=dict(collections.ChainMap(*map(dict, reversed(rows)))))
+        final = dict(collections.ChainMap(*map(dict, reversed(rows))))
+        self._run.save(final_metrics=final)
+        valid = final.get("full_valid_loss", final.get("valid_loss"))
+        losses = {"学習": final.get("train_loss"), "検証": valid}
+        told = [f"{label} {loss:.4f}" for label, loss in losses.items() if loss is not None]
+        if told:
+            _announce("最後の損失: %s", "、".join(told), verbose=self._settings.verbose)
 
 
 def _require_same_request(job_id: str, sent: Mapping[str, Any], request: Mapping[str, Any]) -> None:

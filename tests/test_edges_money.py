@@ -392,7 +392,6 @@ def test_with_yes_it_goes_on_where_nobody_can_be_asked(
 # ── What is seen ─────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.xfail(strict=True, reason="all three are logged as INFO", raises=AssertionError)
 def test_price_job_and_loss_are_seen_where_the_application_hides_what_is_said_by_the_way(
     make_sft: MakeSFT, endpoint: Rehearsal, capsys: pytest.CaptureFixture[str]
 ) -> None:
