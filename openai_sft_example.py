@@ -699,8 +699,8 @@ def confirm_with(options: argparse.Namespace) -> Callable[[CostEstimate], bool]:
         if not (options.yes or on_terminal()):
             # Nobody has said no, so the run isn't declined and can be resumed.
             raise ConfigurationError(
-                "料金がかかりますが、端末がなく確認できないため中止しました。この先は何も送信して"
-                "いません。この料金でよければ、--yes を付けて実行してください。"
+                "料金を確認する端末がないため中止しました。この先は何も送信していません。"
+                "この料金でよければ --yes を付けてください。"
             )
         return agrees("この料金で進めますか？", options)
 
