@@ -5756,19 +5756,10 @@ class OpenAISFT:
         Without a key (``offline``) or where the endpoint lists no jobs, the runs alone.
         ``first`` is called with the runs alone before the endpoint is asked.
         """
-        endpoint, runs = self._endpoint_of(self.settings), list(self._runs)
+        runs = list(self._runs)
         if first is not None:
             first(_rows(runs, None))
-        jobs: dict[str, FineTuningJob] | None = None
-        if endpoint.reachable:
-            try:
-                listed = endpoint.optional(
-                    "ジョブの一覧", lambda: list(endpoint.jobs(patience=10.0)), patience=0.0
-                )
-                jobs = None if listed is None else {job.id: job for job in listed}
-            except (_openai().APIError, BrokenAnswer) as error:
-                logger.warning("ジョブの一覧を取得できません: %s", explain_api_error(error))
-        return _rows(runs, jobs)
+        return _rows(runs, _jobs_at(self._endpoint_of(self.settings)))
 
     def check(self) -> list[CheckItem]:
         """Whether a run can work today: key, endpoint, model, dates, disk, vocabulary.
@@ -6389,6 +6380,21 @@ def _to_datasets(splits: Splits) -> tuple[Dataset, Dataset, Dataset]:
         table.select(list(range(start, end))) for start, end in itertools.pairwise(ends)
     )
     return train, test, valid
+
+
+def _jobs_at(endpoint: Endpoint) -> dict[str, FineTuningJob] | None:
+    """The jobs of an endpoint by their ids; ``None`` where it can't be asked or lists none."""
+    if not endpoint.reachable:
+        return None
+    logger.info("サービスのジョブを確認しています。")
+    try:
+        listed = endpoint.optional(
+            "ジョブの一覧", lambda: list(endpoint.jobs(patience=10.0)), patience=0.0
+        )
+    except (_openai().APIError, BrokenAnswer) as error:
+        logger.warning("ジョブの一覧を取得できません: %s", explain_api_error(error))
+        return None
+    return None if listed is None else {job.id: job for job in listed}
 
 
 def _rows(runs: Iterable[Run], jobs: Mapping[str, FineTuningJob] | None) -> list[RunRow]:

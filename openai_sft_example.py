@@ -1,7 +1,8 @@
 """The command line of ``openai_sft``: each flag calls a method of :class:`OpenAISFT`.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 done; 2 bad input, no key, too few
-examples, over budget; 1 the service or a failed job; 130 / 143 Ctrl-C / SIGTERM.
+examples, over budget, nobody to agree to the price; 1 the service or a failed job; 130 / 143
+Ctrl-C / SIGTERM.
 """
 
 from __future__ import annotations
