@@ -3913,6 +3913,13 @@ class _StderrHandler(logging.Handler):
             self.handleError(record)
 
 
+def _announce(message: str, *args: object, verbose: bool) -> None:
+    """Log what costs money or what it has bought: as a warning where the application hides INFO."""
+    handlers = [*logger.handlers, *logging.getLogger().handlers]
+    shown = logger.isEnabledFor(logging.INFO) and any(h.level <= logging.INFO for h in handlers)
+    logger.log(logging.INFO if shown or not verbose else logging.WARNING, message, *args)
+
+
 class _TrainingBar:
     """A tqdm bar on training steps, made when the first metrics event tells how many."""
 
@@ -4619,7 +4626,7 @@ class Ledger:
         spent = self.spent + paid
         if not agreed:
             for line in estimate.lines():
-                logger.info("%s", line)
+                _announce("%s", line, verbose=self._settings.verbose)
             if spent:
                 logger.info("この実行でこれまでにかかった料金: $%.4f", spent)
             if self._settings.rehearse:
@@ -5035,7 +5042,8 @@ class FineTuning:
                 raise
             raise TrainingNotAvailable(self._endpoint.url, self._delete_uploads()) from error
         self._run.save(job_id=job_id)
-        logger.info("ファインチューニングジョブを作成しました: %s", printable(job_id))
+        told = "ファインチューニングジョブを作成しました: %s"
+        _announce(told, printable(job_id), verbose=self._settings.verbose)
         return job_id
 
     def _price(self, training: Training, file_id: str) -> CostEstimate:
@@ -5207,6 +5215,11 @@ class FineTuning:
         # JSON has no way to write a loss that isn't a number; the table keeps it.
         numbers = {name: x if math.isfinite(x) else None for name, x in last.items()}
         self._run.save(final_metrics=numbers)
+        valid = last.get("full_valid_loss", last.get("valid_loss"))
+        losses = {"学習": last.get("train_loss"), "検証": valid}
+        told = [f"{label} {loss:.4f}" for label, loss in losses.items() if loss is not None]
+        if told:
+            _announce("最後の損失: %s", "、".join(told), verbose=self._settings.verbose)
 
 
 def _require_same_request(job_id: str, sent: Mapping[str, Any], request: Mapping[str, Any]) -> None:
@@ -5942,8 +5955,7 @@ class OpenAISFT:
         self._run: Run | None = None
         self._loads: list[Loaded] = []
         self._train_data: Sequence[Example] | None = None
-        if verbose:
-            _log_to_stderr()
+        _log_to_stderr(enabled=verbose)
 
     def __repr__(self) -> str:
         return (
@@ -6152,28 +6164,20 @@ class OpenAISFT:
                 run.release()
         return job
 
-    def list_runs(self) -> list[RunRow]:
+    def list_runs(self, *, first: Callable[[list[RunRow]], None] | None = None) -> list[RunRow]:
         """The runs recorded here and the jobs at the endpoint side by side, newest first.
 
         Without a key (``offline``) or where the endpoint lists no jobs, the runs alone.
+        ``first`` is called with the runs alone before the endpoint is asked.
         """
-        endpoint = self._endpoint_of(self.settings)
-        jobs: dict[str, FineTuningJob] | None = None
-        if endpoint.reachable:
-            try:
-                listed = endpoint.optional(
-                    "ジョブの一覧", lambda: tuple(endpoint.jobs(patience=10.0)), patience=0.0
-                )
-                jobs = None if listed is None else {job.id: job for job in listed}
-            except (_openai().APIError, BrokenAnswer) as error:
-                logger.warning("ジョブの一覧を取得できません: %s", explain_api_error(error))
-        for run in self._runs if jobs else ():
+        runs = list(self._runs)
+        if first is not None:
+            first(_rows(runs, None))
+        jobs = _jobs_at(self._endpoint_of(self.settings))
+        for run in runs if jobs else ():
             if run.settings.base_url == self.base_url:
                 self._tuning(run).cancel_surplus()
-        rows = [_run_row(run, jobs) for run in self._runs]
-        known = {row.job_id for row in rows}
-        rows += [_job_row(job) for job in (jobs or {}).values() if job.id not in known]
-        return sorted(rows, key=lambda row: row.started_at or "", reverse=True)
+        return _rows(runs, jobs)
 
     def check(self) -> list[CheckItem]:
         """Whether a run can work today: key, endpoint, model, dates, disk, vocabulary.
@@ -6584,13 +6588,13 @@ class OpenAISFT:
         if run is None or run.rehearsal:
             return nothing
         going = run.meanwhile or nothing
-        folder = shlex.quote(str(self.output_dir))
+        folder, url = shlex.quote(str(self.output_dir)), run.settings.base_url
         folder = "" if str(self.output_dir) == DEFAULT_OUTPUT_DIR else f" --output-dir {folder}"
+        place = "" if url in (None, OPENAI_BASE_URL) else f" --base-url {shlex.quote(url)}"
         if run.unfinished:
-            return f"{going}続きから再開するには: openai-sft --resume {run.run_id}{folder}"
+            return f"{going}続きから再開するには: openai-sft --resume {run.run_id}{place}{folder}"
         if run.job_id and not run.fine_tuned_model:
-            job_id, url = shlex.quote(printable(run.job_id)), run.settings.base_url
-            place = "" if url == OPENAI_BASE_URL else f" --base-url {url}"
+            job_id = shlex.quote(printable(run.job_id))
             return f"{going}監視を再開するには: openai-sft --job-id {job_id}{place}{folder}"
         return going
 
@@ -6815,6 +6819,29 @@ def _to_datasets(splits: Splits) -> tuple[Dataset, Dataset, Dataset]:
     return train, test, valid
 
 
+def _jobs_at(endpoint: Endpoint) -> dict[str, FineTuningJob] | None:
+    """The jobs of an endpoint by their ids; ``None`` where it can't be asked or lists none."""
+    if not endpoint.reachable:
+        return None
+    logger.info("サービスのジョブを確認しています。")
+    try:
+        listed = endpoint.optional(
+            "ジョブの一覧", lambda: tuple(endpoint.jobs(patience=10.0)), patience=0.0
+        )
+    except (_openai().APIError, BrokenAnswer) as error:
+        logger.warning("ジョブの一覧を取得できません: %s", explain_api_error(error))
+        return None
+    return None if listed is None else {job.id: job for job in listed}
+
+
+def _rows(runs: Iterable[Run], jobs: Mapping[str, FineTuningJob] | None) -> list[RunRow]:
+    """Runs beside their jobs and the jobs that no run knows, newest first."""
+    rows = [_run_row(run, jobs) for run in runs]
+    known = {row.job_id for row in rows}
+    rows += [_job_row(job) for job in (jobs or {}).values() if job.id not in known]
+    return sorted(rows, key=lambda row: row.started_at or "", reverse=True)
+
+
 def _run_row(run: Run, jobs: Mapping[str, FineTuningJob] | None) -> RunRow:
     """A run beside its job; ``jobs`` are those at the endpoint, where it lists any."""
     job = jobs.get(run.job_id) if jobs and run.job_id else None
@@ -6841,9 +6868,9 @@ def _job_row(job: FineTuningJob) -> RunRow:
     )
 
 
-def _log_to_stderr() -> None:
+def _log_to_stderr(*, enabled: bool) -> None:
     """Show the log, unless the application has set up logging itself."""
-    if logger.hasHandlers():
+    if logger.hasHandlers() or not enabled:
         return
     handler = _StderrHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))

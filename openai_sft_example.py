@@ -1,7 +1,8 @@
 """The command line of ``openai_sft``: each flag calls a method of :class:`OpenAISFT`.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 done; 2 bad input, no key, too few
-examples, over budget; 1 the service or a failed job; 130 / 143 Ctrl-C / SIGTERM.
+examples, over budget, nobody to agree to the price; 1 the service or a failed job; 130 / 143
+Ctrl-C / SIGTERM.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from openai_sft import (
     ConfigurationError,
     CostEstimate,
     Declined,
+    EvaluationResults,
     OpenAISFT,
     OpenAISFTError,
     Price,
@@ -36,10 +38,13 @@ from openai_sft import (
     explain_api_error,
     fix_file,
     printable,
+    printable_lines,
 )
 
 if TYPE_CHECKING:
     from types import FrameType
+
+    from openai.types.fine_tuning import FineTuningJob
 
 DESCRIPTION = """\
 対話データ（既定: KokoroChat）でチャットモデルを学習させ、評価します。
@@ -98,6 +103,7 @@ class Parser(argparse.ArgumentParser):
     )
 
     def error(self, message: str) -> NoReturn:
+        """Say what is wrong in one line, and end."""
         for pattern, japanese in self.MESSAGES:
             if re.fullmatch(pattern, message):
                 message = re.sub(pattern, japanese, message)
@@ -137,9 +143,13 @@ def turns(text: str) -> Any:
     return text if text in ("last", "all") else number(int, "整数か last、all ")(text)
 
 
+# The argparse types of numbers.
+INTEGER, REAL = number(int, "整数"), number(float, "数")
+INTEGER_OR_AUTO, REAL_OR_AUTO = number(int, "整数", auto=True), number(float, "数", auto=True)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    integer, real = number(int, "整数"), number(float, "数")
     parser = Parser(
         prog="openai-sft",
         usage="openai-sft [指定 ...]",
@@ -149,8 +159,20 @@ def build_parser() -> argparse.ArgumentParser:
         add_help=False,
         allow_abbrev=False,
     )
-    mode = parser.add_argument_group("実行する処理（指定しなければ全工程）")
-    only = mode.add_mutually_exclusive_group()
+    add_mode(parser)
+    add_data(parser)
+    add_choice(parser)
+    add_training(parser)
+    add_evaluation(parser)
+    add_money(parser)
+    add_place(parser)
+    return parser
+
+
+def add_mode(parser: argparse.ArgumentParser) -> None:
+    """What is done; one of these, or the whole path."""
+    group = parser.add_argument_group("実行する処理（指定しなければ全工程）")
+    only = group.add_mutually_exclusive_group()
     only.add_argument(
         "--data-only", action="store_true", help="データの作成と料金の計算だけをする（キー不要）"
     )
@@ -179,39 +201,42 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="JSONLファイルの問題をすべて挙げる（キー不要）",
     )
-    mode.add_argument(
+    group.add_argument(
         "--fix",
         action="store_true",
         help="--check-file で、直したファイルと直せない行のファイルも作る",
     )
-    mode.add_argument(
+    group.add_argument(
         "--json", action="store_true", help="--check、--check-file、--list をJSONで表示する"
     )
-    mode.add_argument(
+    group.add_argument(
         "--model-id", type=filled, metavar="ID", help="評価するモデル（既定: 最後に学習したもの）"
     )
-    mode.add_argument(
+    group.add_argument(
         "--rehearse",
         action="store_true",
         help="ローカルの模擬エンドポイントで全体を試す（キーも料金も不要）",
     )
-    mode.add_argument(
+    group.add_argument(
         "--version", action="version", version=__version__, help="バージョンを表示する"
     )
-    mode.add_argument("-h", "--help", action="help", help="この説明を表示する")
+    group.add_argument("-h", "--help", action="help", help="この説明を表示する")
 
-    data = parser.add_argument_group("データ")
-    data.add_argument(
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """What is read."""
+    group = parser.add_argument_group("データ")
+    group.add_argument(
         "--dataset",
         type=filled,
         metavar="SOURCE",
         help="Hubの名前、JSONのフォルダー、JSON・JSONL・Parquetファイル"
         "（既定: UEC-InabaLab/KokoroChat）",
     )
-    data.add_argument(
+    group.add_argument(
         "--revision", type=filled, metavar="REV", help="Hubのデータの版（既定: 最新）"
     )
-    data.add_argument(
+    group.add_argument(
         "--long-examples",
         choices=("split", "drop", "refuse"),
         default="split",
@@ -219,83 +244,93 @@ def build_parser() -> argparse.ArgumentParser:
         help="上限トークンを超える対話を split（発話の切れ目で分割）、drop（除く）、"
         "refuse（中止）のどれにするか（既定: split）",
     )
-    data.add_argument(
+    group.add_argument(
         "--system-prompt", type=filled, metavar="TEXT", help="各対話の先頭に置く指示（既定: なし）"
     )
 
-    # What chooses the split is passed on only where it is given: --evaluate-only holds it
-    # against the split that the model was trained on.
-    choice = parser.add_argument_group("対話の選び方と分け方", argument_default=argparse.SUPPRESS)
-    choice.add_argument(
-        "--max-samples", type=integer, metavar="N", help="使う対話の数（既定: 全部）"
+
+def add_choice(parser: argparse.ArgumentParser) -> None:
+    """How dialogues are chosen and split.
+
+    These are passed on only where they are given: --evaluate-only holds them against the split
+    that the model was trained on.
+    """
+    group = parser.add_argument_group("対話の選び方と分け方", argument_default=argparse.SUPPRESS)
+    group.add_argument(
+        "--max-samples", type=INTEGER, metavar="N", help="使う対話の数（既定: 全部）"
     )
-    choice.add_argument("--seed", type=integer, metavar="N", help="乱数の種（既定: 42）")
+    group.add_argument("--seed", type=INTEGER, metavar="N", help="乱数の種（既定: 42）")
     for flag, text in (("--min-score", "以上"), ("--max-score", "以下")):
-        choice.add_argument(
-            flag, type=real, metavar="X", help=f"評価点（0〜100）がX{text}の対話だけを使う"
+        group.add_argument(
+            flag, type=REAL, metavar="X", help=f"評価点（0〜100）がX{text}の対話だけを使う"
         )
-    choice.add_argument(
+    group.add_argument(
         "--topics", nargs="+", metavar="TOPIC", help="この話題（日本語か英語）の対話だけを使う"
     )
-    choice.add_argument(
+    group.add_argument(
         "--exclude-flagged",
         action="store_true",
         help="離脱や、有害・倫理違反の指摘がある対話を除く",
     )
-    choice.add_argument(
+    group.add_argument(
         "--group-by",
         choices=GROUPS,
         metavar="WHO",
         help="counselor、client、pair のどれかを複数の分割にまたがらせない",
     )
 
-    job = parser.add_argument_group("学習")
-    job.add_argument(
+
+def add_training(parser: argparse.ArgumentParser) -> None:
+    """How the model is trained."""
+    group = parser.add_argument_group("学習")
+    group.add_argument(
         "--task",
         choices=("response", "score"),
         metavar="TASK",
         help="response（応答、既定）か score（クライアントの評価20項目の予測）",
     )
-    job.add_argument(
+    group.add_argument(
         "--model", type=filled, metavar="NAME", help="元のモデル（既定: gpt-4o-mini-2024-07-18）"
     )
-    job.add_argument(
+    group.add_argument(
         "--epochs",
-        type=number(int, "整数", auto=True),
+        type=INTEGER_OR_AUTO,
         default=10,
         metavar="N",
         help="エポック数、1〜50か auto（既定: 10）",
     )
-    job.add_argument(
+    group.add_argument(
         "--batch-size",
-        type=number(int, "整数", auto=True),
+        type=INTEGER_OR_AUTO,
         default=32,
         metavar="N",
         help="バッチサイズ、1〜256か auto（既定: 32）",
     )
-    job.add_argument(
+    group.add_argument(
         "--learning-rate-multiplier",
-        type=number(float, "数", auto=True),
+        type=REAL_OR_AUTO,
         metavar="X",
         help="学習率の倍率、正の数か auto（既定: サービスに任せる）",
     )
-    job.add_argument(
-        "--timeout", type=real, metavar="SECONDS", help="ジョブを待つ時間の上限（既定: なし）"
+    group.add_argument(
+        "--timeout", type=REAL, metavar="SECONDS", help="ジョブを待つ時間の上限（既定: なし）"
     )
-    job.add_argument(
+    group.add_argument(
         "--suffix", type=filled, metavar="NAME", help="モデル名に付ける名前、64文字まで"
     )
 
-    evaluation = parser.add_argument_group("評価")
-    evaluation.add_argument(
+
+def add_evaluation(parser: argparse.ArgumentParser) -> None:
+    """What is asked of the model."""
+    group = parser.add_argument_group("評価")
+    group.add_argument(
         "--max-test-cases",
-        type=integer,
+        type=INTEGER,
         default=10,
         metavar="N",
         help="テスト・検証それぞれで評価する件数、0は全部（既定: 10）",
     )
-
-    evaluation.add_argument(
+    group.add_argument(
         "--baseline",
         type=filled,
         nargs="?",
@@ -303,28 +338,31 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="MODEL",
         help="同じケースを元のモデル（またはMODEL）にも解かせて比べる",
     )
-    evaluation.add_argument(
+    group.add_argument(
         "--eval-turns",
         type=turns,
         default=1,
         metavar="N",
         help="対話ごとに評価する発話: 件数、last（最後）、all（全部）（既定: 1）",
     )
-    evaluation.add_argument(
+    group.add_argument(
         "--concurrency",
-        type=integer,
+        type=INTEGER,
         default=8,
         metavar="N",
         help="同時に送るリクエスト数（既定: 8）",
     )
 
-    money = parser.add_argument_group("料金")
-    money.add_argument(
-        "--max-cost-usd", type=real, metavar="X", help="見積もりがこの額（ドル）を超えたら中止する"
+
+def add_money(parser: argparse.ArgumentParser) -> None:
+    """What it may cost."""
+    group = parser.add_argument_group("料金")
+    group.add_argument(
+        "--max-cost-usd", type=REAL, metavar="X", help="見積もりがこの額（ドル）を超えたら中止する"
     )
-    money.add_argument(
+    group.add_argument(
         "--yen-per-dollar",
-        type=real,
+        type=REAL,
         default=150.0,
         metavar="X",
         help="円換算に使う1ドルあたりの円（仮定、既定: 150）",
@@ -333,41 +371,44 @@ def build_parser() -> argparse.ArgumentParser:
         ("--price-training", "学習"),
         ("--price-input", "学習済みモデルの入力"),
         ("--price-output", "学習済みモデルの出力"),
+        ("--price-base-input", "元のモデルの入力"),
+        ("--price-base-output", "元のモデルの出力"),
     ):
-        money.add_argument(
-            flag, type=real, metavar="X", help=f"{text}の単価（100万トークンあたりのドル）"
+        group.add_argument(
+            flag, type=REAL, metavar="X", help=f"{text}の単価（100万トークンあたりのドル）"
         )
-    money.add_argument("--yes", action="store_true", help="料金の確認を省く")
+    group.add_argument(
+        "--yes", action="store_true", help="料金の確認を省く（端末がないときは支払いに必要）"
+    )
 
-    place = parser.add_argument_group("接続と出力")
-    place.add_argument(
+
+def add_place(parser: argparse.ArgumentParser) -> None:
+    """Where it is sent and written, and how much is said."""
+    group = parser.add_argument_group("接続と出力")
+    group.add_argument(
         "--base-url", type=filled, metavar="URL", help="OpenAI互換エンドポイント（既定: OpenAI）"
     )
-    place.add_argument(
+    group.add_argument(
         "--output-dir",
         type=filled,
         default="openai_sft_outputs",
         metavar="DIR",
         help="保存先（既定: openai_sft_outputs）",
     )
-    place.add_argument(
+    group.add_argument(
         "--poll-interval",
-        type=real,
+        type=REAL,
         default=10.0,
         metavar="SECONDS",
         help="ジョブを見に行く間隔（既定: 10）",
     )
-    loudness = place.add_mutually_exclusive_group()
+    loudness = group.add_mutually_exclusive_group()
     loudness.add_argument("--quiet", action="store_true", help="警告と結果だけを表示する")
     loudness.add_argument("--verbose", action="store_true", help="詳しい記録も表示する")
-    return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal without ✓ shows ? instead
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options of a command line whose flags belong together."""
     parser = build_parser()
     options = parser.parse_args(argv)
     for given, flag, needed, modes in (
@@ -382,32 +423,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         if given and not needed:
             parser.error(f"{flag} は {modes} と一緒に指定してください")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without ✓ shows ? instead
+    options = parse(argv)
     if options.check_file:
         return check(options)
     sft: OpenAISFT | None = None
     try:
         with sigterm_as_interrupt():
-            sft = OpenAISFT(
-                model=options.model,
-                base_url=options.base_url,
-                dataset=options.dataset,
-                output_dir=options.output_dir,
-                poll_interval=options.poll_interval,
-                offline=options.data_only,
-                allow_no_key=options.check or options.list,
-                rehearse=options.rehearse,
-                verbose=not options.quiet,
-                task=options.task,
-                revision=options.revision,
-                system_prompt=options.system_prompt,
-                long_examples=options.long_examples,
-                price=price_from(options),
-                max_cost_usd=options.max_cost_usd,
-                yen_per_dollar=options.yen_per_dollar,
-                confirm=None if options.rehearse else confirm_with(options),
-            )
-            if options.verbose:
-                logging.getLogger("openai_sft").setLevel(logging.DEBUG)
+            sft = connect(options)
             with sft:
                 return run(sft, options)
     except KeyboardInterrupt as interrupt:
@@ -428,6 +458,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+def connect(options: argparse.Namespace) -> OpenAISFT:
+    """The instance that the flags describe."""
+    sft = OpenAISFT(
+        model=options.model,
+        base_url=options.base_url,
+        dataset=options.dataset,
+        output_dir=options.output_dir,
+        poll_interval=options.poll_interval,
+        offline=options.data_only,
+        allow_no_key=options.check or options.list,
+        rehearse=options.rehearse,
+        verbose=not options.quiet,
+        task=options.task,
+        revision=options.revision,
+        system_prompt=options.system_prompt,
+        long_examples=options.long_examples,
+        price=price_from(options),
+        max_cost_usd=options.max_cost_usd,
+        yen_per_dollar=options.yen_per_dollar,
+        confirm=None if options.rehearse else confirm_with(options),
+        trust=lambda url: on_terminal() and asks(f"この実行の接続先 {url} にAPIキーを送りますか？"),
+    )
+    if options.verbose:
+        logging.getLogger("openai_sft").setLevel(logging.DEBUG)
+    return sft
+
+
 def fail(reason: str, sft: OpenAISFT | None) -> None:
     """The error, and how to come back where something goes on at the service."""
     tell(f"エラー: {reason}")
@@ -436,49 +493,64 @@ def fail(reason: str, sft: OpenAISFT | None) -> None:
 
 
 def run(sft: OpenAISFT, options: argparse.Namespace) -> int:
-    """Call the method that the flags ask for, show what it gives, return the exit code."""
-    names = {"max_samples", "seed", "max_test_cases"} | RunOptions.__annotations__.keys()
-    sample = {name: value for name, value in vars(options).items() if name in names}
-    results: Any = None
+    """Do what the flags ask for, show what comes of it, return the exit code."""
     if options.check:
         return show_check(sft.check(), as_json=options.json)
     if options.list:
-        show_runs(sft.list_runs(), as_json=options.json)
-        return 0
+        return list_runs(sft, options)
     if options.cancel:
-        if not agrees(f"ジョブ {options.cancel} を取り消しますか？", options):
-            raise Declined("中止しました。")
-        show([f"{options.cancel}: {printable(sft.cancel_job(options.cancel).status)}"])
-        return 0
+        return cancel(sft, options)
+    names = {"max_samples", "seed", "max_test_cases"} | RunOptions.__annotations__.keys()
+    sample = {name: value for name, value in vars(options).items() if name in names}
+    code = 0
     if options.data_only:
         show(sft.prepare_data(options.epochs, **sample).lines())
-    elif options.evaluate_only:
-        results = sft.run_evaluation(options.model_id, **sample)
-    elif options.job_id:
-        results = sft.attach(options.job_id, timeout=options.timeout)
-    elif options.resume is not None:
-        named = None if options.resume is True else options.resume
-        results = sft.resume(named, timeout=options.timeout)
-        if results is None:
-            show(["再開する実行はありません。"])
     else:
-        results = sft.run_full_pipeline(
-            options.epochs,
-            options.batch_size,
-            **sample,
-            learning_rate_multiplier=options.learning_rate_multiplier,
-            suffix=options.suffix,
-            timeout=options.timeout,
-        )
-    code = 0
-    if isinstance(results, dict):
-        show_results(results)
-    elif results is not None:
-        show([f"ジョブ: {printable(results.id)}（{printable(results.status)}）"])
-        show([f"モデル: {printable(results.fine_tuned_model or 'なし')}"])
-        code = 0 if results.status == "succeeded" else 1
+        code = show_outcome(train_or_evaluate(sft, options, sample))
     show(f"{kind}: {path}" for kind, path in sft.files.items())
     return code
+
+
+def train_or_evaluate(
+    sft: OpenAISFT, options: argparse.Namespace, sample: dict[str, Any]
+) -> EvaluationResults | FineTuningJob | None:
+    """Call the method that the flags ask for among those that pay."""
+    if options.evaluate_only:
+        return sft.run_evaluation(options.model_id, **sample)
+    if options.job_id:
+        return sft.attach(options.job_id, timeout=options.timeout)
+    if options.resume is not None:
+        named = None if options.resume is True else options.resume
+        return sft.resume(named, timeout=options.timeout)
+    return sft.run_full_pipeline(
+        options.epochs,
+        options.batch_size,
+        **sample,
+        learning_rate_multiplier=options.learning_rate_multiplier,
+        suffix=options.suffix,
+        timeout=options.timeout,
+    )
+
+
+def show_outcome(results: EvaluationResults | FineTuningJob | None) -> int:
+    """The results of an evaluation, a job, or that there was nothing to resume."""
+    if results is None:
+        show(["再開する実行はありません。"])
+    elif isinstance(results, dict):
+        show_results(results)
+    else:
+        show([f"ジョブ: {printable(results.id)}（{printable(results.status)}）"])
+        show([f"モデル: {printable(results.fine_tuned_model or 'なし')}"])
+        return 0 if results.status == "succeeded" else 1
+    return 0
+
+
+def cancel(sft: OpenAISFT, options: argparse.Namespace) -> int:
+    """--cancel: asked about on a terminal; without one it goes on, for it costs nothing."""
+    if not agrees(f"ジョブ {options.cancel} を取り消しますか？", options):
+        raise Declined("中止しました。")
+    show([f"{options.cancel}: {printable(sft.cancel_job(options.cancel).status)}"])
+    return 0
 
 
 def show_check(items: Sequence[CheckItem], *, as_json: bool) -> int:
@@ -490,11 +562,30 @@ def show_check(items: Sequence[CheckItem], *, as_json: bool) -> int:
     return 1 if any(item.level == "fail" for item in items) else 0
 
 
-def show_runs(rows: Sequence[RunRow], *, as_json: bool) -> None:
-    """--list: a table aligned by what a terminal shows."""
-    if as_json:
-        show([json.dumps([asdict(row) for row in rows], ensure_ascii=False, indent=2)])
-        return
+def list_runs(sft: OpenAISFT, options: argparse.Namespace) -> int:
+    """--list: the runs recorded here at once, then what the endpoint adds to them."""
+    if options.json:
+        rows = [asdict(row) for row in sft.list_runs()]
+        show([json.dumps(rows, ensure_ascii=False, indent=2)])
+        return 0
+    recorded: list[RunRow] = []
+
+    def show_recorded(rows: list[RunRow]) -> None:
+        recorded.extend(rows)
+        if rows:
+            show_runs(rows)
+            sys.stdout.flush()
+
+    added = [row for row in sft.list_runs(first=show_recorded) if row not in recorded]
+    if recorded and added:
+        show(["", "サービスから分かったこと:"])
+    if added or not recorded:
+        show_runs(added)
+    return 0
+
+
+def show_runs(rows: Sequence[RunRow]) -> None:
+    """A table aligned by what a terminal shows."""
     notes = {None: "", "no record": "記録なし", "no job": "ジョブなし"}
     table = [["実行", "ジョブ", "状態", "モデル", "備考"]]
     for row in rows:
@@ -546,15 +637,20 @@ def check(options: argparse.Namespace) -> int:
 
 
 def price_from(options: argparse.Namespace) -> Price | None:
-    """The price given by flags: all three or none."""
+    """The price given by flags: all three, with both of the base model or without; or none."""
     prices = (options.price_training, options.price_input, options.price_output)
-    if prices == (None, None, None):
+    base = (options.price_base_input, options.price_base_output)
+    if {*prices, *base} == {None}:
         return None
     if None in prices:
         raise ConfigurationError(
             "単価は --price-training、--price-input、--price-output の3つを指定してください。"
         )
-    return Price(*prices)
+    if None in base and base != (None, None):
+        raise ConfigurationError(
+            "元のモデルの単価は --price-base-input、--price-base-output の2つを指定してください。"
+        )
+    return Price(*prices, *base)
 
 
 def show_results(results: dict[str, Any]) -> None:
@@ -588,21 +684,27 @@ def show_results(results: dict[str, Any]) -> None:
 def show(lines: Sequence[str] | Iterator[str]) -> None:
     """Results, on stdout."""
     for line in lines:
-        sys.stdout.write(line + "\n")
+        sys.stdout.write(printable_lines(line) + "\n")
 
 
 def tell(line: str) -> None:
     """Everything else, on stderr."""
-    sys.stderr.write(line + "\n")
+    sys.stderr.write(printable_lines(line) + "\n")
 
 
 def confirm_with(options: argparse.Namespace) -> Callable[[CostEstimate], bool]:
-    """Show the price, and ask on a terminal unless ``--yes``."""
+    """Show the price, and ask on a terminal unless ``--yes``; without one only ``--yes`` pays."""
 
     def confirm(estimate: CostEstimate) -> bool:
         if options.quiet:
             for line in estimate.lines():
                 tell(line)
+        if not (options.yes or on_terminal()):
+            # Nobody has said no, so the run isn't declined and can be resumed.
+            raise ConfigurationError(
+                "料金を確認する端末がないため中止しました。この先は何も送信していません。"
+                "この料金でよければ --yes を付けてください。"
+            )
         return agrees("この料金で進めますか？", options)
 
     return confirm
@@ -610,11 +712,19 @@ def confirm_with(options: argparse.Namespace) -> Callable[[CostEstimate], bool]:
 
 def agrees(question: str, options: argparse.Namespace) -> bool:
     """The answer on a terminal; without one, or with ``--yes``, it is yes."""
-    if options.yes or not (sys.stdin and sys.stdin.isatty()):
-        return True
+    return options.yes or not on_terminal() or asks(question)
+
+
+def asks(question: str) -> bool:
+    """The answer of somebody on a terminal."""
     sys.stderr.write(f"{question} [y/N] ")
     sys.stderr.flush()
     return sys.stdin.readline().strip().casefold() in ("y", "yes", "はい")
+
+
+def on_terminal() -> bool:
+    """Whether somebody can be asked."""
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 def is_sdk_error(error: Exception) -> bool:

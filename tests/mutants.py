@@ -958,8 +958,8 @@ FILES = (
     ),
     Mutant(
         "a watched job that failed ends with 0",
-        'code = 0 if results.status == "succeeded" else 1',
-        "code = 0",
+        'return 0 if results.status == "succeeded" else 1',
+        "return 0",
         "test_cli.py::test_a_watched_job_that_fails_ends_with_1",
         file=EXAMPLE,
     ),
@@ -977,6 +977,49 @@ FILES = (
         "test_cost.py::test_prices_can_be_given_on_the_command_line_for_any_model",
         within="price_from",
         file=EXAMPLE,
+    ),
+    Mutant(
+        "where nobody can be asked it pays",
+        "if not (options.yes or on_terminal()):",
+        "if False:",
+        "test_edges_money.py::test_where_nobody_can_be_asked_it_stops_and_names_the_flag_that_agrees",
+        file=EXAMPLE,
+    ),
+    Mutant(
+        "the rates of a baseline are dropped",
+        "return Price(*prices, *base)",
+        "return Price(*prices)",
+        "test_cost.py::test_the_price_of_a_baseline_can_be_given_on_the_command_line",
+        file=EXAMPLE,
+    ),
+    Mutant(
+        "half the rates of a baseline are enough",
+        "if None in base and base != (None, None):",
+        "if False:",
+        "test_cost.py::test_the_price_of_a_baseline_can_be_given_on_the_command_line",
+        file=EXAMPLE,
+    ),
+    Mutant(
+        "the recorded runs wait for the endpoint",
+        "sft.list_runs(first=show_recorded)",
+        "sft.list_runs()",
+        "test_edges_patience.py::"
+        "test_the_command_line_shows_the_local_table_before_the_endpoint_has_answered",
+        file=EXAMPLE,
+    ),
+    Mutant(
+        "the recorded runs are listed twice",
+        "if row not in recorded]",
+        "]",
+        "test_cli.py::test_the_list_shows_what_is_recorded_and_then_only_what_the_endpoint_adds",
+        file=EXAMPLE,
+    ),
+    Mutant(
+        "the price is hidden with what is said by the way",
+        "logging.INFO if shown or not verbose else logging.WARNING",
+        "logging.INFO",
+        "test_edges_money.py::"
+        "test_price_job_and_loss_are_seen_where_the_application_hides_what_is_said_by_the_way",
     ),
     Mutant(
         "a quiet run shows no price",

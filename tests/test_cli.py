@@ -40,15 +40,21 @@ HEAVY = ("openai", "datasets", "tiktoken", "pyarrow", "psutil", "tqdm", "dotenv"
 
 
 @pytest.fixture
-def online(
+def asked(
     endpoint: Rehearsal, monkeypatch: pytest.MonkeyPatch, dataset: Path
 ) -> tuple[str | Path, ...]:
-    """Arguments and a key for a short run against ``endpoint``."""
+    """Arguments and a key for a short run against ``endpoint``, which asks before it pays."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     return (
         *("--base-url", endpoint.url, "--dataset", dataset, "--poll-interval", "0"),
         *("--epochs", "1", "--batch-size", "4", "--max-test-cases", "1", "--output-dir", "out"),
     )
+
+
+@pytest.fixture
+def online(asked: tuple[str | Path, ...]) -> tuple[str | Path, ...]:
+    """Arguments and a key for a short run that is agreed to."""
+    return (*asked, "--yes")
 
 
 def shell(
@@ -100,7 +106,8 @@ def test_the_help_names_every_flag_that_was_agreed() -> None:
         "--learning-rate-multiplier --system-prompt --poll-interval --rehearse --yes "
         "--max-cost-usd --quiet --verbose --revision --long-examples --min-score --max-score "
         "--topics --exclude-flagged --group-by --check-file --fix --json --check --resume --job-id "
-        "--cancel --list --timeout --price-training --price-input --price-output"
+        "--cancel --list --timeout --price-training --price-input --price-output "
+        "--price-base-input --price-base-output"
     )
 
     assert set(agreed.split()) <= set(re.findall(r"--[a-z-]+", HELP.read_text("utf-8")))
@@ -192,7 +199,7 @@ def test_a_rehearsal_runs_in_a_fresh_process_without_a_key_a_warning_or_a_termin
     assert read_json(saved)["rehearsal"] is True
 
 
-def test_a_whole_run_shows_its_results_on_stdout_and_goes_on_without_a_terminal(
+def test_a_whole_run_shows_its_results_on_stdout(
     cli: Callable[..., Ended], online: tuple[str, ...], endpoint: Rehearsal
 ) -> None:
     ended = cli(*online, "--suffix", "kokoro", "--seed", "7")
@@ -401,7 +408,8 @@ def test_an_error_while_the_job_goes_on_says_so_and_how_to_come_back(
     assert len(ended.errors) == 1
     assert job_id in ended.err
     assert "料金" in ended.err
-    assert re.search(r"openai-sft --resume run_\d{8}_\d{6} --output-dir out", ended.err)
+    back = rf"openai-sft --resume run_\d{{8}}_\d{{6}} --base-url {endpoint.url} --output-dir out"
+    assert re.search(back, ended.err)
 
 
 # ── Asking on a terminal ─────────────────────────────────────────────────────────────────────
@@ -409,11 +417,11 @@ def test_an_error_while_the_job_goes_on_says_so_and_how_to_come_back(
 
 @pytest.mark.parametrize(("answer", "code"), [("\n", 2), ("はい\n", 0)], ids=["nothing", "yes"])
 def test_on_a_terminal_the_price_is_shown_and_asked_about(
-    online: tuple[str, ...], endpoint: Rehearsal, answer: str, code: int
+    asked: tuple[str, ...], endpoint: Rehearsal, answer: str, code: int
 ) -> None:
     terminal, inner = pty.openpty()
     try:
-        process = shell(*online, "--quiet", stdin=inner)
+        process = shell(*asked, "--quiet", stdin=inner)
         os.write(terminal, answer.encode())
         ended = wait(process)
     finally:
@@ -430,7 +438,7 @@ def test_on_a_terminal_the_price_is_shown_and_asked_about(
 def test_yes_asks_nothing(online: tuple[str, ...], endpoint: Rehearsal) -> None:
     terminal, inner = pty.openpty()
     try:
-        ended = wait(shell(*online, "--yes", stdin=inner))
+        ended = wait(shell(*online, stdin=inner))
     finally:
         os.close(terminal)
         os.close(inner)
@@ -442,7 +450,7 @@ def test_yes_asks_nothing(online: tuple[str, ...], endpoint: Rehearsal) -> None:
 
 @pytest.mark.parametrize(("answer", "status"), [("\n", "running"), ("y\n", "cancelled")])
 def test_on_a_terminal_a_cancellation_is_asked_about(
-    online: tuple[str, ...], endpoint: Rehearsal, answer: str, status: str
+    asked: tuple[str, ...], endpoint: Rehearsal, answer: str, status: str
 ) -> None:
     endpoint.hold("running")
     with OpenAISFT("k", base_url=endpoint.url, output_dir="out", verbose=False) as sft:
@@ -452,7 +460,7 @@ def test_on_a_terminal_a_cancellation_is_asked_about(
         until(lambda: jobs.retrieve(job_id).status == "running")
     terminal, inner = pty.openpty()
     try:
-        process = shell(*online, "--cancel", job_id, stdin=inner)
+        process = shell(*asked, "--cancel", job_id, stdin=inner)
         os.write(terminal, answer.encode())
         ended = wait(process)
     finally:
@@ -463,6 +471,92 @@ def test_on_a_terminal_a_cancellation_is_asked_about(
 
     assert f"{job_id} を取り消しますか？ [y/N]" in ended.err
     assert (ended.code, found) == (0 if status == "cancelled" else 2, status)
+
+
+# ── Nobody to ask ────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_run_that_stops_for_want_of_a_yes_has_shown_its_price(
+    asked: tuple[str, ...], endpoint: Rehearsal
+) -> None:
+    ended = wait(shell(*asked, "--quiet"))
+
+    assert ended.code == 2
+    assert re.search(r"合計: \$\d", ended.err)
+    assert ended.err.index("合計: $") < ended.err.index("エラー: ")
+    assert "Traceback" not in ended.err
+    assert posts(endpoint) == []
+
+
+def test_an_evaluation_that_nobody_agrees_to_is_left_for_resume_with_its_training(
+    cli: Callable[..., Ended], asked: tuple[str, ...], endpoint: Rehearsal
+) -> None:
+    endpoint.inject(Fault("insufficient_quota", "POST", "/chat/completions"))
+    cli(*asked, "--yes")
+    questions = len(posts(endpoint, "/chat/completions"))
+    stopped = cli("--resume", *asked)
+    unanswered = len(posts(endpoint, "/chat/completions"))
+    gone_on = cli("--resume", *asked, "--yes")
+
+    assert (stopped.code, gone_on.code) == (2, 0)
+    assert len(stopped.errors) == 1
+    assert "--yes" in stopped.err
+    assert unanswered == questions
+    assert len(posts(endpoint, JOBS)) == 1
+
+
+def test_what_costs_nothing_needs_no_yes(
+    cli: Callable[..., Ended], asked: tuple[str, ...], endpoint: Rehearsal
+) -> None:
+    endpoint.hold("running")
+    with OpenAISFT("k", base_url=endpoint.url, output_dir="out", verbose=False) as sft:
+        job_id = sft.create_fine_tune_job(sft.upload_training_file(training_file(Path.cwd())), 1, 4)
+    ended = [cli(*asked, *deed) for deed in (["--list"], ["--data-only"], ["--cancel", job_id])]
+    watched = cli(*asked, "--job-id", job_id)
+
+    assert [one.code for one in ended] == [0, 0, 0]
+    assert watched.code == 1
+    assert f"{job_id}（cancelled）" in watched.out
+
+
+# ── The list ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_list_shows_what_is_recorded_and_then_only_what_the_endpoint_adds(
+    cli: Callable[..., Ended], asked: tuple[str, ...], endpoint: Rehearsal
+) -> None:
+    def job_of(folder: str) -> str:
+        with OpenAISFT("k", base_url=endpoint.url, output_dir=folder, verbose=False) as sft:
+            file_id = sft.upload_training_file(training_file(Path.cwd()))
+            return sft.cancel_job(sft.create_fine_tune_job(file_id, 1, 4)).id
+
+    endpoint.hold("running")
+    known, foreign = job_of("out"), job_of("elsewhere")
+    recorded_run(Path("out"), "20260101_000000", job_id="ftjob-gone", job_status="running")
+    shown = cli("--list", *asked)
+    before, heading, after = shown.out.partition("サービスから分かったこと:")
+    rows = json.loads(cli("--list", "--json", *asked).out)
+
+    assert shown.code == 0
+    assert [known in before, "ftjob-gone" in before, foreign in before] == [True, True, False]
+    assert "記録なし" not in before
+    assert "ジョブなし" not in before
+    assert heading
+    assert [known in after, "ftjob-gone" in after, foreign in after] == [False, True, True]
+    assert re.search(r"ftjob-gone .*ジョブなし", after)
+    assert re.search(rf"{foreign} .*記録なし", after)
+    assert sorted(row["job_id"] for row in rows) == sorted([known, foreign, "ftjob-gone"])
+
+
+def test_a_list_to_which_the_endpoint_adds_nothing_is_one_table(
+    cli: Callable[..., Ended], asked: tuple[str, ...]
+) -> None:
+    empty = cli("--list", *asked)
+    recorded_run(Path("out"), "20260101_000000")
+    one = cli("--list", *asked)
+
+    assert [len(shown.out.splitlines()) for shown in (empty, one)] == [1, 2]
+    assert "run_20260101_000000" in one.out
 
 
 # ── Loudness ─────────────────────────────────────────────────────────────────────────────────

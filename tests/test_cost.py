@@ -391,6 +391,7 @@ def test_a_system_prompt_is_paid_for_in_every_example(encoding: Any) -> None:
 # ── Prices that are given ────────────────────────────────────────────────────────────────────
 
 GIVEN = ["--price-training", "2", "--price-input", "0.5", "--price-output", "4"]
+BASE_RATES = ["--price-base-input", "250", "--price-base-output", "2000"]
 
 
 def test_a_given_price_replaces_the_tables_and_that_is_said() -> None:
@@ -460,6 +461,28 @@ def test_prices_can_be_given_on_the_command_line_for_any_model(
     assert "合計: $" in given_out
     assert "指定された単価" in given_out
     assert "--price-output" in error
+
+
+def test_the_price_of_a_baseline_can_be_given_on_the_command_line(
+    dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def evaluation(*arguments: str) -> float:
+        asked = ["--dataset", str(dataset), "--model", "llama-3.1-8b", *arguments]
+        _, out, _ = prepared(capsys, *asked)
+        (dollars,) = re.findall(r"^評価: .* = \$([\d.]+)", out, re.M)
+        return float(dollars)
+
+    # A thousand times as dear, for four decimals are shown.
+    given = ["--price-training", "2", "--price-input", "500", "--price-output", "4000"]
+    tuned = evaluation(*given)
+    same = evaluation(*given, "--baseline", *BASE_RATES)
+    half, _, error = prepared(capsys, *given, *BASE_RATES[:2])
+    alone, _, incomplete = prepared(capsys, *BASE_RATES)
+
+    assert same == pytest.approx(1.5 * tuned, abs=2e-4)
+    assert (half, alone) == (2, 2)
+    assert "--price-base-output" in error
+    assert "--price-training" in incomplete
 
 
 def test_the_data_stage_shows_the_spread_and_the_price_of_the_other_format(

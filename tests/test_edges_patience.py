@@ -348,7 +348,6 @@ def test_the_local_runs_are_listed_within_seconds_whatever_the_endpoint_does(
     assert (row.run_id, row.job_id) == (recorded, "ftjob-here")
 
 
-@pytest.mark.xfail(strict=True, reason="the table comes after the jobs")
 def test_the_command_line_shows_the_local_table_before_the_endpoint_has_answered(
     recorded: str,
 ) -> None:

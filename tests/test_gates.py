@@ -217,21 +217,7 @@ def untyped() -> list[str]:
     return found
 
 
-def fails_today(reason: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
-LONG_COMMAND = fails_today("2 functions over 60 lines, the longest 207")
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        LIBRARY,
-        pytest.param(COMMAND, marks=LONG_COMMAND),
-        REHEARSAL,
-    ],
-)
+@pytest.mark.parametrize("module", [LIBRARY, COMMAND, REHEARSAL])
 def test_a_function_is_read_on_one_page(module):
     assert functions_over_the_limit(module) == {}
 

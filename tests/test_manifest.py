@@ -280,7 +280,8 @@ def test_a_conflict_ends_the_command_line_with_2_before_anything_is_asked(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "k")
-    usual = ["--evaluate-only", "--base-url", endpoint.url, "--output-dir", str(tuned.folder)]
+    usual = ["--evaluate-only", "--yes", "--base-url", endpoint.url]
+    usual += ["--output-dir", str(tuned.folder)]
     fine = openai_sft_example.main([*usual, "--quiet", "--seed", "5", "--max-test-cases", "1"])
     capsys.readouterr()
     asked = len(posts(endpoint))

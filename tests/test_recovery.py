@@ -467,11 +467,11 @@ def test_the_services_own_retry_after_is_honoured_for_every_call(
 def test_what_stays_away_is_given_up_after_ten_minutes(
     sft: OpenAISFT, endpoint: Rehearsal, clock: Clock, file: Path
 ) -> None:
-    endpoint.inject(Fault("503", "POST", CHAT, times=None))
+    endpoint.inject(Fault("500", "POST", CHAT, times=None))
     results = sft.evaluate_model_comprehensive(BASE, examples(1), [])
     (response,) = results["test_evaluation"]["responses"]
 
-    assert "503" in response["error"]
+    assert "500" in response["error"]
     assert 500 <= clock.now - clock.began <= 600
     assert max(clock.slept) <= 60
 
@@ -942,7 +942,7 @@ def test_an_interruption_prints_the_one_command_that_comes_back_and_it_works(
     code: int,
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "k")
-    script = [sys.executable, "-W", "error", str(PROJECT / "openai_sft_example.py")]
+    script = [sys.executable, "-W", "error", str(PROJECT / "openai_sft_example.py"), "--yes"]
     chosen = ["--base-url", endpoint.url, "--dataset", str(dataset), "--output-dir", "o ut"]
     endpoint.hold("running")
     with hearing_interrupts():
@@ -972,7 +972,7 @@ def test_an_interruption_prints_the_one_command_that_comes_back_and_it_works(
     assert made(endpoint, JOBS) == 1
     assert asked_of(endpoint, "POST", "*/cancel") == []
     if sent == signal.SIGINT:
-        again = [*shlex.split(commands[0]), "--quiet", "--poll-interval", "0.05"]
+        again = [*shlex.split(commands[0]), "--yes", "--quiet", "--poll-interval", "0.05"]
         assert openai_sft_example.main(again) == 0
         assert made(endpoint, JOBS) == 1
 

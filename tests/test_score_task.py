@@ -499,7 +499,15 @@ def test_another_task_than_the_recorded_one_ends_with_2_before_anything_is_asked
     before = len(finished.endpoint.exchanges)
     code = openai_sft_example.main(
         [
-            *(*command, "--task", given_task, "--base-url", finished.endpoint.url, "--quiet"),
+            *(
+                *command,
+                "--task",
+                given_task,
+                "--base-url",
+                finished.endpoint.url,
+                "--quiet",
+                "--yes",
+            ),
             *("--output-dir", str(folder), "--max-test-cases", "1"),
         ]
     )

@@ -134,7 +134,7 @@ def test_the_command_line_shows_no_key(
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     endpoint.inject(Fault("400", "POST", JOBS))
     code = openai_sft_example.main(
-        ["--base-url", echoing.url, "--dataset", str(dataset), "--epochs", "1", "--verbose"]
+        ["--base-url", echoing.url, "--dataset", str(dataset), "--verbose", "--yes"]
     )
     shown = capsys.readouterr()
 
@@ -305,7 +305,7 @@ def test_what_the_service_says_of_a_run_comes_out_inert(
 ) -> None:
     caplog.set_level(logging.DEBUG, "openai_sft")
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    place = ["--base-url", hostile.url, "--output-dir", "out"]
+    place = ["--base-url", hostile.url, "--output-dir", "out", "--yes"]
     code = openai_sft_example.main(
         [*place, "--dataset", str(dataset), "--epochs", "1", "--batch-size", "4", "--verbose"]
     )
