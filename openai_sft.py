@@ -51,6 +51,7 @@ import functools
 import gc
 import hashlib
 import html
+import inspect
 import io
 import itertools
 import json
@@ -4405,6 +4406,7 @@ class Endpoint:
         """One look at a job: how it stands, and its events that are not in ``seen``, oldest
         first. Failures are waited out ``until`` a moment of the timer."""
         retrieve = functools.partial(self.client.fine_tuning.jobs.retrieve, job_id)
+        retrieve = functools.partial(_within, until - self._timer(), retrieve)
         told = "ジョブの状態を取得できません。回復するまで待ちます"
         job = self.call(retrieve, needs="status", patience=until - self._timer(), told=told)
         list_events = self.client.fine_tuning.jobs.list_events
@@ -4510,6 +4512,29 @@ def _openai() -> ModuleType:
     import openai
 
     return openai
+
+
+def _within(seconds: float, request: Callable[[], T]) -> T:
+    """``request()``, given up after so many seconds, however slowly its answer drips in: the
+    time-outs of a client only bound the silence between two pieces."""
+    if seconds == math.inf:
+        return request()
+    answers: queue.SimpleQueue[T | BaseException] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            answers.put(request())
+        except BaseException as error:  # noqa: BLE001  # raised again where it is awaited
+            answers.put(error)
+
+    threading.Thread(target=work, name="openai-sft-look", daemon=True).start()
+    try:
+        answer = answers.get(timeout=max(0.05, seconds))
+    except queue.Empty:
+        raise BrokenAnswer("エンドポイントの応答が時間内に終わりません。") from None
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer
 
 
 def _require_shape(answer: object, needs: str | None) -> None:
@@ -5870,6 +5895,37 @@ def _check_versions() -> CheckItem:
 # ── The class ────────────────────────────────────────────────────────────────────────────────
 
 
+def _naming_the_nearest(face: type[T]) -> type[T]:
+    """Let the public methods refuse a keyword that they don't know, naming the nearest that they
+    do (Python does so from 3.13 on, but not where options are passed on)."""
+    passed_on = {"Unpack[RunOptions]": RunOptions, "Unpack[SelectionOptions]": SelectionOptions}
+    for name, method in list(vars(face).items()):
+        if not callable(method) or (name.startswith("_") and name != "__init__"):
+            continue
+        known: list[str] = []
+        for parameter in inspect.signature(method).parameters.values():
+            options = passed_on.get(str(parameter.annotation))
+            known += options.__annotations__ if options else [parameter.name]
+        setattr(face, name, _refusing_others(method, known[1:]))
+    return face
+
+
+def _refusing_others(method: Callable[..., T], known: Sequence[str]) -> Callable[..., T]:
+    @functools.wraps(method)
+    def checked(*arguments: Any, **options: Any) -> T:
+        for name in options.keys() - set(known):
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"「{near[0]}」のことですか。" if near else ""
+            raise ConfigurationError(
+                f"{method.__name__} に {printable(name)} という引数はありません。{hint}"
+                f"使える引数: {'、'.join(known)}"
+            )
+        return method(*arguments, **options)
+
+    return checked
+
+
+@_naming_the_nearest
 class OpenAISFT:
     """Fine-tuning from dialogue data to an evaluated model; the methods follow a run's order.
 
@@ -6298,7 +6354,6 @@ class OpenAISFT:
         ``utterance``), ``topic``, ``review_by_client_jp``, ``review_by_client_en``; for data in
         the service's form ``id``, ``messages``, ``tools`` (JSON texts).
         """
-        _require_known(filters, SelectionOptions)
         loaded = self._preparation.load(Selection(max_samples, seed, **filters))
         self._loads.append(loaded.without_dialogues())
         return _to_datasets(loaded.splits)
@@ -6750,24 +6805,12 @@ def _read_options(
 ) -> tuple[SelectionOptions, Asking]:
     """The filters among :class:`RunOptions`, and how the evaluation asks.
 
-    Raises :class:`ConfigurationError` for an unknown keyword and for values out of range.
+    Raises :class:`ConfigurationError` for values out of range.
     """
-    _require_known(options, RunOptions)
     names = SelectionOptions.__annotations__
     filters = cast("SelectionOptions", {k: v for k, v in options.items() if k in names})
     others = {key: value for key, value in options.items() if key not in names}
     return filters, Asking(max_test_cases, seed, **others)
-
-
-def _require_known(options: Mapping[str, Any], known: type) -> None:
-    """Raise :class:`ConfigurationError` for a keyword that ``known`` (a TypedDict) lacks."""
-    names = [*known.__annotations__, "epochs", "batch_size", "max_samples", "max_test_cases"]
-    for name in options.keys() - set(known.__annotations__):
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"「{near[0]}」のことですか。" if near else ""
-        raise ConfigurationError(
-            f"{printable(name)} という引数はありません。{hint}使える引数: {'、'.join(names)}"
-        )
 
 
 def _scored_train_data(runs: Runs, model_id: str, given: Sequence[Example]) -> Sequence[Example]:

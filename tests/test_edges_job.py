@@ -660,7 +660,6 @@ def test_the_command_line_tells_the_way_back_whatever_ends_the_watch(
 # ── What never ends ──────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.xfail(strict=True, reason="the answer is read to its end", raises=AssertionError)
 def test_an_answer_that_drips_does_not_outlast_the_wait(make_sft: MakeSFT) -> None:
     dripped = threading.Event()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -52,10 +51,6 @@ def interrupt(*_: object) -> bool:
 
 # ── Words that no method knows ───────────────────────────────────────────────────────────────
 
-PLAIN = frozenset(
-    {"prepare_dataset", "estimate", "create_fine_tune_job", "monitor_fine_tune_job"}
-    | {"attach", "resume", "evaluate_model_comprehensive"}
-)
 UNKNOWN: list[tuple[str, dict[str, Any], str]] = [
     ("run_full_pipeline", {"max_sample": 12}, "max_samples"),
     ("run_full_pipeline", {"epoch": 1}, "epochs"),
@@ -79,19 +74,7 @@ UNKNOWN: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(
     ("method", "options", "nearest"),
-    [
-        pytest.param(
-            *case,
-            id=f"{case[0]} {list(case[1])[-1]}",
-            # Python itself names the nearest keyword of a plain signature from 3.13 on.
-            marks=pytest.mark.xfail(
-                case[0] in PLAIN and sys.version_info < (3, 13),
-                strict=True,
-                reason="refused, but the nearest keyword isn't named",
-            ),
-        )
-        for case in UNKNOWN
-    ],
+    [pytest.param(*case, id=f"{case[0]} {list(case[1])[-1]}") for case in UNKNOWN],
 )
 def test_a_keyword_that_no_method_knows_is_refused_at_once_and_the_nearest_is_named(
     make_sft: MakeSFT,
@@ -109,11 +92,6 @@ def test_a_keyword_that_no_method_knows_is_refused_at_once_and_the_nearest_is_na
     assert not out.exists() or list(out.iterdir()) == []
 
 
-@pytest.mark.xfail(
-    sys.version_info < (3, 13),
-    strict=True,
-    reason="refused, but the nearest keyword isn't named",
-)
 def test_a_setting_that_is_none_is_refused_and_the_nearest_is_named(make_sft: MakeSFT) -> None:
     with pytest.raises((OpenAISFTError, TypeError), match=r"\bmax_cost_usd\b"):
         make_sft(max_cost=0.01)
