@@ -4995,7 +4995,7 @@ def _read_split(run: Run, name: SplitName) -> list[Example]:
 
 
 class FineTuning:
-    """The job of one run, from its files to its model; what is known of it is in the self._run.
+    """The job of one run, from its files to its model; what is known of it is in the record.
 
     :meth:`create` spends.
     """
@@ -6158,10 +6158,11 @@ class OpenAISFT:
             "再開します: %s（設定は記録したもの、接続先 %s）", found.path, found.settings.base_url
         )
         settings = self.settings.working_as(found.settings)
-        if found.fine_tuned_model:
-            self._endpoint_of(settings).expect(found.fine_tuned_model)
-        self._require_ready(settings)
-        return self._go_on(found, timeout=timeout)
+        with _released_on_failure(found):
+            self._require_ready(settings)
+            if found.fine_tuned_model:
+                self._endpoint_of(settings).expect(found.fine_tuned_model)
+            return self._go_on(found, timeout=timeout)
 
     def _refuse_rehearsal(self, deed: str) -> None:
         if self.settings.rehearse:
@@ -6439,9 +6440,7 @@ class OpenAISFT:
         taken to be as long as the real ones.
         """
         if training_tokens is None and epochs is not None:
-            counter = TokenCounter(load_vocabulary())
-            conversations = [example["messages"] for example in splits.train]
-            training_tokens = sum(count.total for count in counter.count_many(conversations))
+            training_tokens, _ = _count_examples(splits.train)
         asking = Asking(max_test_cases, seed, eval_turns, baseline)
         training = None if epochs is None else Training(epochs)
         return _estimate_run(self.settings, splits, training, training_tokens, asking, model)
