@@ -1155,19 +1155,13 @@ def read_dialogues(
     dialogues: list[Dialogue] = []
     unreadable: list[DataError] = []
     with _gc_paused():
-        for fallback_id, where, record in _records(source, revision):
-            try:
-                if isinstance(record, DataError):
-                    raise record
-                dialogue = parse_dialogue(record, fallback_id=fallback_id, source=where)
-            except UnknownRole:
-                raise
-            except DataError as error:
-                unreadable.append(error)
-            else:
-                dialogues.append(dialogue)
-                if each is not None:
-                    each(dialogue)
+        for parsed in _parse_records(_records(source, revision)):
+            if isinstance(parsed, DataError):
+                unreadable.append(parsed)
+                continue
+            dialogues.append(parsed)
+            if each is not None:
+                each(parsed)
     total = len(dialogues) + len(unreadable)
     for problem in unreadable[:10]:
         logger.warning("除外: %s", problem)
@@ -1181,6 +1175,22 @@ def read_dialogues(
     if not dialogues:
         raise DataError(f"対話が1件もありません: {source}。中身と指定を確認してください。")
     return _with_unique_ids(dialogues)
+
+
+def _parse_records(records: Iterable[SourceRecord]) -> Iterator[Dialogue | DataError]:
+    """Each record as a dialogue, or why it is none. Raises :class:`UnknownRole`."""
+    for fallback_id, where, record in records:
+        try:
+            if isinstance(record, DataError):
+                raise record
+            parsed: Dialogue | DataError = parse_dialogue(
+                record, fallback_id=fallback_id, source=where
+            )
+        except UnknownRole:
+            raise
+        except DataError as error:
+            parsed = error
+        yield parsed
 
 
 @contextlib.contextmanager
@@ -2060,8 +2070,15 @@ class _Problem(NamedTuple):
     details: tuple[object, ...] = ()
 
 
-def _find_problems(example: object) -> Iterator[_Problem]:
-    """Every problem in the value of one line, but for its length. The order is the reading's."""
+def _find_problems(example: object, line: str) -> list[_Problem]:
+    """Every problem of an example and of its line as JSON without escapes, but for its length.
+
+    The order is the reading's.
+    """
+    return [*_find_shape_problems(example), *_find_text_problems(line)]
+
+
+def _find_shape_problems(example: object) -> Iterator[_Problem]:
     if not isinstance(example, dict):
         yield _Problem("not_object")
         return
@@ -2074,6 +2091,10 @@ def _find_problems(example: object) -> Iterator[_Problem]:
     if not messages:
         yield _Problem("empty_messages")
         return
+    yield from _find_conversation_problems(messages)
+
+
+def _find_conversation_problems(messages: Sequence[object]) -> Iterator[_Problem]:
     trained = False
     role: object = None
     for index, message in enumerate(messages):
@@ -2131,7 +2152,6 @@ def _is_content_part(part: object) -> bool:
 
 
 def _find_text_problems(line: str) -> Iterator[_Problem]:
-    """Problems of the text of a line as JSON without escapes, wherever they stand in it."""
     if "<|" in line:
         for token in sorted(set(SPECIAL_TOKEN.findall(line))):
             yield _Problem("special_token", None, (token,))
@@ -2141,17 +2161,42 @@ def _find_text_problems(line: str) -> Iterator[_Problem]:
         yield _Problem("lone_surrogate")
 
 
-def _find_length_problem(messages: object, size: int, limit: int) -> _Problem | None:
+def _find_repeats(
+    number: int,
+    line: bytes,
+    seen: dict[bytes, int],
+    conversation: bytes,
+    trained: Mapping[bytes, int],
+) -> Iterator[_Problem]:
+    """Where a line, or its digest, stood in its file before (``seen``, to which it is added), and
+    where its conversation is in the training file (``trained``)."""
+    first = seen.setdefault(line, number)
+    if first != number:
+        yield _Problem("duplicate_line", None, (first,))
+    if shared := trained.get(conversation):
+        yield _Problem("shared_conversation", None, (shared,))
+
+
+def _find_file_problems(count: int, needed: int, size: int, limit: int) -> Iterator[_Problem]:
+    if count < needed:
+        yield _Problem("too_few_examples", None, (count, needed))
+    if size > limit:
+        details = (f"{size / 2**20:,.0f}", f"{limit / 2**20:,.0f}")
+        yield _Problem("file_too_large", None, details)
+
+
+def _find_length_problems(messages: object, size: int, limit: int) -> Iterator[_Problem]:
     """``too_long``, for the ``messages`` of a line of ``size`` bytes.
 
     No token is shorter than a byte, so that only lines over ``limit`` need the vocabulary.
     """
     if size <= limit or not isinstance(messages, list):
-        return None
+        return
     if not all(isinstance(message, dict) for message in messages):
-        return None
+        return
     tokens = TokenCounter(load_vocabulary()).count(messages).total
-    return _Problem("too_long", None, (f"{tokens:,}", f"{limit:,}")) if tokens > limit else None
+    if tokens > limit:
+        yield _Problem("too_long", None, (f"{tokens:,}", f"{limit:,}"))
 
 
 def check_file(
@@ -2172,35 +2217,20 @@ def check_file(
     path = Path(path)
     trained = {} if compare_with is None else _conversation_lines(Path(compare_with))
     findings: list[Finding] = []
-
-    def report(line: int | None, problem: _Problem) -> None:
-        findings.append(_finding(str(path), line, problem))
-
     seen: dict[bytes, int] = {}
     count = 0
     for number, raw, value, problems in _read_checked(path):
-        for problem in problems:
-            report(number, problem)
-        if not any(problem.code == "blank_line" for problem in problems):
-            count += 1
-        if value is None:
-            continue
-        first = seen.setdefault(hashlib.sha256(raw.strip()).digest(), number)
-        if first != number:
-            report(number, _Problem("duplicate_line", None, (first,)))
-        messages = value.get("messages") if isinstance(value, dict) else None
-        if trained and (shared := trained.get(_conversation_digest(messages))):
-            report(number, _Problem("shared_conversation", None, (shared,)))
-        if too_long := _find_length_problem(messages, len(raw), max_tokens):
-            report(number, too_long)
+        count += not _is_blank(problems)
+        if value is not None:
+            messages = value.get("messages") if isinstance(value, dict) else None
+            line = hashlib.sha256(raw.strip()).digest()
+            conversation = _conversation_digest(messages) if trained else b""
+            problems += _find_repeats(number, line, seen, conversation, trained)
+            problems += _find_length_problems(messages, len(raw), max_tokens)
+        findings += [_finding(str(path), number, problem) for problem in problems]
     needed = MIN_TRAINING_EXAMPLES if kind == "training" else 1
-    if count < needed:
-        report(None, _Problem("too_few_examples", None, (count, needed)))
-    size = path.stat().st_size
-    if size > max_bytes:
-        details = (f"{size / 2**20:,.0f}", f"{max_bytes / 2**20:,.0f}")
-        report(None, _Problem("file_too_large", None, details))
-    return findings
+    whole = _find_file_problems(count, needed, path.stat().st_size, max_bytes)
+    return findings + [_finding(str(path), None, problem) for problem in whole]
 
 
 def _read_checked(path: Path) -> Iterator[tuple[int, bytes, Any, list[_Problem]]]:
@@ -2214,7 +2244,7 @@ def _read_checked(path: Path) -> Iterator[tuple[int, bytes, Any, list[_Problem]]
 
 
 def _check_line(raw: bytes, *, first: bool) -> tuple[Any, list[_Problem]]:
-    problems = []
+    problems: list[_Problem] = []
     if first and raw.startswith(codecs.BOM_UTF8):
         problems.append(_Problem("bom"))
         raw = raw.removeprefix(codecs.BOM_UTF8)
@@ -2230,7 +2260,7 @@ def _check_line(raw: bytes, *, first: bool) -> tuple[Any, list[_Problem]]:
             text = json.dumps(value, ensure_ascii=False)
     except (ValueError, RecursionError) as error:
         return None, [*problems, _Problem("invalid_json", None, (printable(error)[:100],))]
-    return value, [*problems, *_find_problems(value), *_find_text_problems(text)]
+    return value, problems + _find_problems(value, text)
 
 
 def _refuse_constant(name: str) -> None:
@@ -2279,29 +2309,20 @@ def fix_file(path: str | os.PathLike[str]) -> tuple[str, str, int, int]:
     for output in filter(Path.exists, outputs):
         raise DataError(f"{output} がすでにあります。移動するか削除してからやり直してください。")
     for number, raw, value, problems in _read_checked(path):
-        if any(problem.code == "blank_line" for problem in problems):
+        if _is_blank(problems):
             continue
         mended = _mend(value)
-        remaining = [*_find_problems(mended), *_find_text_problems(_dump(mended))]
-        codes = [p.code for p in (problems if value is None else remaining) if _is_error(p)]
-        parts = [mended]
-        if not codes and _find_length_problem(mended["messages"], len(raw), MAX_EXAMPLE_TOKENS):
-            named = cast("Example", {"id": f"{path}:{number}", **mended})
-            counter = TokenCounter(load_vocabulary())
-            try:
-                parts = list(split_long_example(named, counter, MAX_EXAMPLE_TOKENS))
-            except DataError:
-                codes = ["too_long"]
+        if value is not None:
+            problems = _find_problems(mended, _dump(mended))
+        codes = [problem.code for problem in problems if _is_error(problem)]
         if not codes:
-            try:
-                examples.update(dict.fromkeys(map(example_line, parts)))
-            except ValueError:  # an infinite number, which JSON has no way to write
-                codes = ["invalid_json"]
+            lines, codes = _mended_lines(f"{path}:{number}", mended, len(raw))
+            examples.update(dict.fromkeys(lines))
         if codes:
             text = raw.decode(errors="backslashreplace").rstrip("\r\n")
             rejects.append(_encode_json({"line": number, "codes": codes, "raw": text}))
-    for output, lines in zip(outputs, (examples, rejects), strict=True):
-        write_new_file(output, "".join(line + "\n" for line in lines))
+    for output, written in zip(outputs, (examples, rejects), strict=True):
+        write_new_file(output, "".join(line + "\n" for line in written))
     return str(outputs[0]), str(outputs[1]), len(examples), len(rejects)
 
 
@@ -2318,6 +2339,26 @@ def _mend(value: Any) -> Any:
     if "assistant" in roles:
         messages = messages[: len(roles) - roles[::-1].index("assistant")]
     return {**{key: item for key, item in value.items() if key in LINE_KEYS}, "messages": messages}
+
+
+def _mended_lines(place: str, mended: Any, size: int) -> tuple[list[str], list[str]]:
+    """The lines of an example, several where it is too long, or the codes that stand against it."""
+    parts = [mended]
+    if any(_find_length_problems(mended["messages"], size, MAX_EXAMPLE_TOKENS)):
+        named = cast("Example", {"id": place, **mended})
+        counter = TokenCounter(load_vocabulary())
+        try:
+            parts = list(split_long_example(named, counter, MAX_EXAMPLE_TOKENS))
+        except DataError:
+            return [], ["too_long"]
+    try:
+        return list(map(example_line, parts)), []
+    except ValueError:  # an infinite number, which JSON has no way to write
+        return [], ["invalid_json"]
+
+
+def _is_blank(problems: Iterable[_Problem]) -> bool:
+    return any(problem.code == "blank_line" for problem in problems)
 
 
 def _is_error(problem: _Problem) -> bool:
@@ -4062,9 +4103,7 @@ class Endpoint:
                 # A part whose answer is lost may count twice: then the whole begins again.
                 part_ids.append(self._read(send, "id").id)
             complete = functools.partial(client.uploads.complete, upload.id, part_ids=part_ids)
-            done = self._read(complete, "file").file
-            assert done is not None  # `_read` has settled it
-            return done
+            return cast("FileObject", self._read(complete, "file").file)
 
     def delete_files(self, file_ids: Iterable[str]) -> list[str]:
         """Delete files; return those that are gone. What can't be deleted is logged."""
@@ -4613,30 +4652,26 @@ def _encode_splits(
     """The encoded lines of each file, and everything that is wrong with them."""
     lines: dict[SplitName, list[bytes]] = {}
     findings: list[Finding] = []
-    seen: dict[tuple[str, bytes], int] = {}
+    seen: dict[SplitName, dict[bytes, int]] = {name: {} for name in SPLIT_NAMES}
     for name, examples in zip(SPLIT_NAMES, splits, strict=True):
         lines[name] = []
         for number, example in enumerate(examples, 1):
             encoded, problems = _encode_example(example)
             lines[name].append(encoded)
-            first = seen.setdefault((name, encoded), number)
-            if first != number:
-                problems.append(_Problem("duplicate_line", None, (first,)))
-            if name == "valid" and (shared := seen.get(("train", encoded))):
-                problems.append(_Problem("shared_conversation", None, (shared,)))
+            trained = seen["train"] if name == "valid" else {}
+            problems += _find_repeats(number, encoded, seen[name], encoded, trained)
             findings += [_finding(str(paths[name]), number, problem) for problem in problems]
     return lines, findings
 
 
 def _encode_example(example: Example) -> tuple[bytes, list[_Problem]]:
-    problems = list(_find_problems({key: item for key, item in example.items() if key != "id"}))
+    line, unwritable = "", []
     try:
         line = example_line(example)
-        problems += _find_text_problems(line)
     except ValueError as error:
-        line = ""
-        problems.append(_Problem("invalid_json", None, (printable(error),)))
-    return line.encode(errors="replace") + b"\n", problems
+        unwritable = [_Problem("invalid_json", None, (printable(error),))]
+    sent = {key: item for key, item in example.items() if key != "id"}
+    return line.encode(errors="replace") + b"\n", _find_problems(sent, line) + unwritable
 
 
 def _read_split(run: Run, name: SplitName) -> list[Example]:
