@@ -2486,8 +2486,9 @@ class Figure:
     """A corpus-level figure of some answers, ready to be computed on resampled dialogues.
 
     ``score`` takes weights of shape (samples, dialogues), how often each dialogue is in each
-    sample, and gives one value a sample. ``per_case`` holds a value a case for the sign test.
-    ``better`` is the sign of a good difference, 0 where neither direction is good by itself.
+    sample, and gives one value a sample. ``per_case`` holds a value a case for the sign test,
+    ``None`` where models aren't compared by the figure. ``better`` is the sign of a good
+    difference, 0 where neither direction is good by itself. A ``name`` may be ``GROUP.NAME``.
     """
 
     name: str
@@ -2495,35 +2496,45 @@ class Figure:
     better: int
     signature: str
     score: Callable[[Any], Any]
-    per_case: Sequence[float]
+    per_case: Sequence[float] | None
     symmetric: bool = False
 
 
 def score_answers(
-    answers: Sequence[Answer], *, seed: int = 42
+    answers: Sequence[Answer],
+    *,
+    seed: int = 42,
+    make: Callable[[Sequence[Answer]], tuple[list[Figure], list[str]]] | None = None,
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Corpus-level figures on a scale of 0–100 with 95 % intervals, and those that are missing.
+    """Corpus-level figures with 95 % intervals, and the names of those that are missing.
 
-    Each is ``{"score", "low", "high", "signature"}``. Intervals are by bootstrap over dialogues
-    (percentiles of :data:`BOOTSTRAP_SAMPLES` samples by ``seed``; for Dist-n, whose resampled
-    values are biased low by repetition, the score ± 1.96 standard deviations of them). Nothing
-    is scored where there is no answer; chrF, BLEU and ROUGE-L need the extra ``eval``.
+    Each is ``{"score", "low", "high", "signature"}``, on a scale of 0–100 for the response task.
+    Intervals are by bootstrap over dialogues (percentiles of :data:`BOOTSTRAP_SAMPLES` samples by
+    ``seed``; for Dist-n, whose resampled values are biased low by repetition, the score ± 1.96
+    standard deviations of them). Nothing is scored where there is no answer; chrF, BLEU and
+    ROUGE-L need the extra ``eval``. ``make`` gives the figures (by default those of the response
+    task).
     """
-    figures, missing = _make_figures(answers)
+    figures, missing = (make or _make_figures)(answers)
     weights = _resample(answers, seed)
-    metrics = {}
+    metrics: dict[str, dict[str, Any]] = {}
     for figure in figures:
-        score, samples = _evaluate_figure(figure, weights)
-        low, high = _interval(score, samples, symmetric=figure.symmetric)
-        if figure.symmetric:
-            low, high = max(0.0, low), min(100.0, high)
-        metrics[figure.name] = {
-            "score": score,
-            "low": low,
-            "high": high,
-            "signature": figure.signature,
-        }
+        measured: dict[str, Any] = _measure(figure, weights)
+        if figure.signature:
+            measured["signature"] = figure.signature
+        group, _, name = figure.name.rpartition(".")
+        (metrics.setdefault(group, {}) if group else metrics)[name] = measured
     return metrics, missing
+
+
+def _measure(figure: Figure, weights: Any) -> dict[str, float | None]:
+    score, samples = _evaluate_figure(figure, weights)
+    if math.isnan(score):
+        return {"score": None, "low": None, "high": None}
+    low, high = _interval(score, samples, symmetric=figure.symmetric)
+    if figure.symmetric:
+        low, high = max(0.0, low), min(100.0, high)
+    return {"score": score, "low": low, "high": high}
 
 
 def _make_figures(answers: Sequence[Answer]) -> tuple[list[Figure], list[str]]:
@@ -2581,7 +2592,7 @@ def _interval(score: float, samples: Any, *, symmetric: bool) -> tuple[float, fl
     if symmetric:
         half = 1.96 * float(np.std(samples, ddof=1))
         return score - half, score + half
-    low, high = np.percentile(samples, (2.5, 97.5))
+    low, high = np.nanpercentile(samples, (2.5, 97.5))
     return float(low), float(high)
 
 
@@ -2770,6 +2781,8 @@ def compare_figures(
     weights = _resample(tuned, seed)
     figures = {}
     for one, other in zip(make(tuned)[0], make(baseline)[0], strict=True):
+        if one.per_case is None or other.per_case is None:
+            continue
         value, samples = _evaluate_figure(one, weights)
         other_value, other_samples = _evaluate_figure(other, weights)
         difference = value - other_value
@@ -2851,25 +2864,7 @@ def score_predictions(
     intervals over dialogues; ``None`` where a correlation is undefined. ``overall`` pools the
     items, ``total`` is their sum (0–100).
     """
-    import numpy as np
-
-    if not answers:
-        return {}, []
-    weights = _resample(answers, seed)
-    owners, _ = _dialogue_indexes(answers)
-    metrics: dict[str, dict[str, Any]] = {}
-    for name, predicted, real in _score_groups(answers):
-        values = agreement(weights, predicted, real, owners)
-        metrics[name] = {}
-        for measure, samples in values.items():
-            undefined = bool(np.isnan(samples[0]))
-            low, high = (None, None) if undefined else np.nanpercentile(samples[1:], (2.5, 97.5))
-            metrics[name][measure] = {
-                "score": None if undefined else float(samples[0]),
-                "low": None if low is None else float(low),
-                "high": None if high is None else float(high),
-            }
-    return metrics, []
+    return score_answers(answers, seed=seed, make=make_score_figures)
 
 
 def _score_groups(answers: Sequence[Answer]) -> Iterator[tuple[str, Any, Any]]:
@@ -2945,38 +2940,51 @@ def _correlation(shares: Any, x: Any, y: Any) -> Any:
 
 
 def make_score_figures(answers: Sequence[Answer]) -> tuple[list[Figure], list[str]]:
-    """The figures in which two predictors are compared: errors and accuracies."""
+    """Every measure of every group; predictors are compared by the errors and accuracies of
+    ``overall`` and ``total``."""
     import numpy as np
 
-    figures = []
+    figures: list[Figure] = []
     if not answers:
-        return [], []
+        return figures, []
     owners, _ = _dialogue_indexes(answers)
-    for group, predicted, real in itertools.islice(_score_groups(answers), 2):
+    for group, predicted, real in _score_groups(answers):
         errors, misses = predicted - real, np.abs(np.rint(predicted) - real)
-        per_case = {
+        compared = {
             "mse": (errors**2).mean(axis=1),
             "rmse": np.sqrt((errors**2).mean(axis=1)),
             "mae": np.abs(errors).mean(axis=1),
             "accuracy": (misses == 0).mean(axis=1),
             "accuracy_within_1": (misses <= 1).mean(axis=1),
         }
-        for measure, values in per_case.items():
+        shared = _SharedAgreement(predicted, real, owners)
+        for measure in (*compared, "spearman", "pearson"):
+            is_compared = measure in compared and group not in SCORE_ITEMS
             figures.append(
                 Figure(
                     name=f"{group}.{measure}",
-                    label=f"{FIGURE_LABELS[group]}の{FIGURE_LABELS[measure]}",
-                    better=1 if measure.startswith("accuracy") else -1,
-                    signature=measure,
-                    score=functools.partial(_measure, measure, predicted, real, owners),
-                    per_case=values.tolist(),
+                    label=f"{FIGURE_LABELS.get(group, group)}の{FIGURE_LABELS[measure]}",
+                    better=-1 if measure in ("mse", "rmse", "mae") else 1,
+                    signature="",
+                    score=functools.partial(shared.score, measure),
+                    per_case=compared[measure].tolist() if is_compared else None,
                 )
             )
     return figures, []
 
 
-def _measure(name: str, predicted: Any, real: Any, owners: Sequence[int], weights: Any) -> Any:
-    return agreement(weights, predicted, real, owners)[name]
+class _SharedAgreement:
+    """:func:`agreement` of a group, computed once for all of its figures."""
+
+    def __init__(self, predicted: Any, real: Any, owners: Sequence[int]) -> None:
+        self._compute = functools.partial(agreement, predicted=predicted, real=real, owners=owners)
+        self._weights: Any = None
+        self._values: dict[str, Any] = {}
+
+    def score(self, measure: str, weights: Any) -> Any:
+        if weights is not self._weights:
+            self._weights, self._values = weights, self._compute(weights)
+        return self._values[measure]
 
 
 def mean_scores(train_data: Iterable[Example]) -> dict[str, float]:
@@ -2995,15 +3003,14 @@ class Task:
     """All that differs between the tasks; a third one is a third entry of :data:`TASKS`.
 
     ``make_example`` turns a dialogue into an example, ``None`` for ``left_out``. ``request`` is
-    added to each question. ``find_fault`` says why an answer isn't one. ``score`` gives a
-    split's metrics and the names of those missing, ``make_figures`` what is compared.
+    added to each question. ``find_fault`` says why an answer isn't one. ``make_figures`` gives
+    the figures of some answers, and the names of those that a missing package holds back.
     """
 
     make_example: Callable[..., Example | None]
     left_out: str
     request: Mapping[str, Any]
     find_fault: Callable[[str], str | None]
-    score: Callable[..., tuple[dict[str, dict[str, Any]], list[str]]]
     make_figures: Callable[[Sequence[Answer]], tuple[list[Figure], list[str]]]
 
 
@@ -3018,7 +3025,6 @@ TASKS: dict[TaskName, Task] = {
         left_out="カウンセラーの発話がない",
         request={},
         find_fault=lambda text: None,
-        score=score_answers,
         make_figures=_make_figures,
     ),
     "score": Task(
@@ -3044,7 +3050,6 @@ TASKS: dict[TaskName, Task] = {
             }
         },
         find_fault=_find_score_fault,
-        score=score_predictions,
         make_figures=make_score_figures,
     ),
 }
@@ -5273,7 +5278,9 @@ class Evaluation:
         """A model's answers to one split, with their figures."""
         responses = self._responses[model, name]
         answered = sum("error" not in response for response in responses)
-        metrics, missing = self._task.score(answers, seed=self._asking.seed)
+        metrics, missing = score_answers(
+            answers, seed=self._asking.seed, make=self._task.make_figures
+        )
         if self._settings.task == "score":
             metrics["coverage"] = {"valid": len(answers), "asked": len(responses)}
         return {
