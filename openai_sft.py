@@ -1237,19 +1237,13 @@ def read_dialogues(
     dialogues: list[Dialogue] = []
     unreadable: list[DataError] = []
     with _gc_paused():
-        for fallback_id, where, record in _records(source, revision):
-            try:
-                if isinstance(record, DataError):
-                    raise record
-                dialogue = parse_dialogue(record, fallback_id=fallback_id, source=where)
-            except UnknownRole:
-                raise
-            except DataError as error:
-                unreadable.append(error)
-            else:
-                dialogues.append(dialogue)
-                if each is not None:
-                    each(dialogue)
+        for parsed in _parse_records(_records(source, revision)):
+            if isinstance(parsed, DataError):
+                unreadable.append(parsed)
+                continue
+            dialogues.append(parsed)
+            if each is not None:
+                each(parsed)
     total = len(dialogues) + len(unreadable)
     for problem in unreadable[:10]:
         logger.warning("除外: %s", problem)
@@ -1263,6 +1257,22 @@ def read_dialogues(
     if not dialogues:
         raise DataError(f"対話が1件もありません: {source}。中身と指定を確認してください。")
     return _with_unique_ids(dialogues)
+
+
+def _parse_records(records: Iterable[SourceRecord]) -> Iterator[Dialogue | DataError]:
+    """Each record as a dialogue, or why it is none. Raises :class:`UnknownRole`."""
+    for fallback_id, where, record in records:
+        try:
+            if isinstance(record, DataError):
+                raise record
+            parsed: Dialogue | DataError = parse_dialogue(
+                record, fallback_id=fallback_id, source=where
+            )
+        except UnknownRole:
+            raise
+        except DataError as error:
+            parsed = error
+        yield parsed
 
 
 @contextlib.contextmanager
@@ -2168,8 +2178,15 @@ class _Problem(NamedTuple):
     details: tuple[object, ...] = ()
 
 
-def _find_problems(example: object) -> Iterator[_Problem]:
-    """Every problem in the value of one line, but for its length. The order is the reading's."""
+def _find_problems(example: object, line: str) -> list[_Problem]:
+    """Every problem of an example and of its line as JSON without escapes, but for its length.
+
+    The order is the reading's.
+    """
+    return [*_find_shape_problems(example), *_find_text_problems(line)]
+
+
+def _find_shape_problems(example: object) -> Iterator[_Problem]:
     if not isinstance(example, dict):
         yield _Problem("not_object")
         return
@@ -2182,6 +2199,10 @@ def _find_problems(example: object) -> Iterator[_Problem]:
     if not messages:
         yield _Problem("empty_messages")
         return
+    yield from _find_conversation_problems(messages)
+
+
+def _find_conversation_problems(messages: Sequence[object]) -> Iterator[_Problem]:
     trained = False
     role: object = None
     for index, message in enumerate(messages):
@@ -2239,7 +2260,6 @@ def _is_content_part(part: object) -> bool:
 
 
 def _find_text_problems(line: str) -> Iterator[_Problem]:
-    """Problems of the text of a line as JSON without escapes, wherever they stand in it."""
     if "<|" in line:
         for token in sorted(set(SPECIAL_TOKEN.findall(line))):
             yield _Problem("special_token", None, (token,))
@@ -2249,17 +2269,42 @@ def _find_text_problems(line: str) -> Iterator[_Problem]:
         yield _Problem("lone_surrogate")
 
 
-def _find_length_problem(messages: object, size: int, limit: int) -> _Problem | None:
+def _find_repeats(
+    number: int,
+    line: bytes,
+    seen: dict[bytes, int],
+    conversation: bytes,
+    trained: Mapping[bytes, int],
+) -> Iterator[_Problem]:
+    """Where a line, or its digest, stood in its file before (``seen``, to which it is added), and
+    where its conversation is in the training file (``trained``)."""
+    first = seen.setdefault(line, number)
+    if first != number:
+        yield _Problem("duplicate_line", None, (first,))
+    if shared := trained.get(conversation):
+        yield _Problem("shared_conversation", None, (shared,))
+
+
+def _find_file_problems(count: int, needed: int, size: int, limit: int) -> Iterator[_Problem]:
+    if count < needed:
+        yield _Problem("too_few_examples", None, (count, needed))
+    if size > limit:
+        details = (f"{size / 2**20:,.0f}", f"{limit / 2**20:,.0f}")
+        yield _Problem("file_too_large", None, details)
+
+
+def _find_length_problems(messages: object, size: int, limit: int) -> Iterator[_Problem]:
     """``too_long``, for the ``messages`` of a line of ``size`` bytes.
 
     No token is shorter than a byte, so that only lines over ``limit`` need the vocabulary.
     """
     if size <= limit or not isinstance(messages, list):
-        return None
+        return
     if not all(isinstance(message, dict) for message in messages):
-        return None
+        return
     tokens = TokenCounter(load_vocabulary()).count(messages).total
-    return _Problem("too_long", None, (f"{tokens:,}", f"{limit:,}")) if tokens > limit else None
+    if tokens > limit:
+        yield _Problem("too_long", None, (f"{tokens:,}", f"{limit:,}"))
 
 
 def check_file(
@@ -2280,35 +2325,20 @@ def check_file(
     path = Path(path)
     trained = {} if compare_with is None else _conversation_lines(Path(compare_with))
     findings: list[Finding] = []
-
-    def report(line: int | None, problem: _Problem) -> None:
-        findings.append(_finding(str(path), line, problem))
-
     seen: dict[bytes, int] = {}
     count = 0
     for number, raw, value, problems in _read_checked(path):
-        for problem in problems:
-            report(number, problem)
-        if not any(problem.code == "blank_line" for problem in problems):
-            count += 1
-        if value is None:
-            continue
-        first = seen.setdefault(hashlib.sha256(raw.strip()).digest(), number)
-        if first != number:
-            report(number, _Problem("duplicate_line", None, (first,)))
-        messages = value.get("messages") if isinstance(value, dict) else None
-        if trained and (shared := trained.get(_conversation_digest(messages))):
-            report(number, _Problem("shared_conversation", None, (shared,)))
-        if too_long := _find_length_problem(messages, len(raw), max_tokens):
-            report(number, too_long)
+        count += not _is_blank(problems)
+        if value is not None:
+            messages = value.get("messages") if isinstance(value, dict) else None
+            line = hashlib.sha256(raw.strip()).digest()
+            conversation = _conversation_digest(messages) if trained else b""
+            problems += _find_repeats(number, line, seen, conversation, trained)
+            problems += _find_length_problems(messages, len(raw), max_tokens)
+        findings += [_finding(str(path), number, problem) for problem in problems]
     needed = MIN_TRAINING_EXAMPLES if kind == "training" else 1
-    if count < needed:
-        report(None, _Problem("too_few_examples", None, (count, needed)))
-    size = path.stat().st_size
-    if size > max_bytes:
-        details = (f"{size / 2**20:,.0f}", f"{max_bytes / 2**20:,.0f}")
-        report(None, _Problem("file_too_large", None, details))
-    return findings
+    whole = _find_file_problems(count, needed, path.stat().st_size, max_bytes)
+    return findings + [_finding(str(path), None, problem) for problem in whole]
 
 
 def _read_checked(path: Path) -> Iterator[tuple[int, bytes, Any, list[_Problem]]]:
@@ -2322,7 +2352,7 @@ def _read_checked(path: Path) -> Iterator[tuple[int, bytes, Any, list[_Problem]]
 
 
 def _check_line(raw: bytes, *, first: bool) -> tuple[Any, list[_Problem]]:
-    problems = []
+    problems: list[_Problem] = []
     if first and raw.startswith(codecs.BOM_UTF8):
         problems.append(_Problem("bom"))
         raw = raw.removeprefix(codecs.BOM_UTF8)
@@ -2338,7 +2368,7 @@ def _check_line(raw: bytes, *, first: bool) -> tuple[Any, list[_Problem]]:
             text = json.dumps(value, ensure_ascii=False)
     except (ValueError, RecursionError) as error:
         return None, [*problems, _Problem("invalid_json", None, (printable(error)[:100],))]
-    return value, [*problems, *_find_problems(value), *_find_text_problems(text)]
+    return value, problems + _find_problems(value, text)
 
 
 def _refuse_constant(name: str) -> None:
@@ -2387,29 +2417,20 @@ def fix_file(path: str | os.PathLike[str]) -> tuple[str, str, int, int]:
     for output in filter(Path.exists, outputs):
         raise DataError(f"{output} がすでにあります。移動するか削除してからやり直してください。")
     for number, raw, value, problems in _read_checked(path):
-        if any(problem.code == "blank_line" for problem in problems):
+        if _is_blank(problems):
             continue
         mended = _mend(value)
-        remaining = [*_find_problems(mended), *_find_text_problems(_dump(mended))]
-        codes = [p.code for p in (problems if value is None else remaining) if _is_error(p)]
-        parts = [mended]
-        if not codes and _find_length_problem(mended["messages"], len(raw), MAX_EXAMPLE_TOKENS):
-            named = cast("Example", {"id": f"{path}:{number}", **mended})
-            counter = TokenCounter(load_vocabulary())
-            try:
-                parts = list(split_long_example(named, counter, MAX_EXAMPLE_TOKENS))
-            except DataError:
-                codes = ["too_long"]
+        if value is not None:
+            problems = _find_problems(mended, _dump(mended))
+        codes = [problem.code for problem in problems if _is_error(problem)]
         if not codes:
-            try:
-                examples.update(dict.fromkeys(map(example_line, parts)))
-            except ValueError:  # an infinite number, which JSON has no way to write
-                codes = ["invalid_json"]
+            lines, codes = _mended_lines(f"{path}:{number}", mended, len(raw))
+            examples.update(dict.fromkeys(lines))
         if codes:
             text = raw.decode(errors="backslashreplace").rstrip("\r\n")
             rejects.append(_encode_json({"line": number, "codes": codes, "raw": text}))
-    for output, lines in zip(outputs, (examples, rejects), strict=True):
-        write_new_file(output, "".join(line + "\n" for line in lines))
+    for output, written in zip(outputs, (examples, rejects), strict=True):
+        write_new_file(output, "".join(line + "\n" for line in written))
     return str(outputs[0]), str(outputs[1]), len(examples), len(rejects)
 
 
@@ -2426,6 +2447,26 @@ def _mend(value: Any) -> Any:
     if "assistant" in roles:
         messages = messages[: len(roles) - roles[::-1].index("assistant")]
     return {**{key: item for key, item in value.items() if key in LINE_KEYS}, "messages": messages}
+
+
+def _mended_lines(place: str, mended: Any, size: int) -> tuple[list[str], list[str]]:
+    """The lines of an example, several where it is too long, or the codes that stand against it."""
+    parts = [mended]
+    if any(_find_length_problems(mended["messages"], size, MAX_EXAMPLE_TOKENS)):
+        named = cast("Example", {"id": place, **mended})
+        counter = TokenCounter(load_vocabulary())
+        try:
+            parts = list(split_long_example(named, counter, MAX_EXAMPLE_TOKENS))
+        except DataError:
+            return [], ["too_long"]
+    try:
+        return list(map(example_line, parts)), []
+    except ValueError:  # an infinite number, which JSON has no way to write
+        return [], ["invalid_json"]
+
+
+def _is_blank(problems: Iterable[_Problem]) -> bool:
+    return any(problem.code == "blank_line" for problem in problems)
 
 
 def _is_error(problem: _Problem) -> bool:
@@ -2553,8 +2594,9 @@ class Figure:
     """A corpus-level figure of some answers, ready to be computed on resampled dialogues.
 
     ``score`` takes weights of shape (samples, dialogues), how often each dialogue is in each
-    sample, and gives one value a sample. ``per_case`` holds a value a case for the sign test.
-    ``better`` is the sign of a good difference, 0 where neither direction is good by itself.
+    sample, and gives one value a sample. ``per_case`` holds a value a case for the sign test,
+    ``None`` where models aren't compared by the figure. ``better`` is the sign of a good
+    difference, 0 where neither direction is good by itself. A ``name`` may be ``GROUP.NAME``.
     """
 
     name: str
@@ -2562,35 +2604,45 @@ class Figure:
     better: int
     signature: str
     score: Callable[[Any], Any]
-    per_case: Sequence[float]
+    per_case: Sequence[float] | None
     symmetric: bool = False
 
 
 def score_answers(
-    answers: Sequence[Answer], *, seed: int = 42
+    answers: Sequence[Answer],
+    *,
+    seed: int = 42,
+    make: Callable[[Sequence[Answer]], tuple[list[Figure], list[str]]] | None = None,
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Corpus-level figures on a scale of 0–100 with 95 % intervals, and those that are missing.
+    """Corpus-level figures with 95 % intervals, and the names of those that are missing.
 
-    Each is ``{"score", "low", "high", "signature"}``. Intervals are by bootstrap over dialogues
-    (percentiles of :data:`BOOTSTRAP_SAMPLES` samples by ``seed``; for Dist-n, whose resampled
-    values are biased low by repetition, the score ± 1.96 standard deviations of them). Nothing
-    is scored where there is no answer; chrF, BLEU and ROUGE-L need the extra ``eval``.
+    Each is ``{"score", "low", "high", "signature"}``, on a scale of 0–100 for the response task.
+    Intervals are by bootstrap over dialogues (percentiles of :data:`BOOTSTRAP_SAMPLES` samples by
+    ``seed``; for Dist-n, whose resampled values are biased low by repetition, the score ± 1.96
+    standard deviations of them). Nothing is scored where there is no answer; chrF, BLEU and
+    ROUGE-L need the extra ``eval``. ``make`` gives the figures (by default those of the response
+    task).
     """
-    figures, missing = _make_figures(answers)
+    figures, missing = (make or _make_figures)(answers)
     weights = _resample(answers, seed)
-    metrics = {}
+    metrics: dict[str, dict[str, Any]] = {}
     for figure in figures:
-        score, samples = _evaluate_figure(figure, weights)
-        low, high = _interval(score, samples, symmetric=figure.symmetric)
-        if figure.symmetric:
-            low, high = max(0.0, low), min(100.0, high)
-        metrics[figure.name] = {
-            "score": score,
-            "low": low,
-            "high": high,
-            "signature": figure.signature,
-        }
+        measured: dict[str, Any] = _measure(figure, weights)
+        if figure.signature:
+            measured["signature"] = figure.signature
+        group, _, name = figure.name.rpartition(".")
+        (metrics.setdefault(group, {}) if group else metrics)[name] = measured
     return metrics, missing
+
+
+def _measure(figure: Figure, weights: Any) -> dict[str, float | None]:
+    score, samples = _evaluate_figure(figure, weights)
+    if math.isnan(score):
+        return {"score": None, "low": None, "high": None}
+    low, high = _interval(score, samples, symmetric=figure.symmetric)
+    if figure.symmetric:
+        low, high = max(0.0, low), min(100.0, high)
+    return {"score": score, "low": low, "high": high}
 
 
 def _make_figures(answers: Sequence[Answer]) -> tuple[list[Figure], list[str]]:
@@ -2648,7 +2700,7 @@ def _interval(score: float, samples: Any, *, symmetric: bool) -> tuple[float, fl
     if symmetric:
         half = 1.96 * float(np.std(samples, ddof=1))
         return score - half, score + half
-    low, high = np.percentile(samples, (2.5, 97.5))
+    low, high = np.nanpercentile(samples, (2.5, 97.5))
     return float(low), float(high)
 
 
@@ -2837,6 +2889,8 @@ def compare_figures(
     weights = _resample(tuned, seed)
     figures = {}
     for one, other in zip(make(tuned)[0], make(baseline)[0], strict=True):
+        if one.per_case is None or other.per_case is None:
+            continue
         value, samples = _evaluate_figure(one, weights)
         other_value, other_samples = _evaluate_figure(other, weights)
         difference = value - other_value
@@ -2918,25 +2972,7 @@ def score_predictions(
     intervals over dialogues; ``None`` where a correlation is undefined. ``overall`` pools the
     items, ``total`` is their sum (0–100).
     """
-    import numpy as np
-
-    if not answers:
-        return {}, []
-    weights = _resample(answers, seed)
-    owners, _ = _dialogue_indexes(answers)
-    metrics: dict[str, dict[str, Any]] = {}
-    for name, predicted, real in _score_groups(answers):
-        values = agreement(weights, predicted, real, owners)
-        metrics[name] = {}
-        for measure, samples in values.items():
-            undefined = bool(np.isnan(samples[0]))
-            low, high = (None, None) if undefined else np.nanpercentile(samples[1:], (2.5, 97.5))
-            metrics[name][measure] = {
-                "score": None if undefined else float(samples[0]),
-                "low": None if low is None else float(low),
-                "high": None if high is None else float(high),
-            }
-    return metrics, []
+    return score_answers(answers, seed=seed, make=make_score_figures)
 
 
 def _score_groups(answers: Sequence[Answer]) -> Iterator[tuple[str, Any, Any]]:
@@ -3012,38 +3048,51 @@ def _correlation(shares: Any, x: Any, y: Any) -> Any:
 
 
 def make_score_figures(answers: Sequence[Answer]) -> tuple[list[Figure], list[str]]:
-    """The figures in which two predictors are compared: errors and accuracies."""
+    """Every measure of every group; predictors are compared by the errors and accuracies of
+    ``overall`` and ``total``."""
     import numpy as np
 
-    figures = []
+    figures: list[Figure] = []
     if not answers:
-        return [], []
+        return figures, []
     owners, _ = _dialogue_indexes(answers)
-    for group, predicted, real in itertools.islice(_score_groups(answers), 2):
+    for group, predicted, real in _score_groups(answers):
         errors, misses = predicted - real, np.abs(np.rint(predicted) - real)
-        per_case = {
+        compared = {
             "mse": (errors**2).mean(axis=1),
             "rmse": np.sqrt((errors**2).mean(axis=1)),
             "mae": np.abs(errors).mean(axis=1),
             "accuracy": (misses == 0).mean(axis=1),
             "accuracy_within_1": (misses <= 1).mean(axis=1),
         }
-        for measure, values in per_case.items():
+        shared = _SharedAgreement(predicted, real, owners)
+        for measure in (*compared, "spearman", "pearson"):
+            is_compared = measure in compared and group not in SCORE_ITEMS
             figures.append(
                 Figure(
                     name=f"{group}.{measure}",
-                    label=f"{FIGURE_LABELS[group]}の{FIGURE_LABELS[measure]}",
-                    better=1 if measure.startswith("accuracy") else -1,
-                    signature=measure,
-                    score=functools.partial(_measure, measure, predicted, real, owners),
-                    per_case=values.tolist(),
+                    label=f"{FIGURE_LABELS.get(group, group)}の{FIGURE_LABELS[measure]}",
+                    better=-1 if measure in ("mse", "rmse", "mae") else 1,
+                    signature="",
+                    score=functools.partial(shared.score, measure),
+                    per_case=compared[measure].tolist() if is_compared else None,
                 )
             )
     return figures, []
 
 
-def _measure(name: str, predicted: Any, real: Any, owners: Sequence[int], weights: Any) -> Any:
-    return agreement(weights, predicted, real, owners)[name]
+class _SharedAgreement:
+    """:func:`agreement` of a group, computed once for all of its figures."""
+
+    def __init__(self, predicted: Any, real: Any, owners: Sequence[int]) -> None:
+        self._compute = functools.partial(agreement, predicted=predicted, real=real, owners=owners)
+        self._weights: Any = None
+        self._values: dict[str, Any] = {}
+
+    def score(self, measure: str, weights: Any) -> Any:
+        if weights is not self._weights:
+            self._weights, self._values = weights, self._compute(weights)
+        return self._values[measure]
 
 
 def mean_scores(train_data: Iterable[Example]) -> dict[str, float]:
@@ -3062,15 +3111,14 @@ class Task:
     """All that differs between the tasks; a third one is a third entry of :data:`TASKS`.
 
     ``make_example`` turns a dialogue into an example, ``None`` for ``left_out``. ``request`` is
-    added to each question. ``find_fault`` says why an answer isn't one. ``score`` gives a
-    split's metrics and the names of those missing, ``make_figures`` what is compared.
+    added to each question. ``find_fault`` says why an answer isn't one. ``make_figures`` gives
+    the figures of some answers, and the names of those that a missing package holds back.
     """
 
     make_example: Callable[..., Example | None]
     left_out: str
     request: Mapping[str, Any]
     find_fault: Callable[[str], str | None]
-    score: Callable[..., tuple[dict[str, dict[str, Any]], list[str]]]
     make_figures: Callable[[Sequence[Answer]], tuple[list[Figure], list[str]]]
 
 
@@ -3085,7 +3133,6 @@ TASKS: dict[TaskName, Task] = {
         left_out="カウンセラーの発話がない",
         request={},
         find_fault=lambda text: None,
-        score=score_answers,
         make_figures=_make_figures,
     ),
     "score": Task(
@@ -3111,7 +3158,6 @@ TASKS: dict[TaskName, Task] = {
             }
         },
         find_fault=_find_score_fault,
-        score=score_predictions,
         make_figures=make_score_figures,
     ),
 }
@@ -4124,10 +4170,9 @@ class Endpoint:
         Raises the SDK's error, or :class:`BrokenAnswer` for an answer that isn't the API's
         JSON. The key is taken out of what an endpoint may echo.
         """
-        began: float | None = None
+        began = self._timer()
         for attempt in itertools.count():
             started = self._timer()
-            began = started if began is None else began
             try:
                 answer = self._read(request, needs)
             except (_openai().APIError, BrokenAnswer) as error:
@@ -4138,25 +4183,32 @@ class Endpoint:
                 return answer
             if not is_transient(failure) and not (passes and passes(failure)):
                 raise failure
-            if lost is not None and not _made_nothing(failure):
-                logger.info(
-                    "応答を受け取れませんでした。リクエストがサービスに届いたかを確認します。"
-                )
-                found = lost()
-                if found is not None:
-                    return found
+            found = self._find_lost(failure, lost) if lost else None
+            if found is not None:
+                return found
             delay = retry_delay(attempt, _retry_after(failure, self._clock()), random.random())
-            limit = patience
-            if not self._reached and _connection_fault(failure) is not None:
-                limit = min(patience, FIRST_CONTACT_SECONDS)
-            elif spare and isinstance(failure, BrokenAnswer):
-                limit = min(patience, SPARE_SECONDS)
+            limit = self._limit_of(failure, patience, spare=spare)
             if self._timer() + delay - began > limit:
                 raise failure
             if attempt == 0 and limit > 60:
                 self._tell_waiting(failure, limit, told)
             self._sleep(delay)
         raise AssertionError("unreachable")
+
+    def _find_lost(self, failure: Exception, find: Callable[[], T | None]) -> T | None:
+        """What a request may have made whose answer was lost."""
+        if _made_nothing(failure):
+            return None
+        logger.info("応答を受け取れませんでした。リクエストがサービスに届いたかを確認します。")
+        return find()
+
+    def _limit_of(self, failure: Exception, patience: float, *, spare: bool) -> float:
+        """For how many seconds a failure is waited out."""
+        if not self._reached and _connection_fault(failure) is not None:
+            return min(patience, FIRST_CONTACT_SECONDS)
+        if spare and isinstance(failure, BrokenAnswer):
+            return min(patience, SPARE_SECONDS)
+        return patience
 
     def _read(self, request: Callable[[], T], needs: str | None) -> T:
         """One attempt; raises the SDK's error or :class:`BrokenAnswer`, without the key."""
@@ -4302,9 +4354,7 @@ class Endpoint:
                 # A part whose answer is lost may count twice: then the whole begins again.
                 part_ids.append(self._read(send, "id").id)
             complete = functools.partial(client.uploads.complete, upload.id, part_ids=part_ids)
-            done = self._read(complete, "file").file
-            assert done is not None  # `_read` has settled it
-            return done
+            return cast("FileObject", self._read(complete, "file").file)
 
     def delete_files(self, file_ids: Iterable[str]) -> list[str]:
         """Delete files; return those that are gone. What can't be deleted is logged."""
@@ -4943,30 +4993,26 @@ def _encode_splits(
     """The encoded lines of each file, and everything that is wrong with them."""
     lines: dict[SplitName, list[bytes]] = {}
     findings: list[Finding] = []
-    seen: dict[tuple[str, bytes], int] = {}
+    seen: dict[SplitName, dict[bytes, int]] = {name: {} for name in SPLIT_NAMES}
     for name, examples in zip(SPLIT_NAMES, splits, strict=True):
         lines[name] = []
         for number, example in enumerate(examples, 1):
             encoded, problems = _encode_example(example)
             lines[name].append(encoded)
-            first = seen.setdefault((name, encoded), number)
-            if first != number:
-                problems.append(_Problem("duplicate_line", None, (first,)))
-            if name == "valid" and (shared := seen.get(("train", encoded))):
-                problems.append(_Problem("shared_conversation", None, (shared,)))
+            trained = seen["train"] if name == "valid" else {}
+            problems += _find_repeats(number, encoded, seen[name], encoded, trained)
             findings += [_finding(str(paths[name]), number, problem) for problem in problems]
     return lines, findings
 
 
 def _encode_example(example: Example) -> tuple[bytes, list[_Problem]]:
-    problems = list(_find_problems({key: item for key, item in example.items() if key != "id"}))
+    line, unwritable = "", []
     try:
         line = example_line(example)
-        problems += _find_text_problems(line)
     except ValueError as error:
-        line = ""
-        problems.append(_Problem("invalid_json", None, (printable(error),)))
-    return line.encode(errors="replace") + b"\n", problems
+        unwritable = [_Problem("invalid_json", None, (printable(error),))]
+    sent = {key: item for key, item in example.items() if key != "id"}
+    return line.encode(errors="replace") + b"\n", _find_problems(sent, line) + unwritable
 
 
 def _read_split(run: Run, name: SplitName) -> list[Example]:
@@ -5635,7 +5681,9 @@ class Evaluation:
         """A model's answers to one split, with their figures."""
         responses = self._responses[model, name]
         answered = sum("error" not in response for response in responses)
-        metrics, missing = self._task.score(answers, seed=self._asking.seed)
+        metrics, missing = score_answers(
+            answers, seed=self._asking.seed, make=self._task.make_figures
+        )
         if self._settings.task == "score":
             metrics["coverage"] = {"valid": len(answers), "asked": len(responses)}
         return {

@@ -340,9 +340,9 @@ class Figure:
     better: int
     signature: str
     score: Callable[[Any], Any]
-    per_case: Sequence[float]
+    per_case: Sequence[float] | None
     symmetric: bool = False
-def score_answers(answers: Sequence[Answer], *, seed: int=42) -> tuple[dict[str, dict[str, Any]], list[str]]: ...
+def score_answers(answers: Sequence[Answer], *, seed: int=42, make: Callable[[Sequence[Answer]], tuple[list[Figure], list[str]]] | None=None) -> tuple[dict[str, dict[str, Any]], list[str]]: ...
 def is_backchannel(text: str) -> bool: ...
 def compare_answers(tuned: Sequence[Answer], baseline: Sequence[Answer], *, seed: int=42, make: Callable[[Sequence[Answer]], tuple[list[Figure], list[str]]] | None=None, cases: int | None=None) -> dict[str, Any]: ...
 def compare_figures(tuned: Sequence[Answer], baseline: Sequence[Answer], *, make: Callable[[Sequence[Answer]], tuple[list[Figure], list[str]]], seed: int, cases: int, rival: str='基準のモデル') -> dict[str, Any]: ...
@@ -358,7 +358,6 @@ class Task:
     left_out: str
     request: Mapping[str, Any]
     find_fault: Callable[[str], str | None]
-    score: Callable[..., tuple[dict[str, dict[str, Any]], list[str]]]
     make_figures: Callable[[Sequence[Answer]], tuple[list[Figure], list[str]]]
 class EvaluationResults(dict[str, Any]):
     def tables(self) -> list[list[list[str]]]: ...
