@@ -2649,7 +2649,6 @@ def _make_figures(answers: Sequence[Answer]) -> tuple[list[Figure], list[str]]:
     """The figures of some answers, and the names of those that a missing package holds back."""
     if not answers:
         return [], []
-    owners, count = _dialogue_indexes(answers)
     figures: list[Figure] = []
     missing: list[str] = []
     for name, make in (
@@ -2659,14 +2658,14 @@ def _make_figures(answers: Sequence[Answer]) -> tuple[list[Figure], list[str]]:
         ("rouge_l", _make_rouge_l),
     ):
         try:
-            figures.append(make(answers, owners, count))
+            figures.append(make(answers))
         except ImportError:
             missing += [name] if name != "bleu_ja_mecab" else []
     figures += [
-        _make_dist(answers, owners, count, 1),
-        _make_dist(answers, owners, count, 2),
-        _make_length_ratio(answers, owners, count),
-        _make_backchannel_share(answers, owners, count),
+        _make_dist(answers, 1),
+        _make_dist(answers, 2),
+        _make_length_ratio(answers),
+        _make_backchannel_share(answers),
     ]
     return figures, missing
 
@@ -2704,43 +2703,40 @@ def _interval(score: float, samples: Any, *, symmetric: bool) -> tuple[float, fl
     return float(low), float(high)
 
 
-def _by_dialogue(rows: Any, owners: Sequence[int], count: int) -> Any:
-    """Rows of statistics a case, summed over the cases of each dialogue."""
+def _by_dialogue(rows: Any, answers: Sequence[Answer]) -> Any:
+    """Rows of statistics an answer, summed over the answers of each dialogue."""
     import numpy as np
 
+    owners, count = _dialogue_indexes(answers)
     rows = np.asarray(rows, dtype=float)
     sums = np.zeros((count, rows.shape[1]))
-    np.add.at(sums, list(owners), rows)
+    np.add.at(sums, owners, rows)
     return sums
 
 
 def _ratio_figure(
     name: str,
-    label: str,
     better: int,
     signature: str,
     rows: Sequence[tuple[float, float]],
-    owners: Sequence[int],
-    count: int,
+    answers: Sequence[Answer],
 ) -> Figure:
     """A figure that is 100 × Σ first / Σ second of statistics that add up over cases."""
-    sums = _by_dialogue(rows, owners, count)
+    sums = _by_dialogue(rows, answers)
 
     def score(weights: Any) -> Any:
         totals = weights @ sums
         return 100 * totals[:, 0] / totals[:, 1]
 
     per_case = [100 * first / second for first, second in rows]
-    return Figure(name, label, better, signature, score, per_case)
+    return Figure(name, FIGURE_LABELS[name], better, signature, score, per_case)
 
 
-def _sacrebleu_figure(
-    name: str, label: str, metric: Any, answers: Sequence[Answer], owners: Sequence[int], count: int
-) -> Figure:
+def _sacrebleu_figure(name: str, metric: Any, answers: Sequence[Answer]) -> Figure:
     # The statistics of each segment, which corpus_score() sums up itself, are wanted one by one.
     outputs = [answer.output for answer in answers]
     statistics = metric._extract_corpus_statistics(outputs, [[a.reference for a in answers]])
-    sums = _by_dialogue(statistics, owners, count)
+    sums = _by_dialogue(statistics, answers)
 
     def score(weights: Any) -> Any:
         import numpy as np
@@ -2748,50 +2744,36 @@ def _sacrebleu_figure(
         totals = (weights @ sums).round().astype(int).tolist()
         return np.array([metric._compute_score_from_stats(row).score for row in totals])
 
-    return Figure(
-        name,
-        label,
-        1,
-        metric.get_signature().format(),
-        score,
-        [metric._compute_score_from_stats(list(row)).score for row in statistics],
-    )
+    per_case = [metric._compute_score_from_stats(list(row)).score for row in statistics]
+    signature = metric.get_signature().format()
+    return Figure(name, FIGURE_LABELS[name], 1, signature, score, per_case)
 
 
-def _make_chrf(answers: Sequence[Answer], owners: Sequence[int], count: int) -> Figure:
+def _make_chrf(answers: Sequence[Answer]) -> Figure:
     from sacrebleu.metrics.chrf import CHRF
 
-    metric = CHRF()
-    return _sacrebleu_figure("chrf", "chrF", metric, answers, owners, count)
+    return _sacrebleu_figure("chrf", CHRF(), answers)
 
 
-def _make_bleu_char(answers: Sequence[Answer], owners: Sequence[int], count: int) -> Figure:
-    return _make_bleu("bleu_char", "BLEU（文字）", "char", answers, owners, count)
+def _make_bleu_char(answers: Sequence[Answer]) -> Figure:
+    return _make_bleu("bleu_char", "char", answers)
 
 
-def _make_bleu_mecab(answers: Sequence[Answer], owners: Sequence[int], count: int) -> Figure:
+def _make_bleu_mecab(answers: Sequence[Answer]) -> Figure:
     import MeCab  # noqa: F401  # sacrebleu's own error for its absence is a RuntimeError
 
-    return _make_bleu("bleu_ja_mecab", "BLEU（MeCab）", "ja-mecab", answers, owners, count)
+    return _make_bleu("bleu_ja_mecab", "ja-mecab", answers)
 
 
-def _make_bleu(
-    name: str,
-    label: str,
-    tokenize: str,
-    answers: Sequence[Answer],
-    owners: Sequence[int],
-    count: int,
-) -> Figure:
+def _make_bleu(name: str, tokenize: str, answers: Sequence[Answer]) -> Figure:
     from sacrebleu.metrics.bleu import BLEU
 
     # Effective order only matters where all answers are shorter than four tokens, which would
     # otherwise score 0 even when they are the references.
-    metric = BLEU(tokenize=tokenize, effective_order=True)
-    return _sacrebleu_figure(name, label, metric, answers, owners, count)
+    return _sacrebleu_figure(name, BLEU(tokenize=tokenize, effective_order=True), answers)
 
 
-def _make_rouge_l(answers: Sequence[Answer], owners: Sequence[int], count: int) -> Figure:
+def _make_rouge_l(answers: Sequence[Answer]) -> Figure:
     from rapidfuzz.distance import LCSseq
 
     def f1(answer: Answer) -> float:
@@ -2800,18 +2782,19 @@ def _make_rouge_l(answers: Sequence[Answer], owners: Sequence[int], count: int) 
 
     signature = "F1 of the longest common subsequence of characters, mean over cases (Lin 2004)"
     rows = [(f1(answer), 1.0) for answer in answers]
-    return _ratio_figure("rouge_l", "ROUGE-L（文字）", 1, signature, rows, owners, count)
+    return _ratio_figure("rouge_l", 1, signature, rows, answers)
 
 
-def _make_dist(answers: Sequence[Answer], owners: Sequence[int], count: int, n: int) -> Figure:
+def _make_dist(answers: Sequence[Answer], n: int) -> Figure:
     import numpy as np
 
     grams = [[a.output[i : i + n] for i in range(len(a.output) - n + 1)] for a in answers]
     columns = {gram: k for k, gram in enumerate(dict.fromkeys(itertools.chain(*grams)))}
+    owners, count = _dialogue_indexes(answers)
     present = np.zeros((count, len(columns)), dtype=np.float32)
     for owner, own in zip(owners, grams, strict=True):
         present[owner, [columns[gram] for gram in own]] = 1
-    totals = _by_dialogue([(len(own),) for own in grams], owners, count)[:, 0]
+    totals = _by_dialogue([(len(own),) for own in grams], answers)[:, 0]
 
     def score(weights: Any) -> Any:
         chunks = np.array_split((weights > 0).astype(np.float32), max(1, len(weights) // 64))
@@ -2820,7 +2803,7 @@ def _make_dist(answers: Sequence[Answer], owners: Sequence[int], count: int, n: 
 
     return Figure(
         f"dist_{n}",
-        f"Dist-{n}",
+        FIGURE_LABELS[f"dist_{n}"],
         1,
         f"distinct/all character {n}-grams of all answers (Li et al. 2016)",
         score,
@@ -2829,16 +2812,16 @@ def _make_dist(answers: Sequence[Answer], owners: Sequence[int], count: int, n: 
     )
 
 
-def _make_length_ratio(answers: Sequence[Answer], owners: Sequence[int], count: int) -> Figure:
+def _make_length_ratio(answers: Sequence[Answer]) -> Figure:
     rows = [(float(len(a.output)), float(len(a.reference))) for a in answers]
     signature = "100 × characters of all answers / of all references"
-    return _ratio_figure("length_ratio", "長さの比", 0, signature, rows, owners, count)
+    return _ratio_figure("length_ratio", 0, signature, rows, answers)
 
 
-def _make_backchannel_share(answers: Sequence[Answer], owners: Sequence[int], count: int) -> Figure:
+def _make_backchannel_share(answers: Sequence[Answer]) -> Figure:
     rows = [(float(is_backchannel(answer.output)), 1.0) for answer in answers]
     signature = "100 × share of answers that are a bare back-channel (openai_sft.BACKCHANNELS)"
-    return _ratio_figure("backchannel_share", "相づちだけの割合", 0, signature, rows, owners, count)
+    return _ratio_figure("backchannel_share", 0, signature, rows, answers)
 
 
 def is_backchannel(text: str) -> bool:
