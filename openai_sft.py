@@ -3618,6 +3618,10 @@ def _read_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
             known[name] = {k: kind(**_pick(kind, v)) for k, v in known[name].items()}
     if "job_intent" in known:
         known["job_intent"] = Intent(**_pick(Intent, known["job_intent"]))
+    own = f"_{facts['run_id'].removeprefix('run_')}."
+    if known["kind"] == "pipeline" and own not in known.get("files", {}).get("train", ""):
+        # The first version copied the plan of a run to what its instance did next.
+        known |= {"kind": "steps", "plan": None}
     return known
 
 
