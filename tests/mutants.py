@@ -55,32 +55,32 @@ EXAMPLE = "openai_sft_example.py"
 MONEY = (
     Mutant(
         "what was spent is forgotten at authorisation",
-        "if estimate.total_usd + spent > self.max_cost_usd:",
-        "if estimate.total_usd > self.max_cost_usd:",
+        "if most + spent > limit:",
+        "if most > limit:",
         "test_recovery.py::test_what_the_record_says_was_paid_counts_before_a_job_is_asked_for",
     ),
     Mutant(
         "what training cost is forgotten by the stop over budget",
-        "before + spent > self.max_cost_usd",
-        "spent > self.max_cost_usd",
+        "self.spent + (answers_usd or 0) > limit",
+        "(answers_usd or 0) > limit",
         "test_recovery.py::test_an_evaluation_stops_where_its_answers_and_the_training_have_passed_the_limit",
     ),
     Mutant(
         "what is answered already is priced again",
-        "if (model, name, case.id) not in journal.answers:",
-        "if case.id:",
+        "if (model, name, case.id) not in self._journal.answers",
+        "if case.id",
         "test_asking.py::test_what_is_answered_already_is_not_held_against_the_limit_twice",
     ),
     Mutant(
         "an untuned baseline is priced as a tuned model",
-        'rates_of(baseline, None, tuned=baseline.startswith("ft:"))',
-        "rates_of(baseline, None, tuned=True)",
+        'base = baseline if baseline.startswith("ft:") else None',
+        "base = baseline",
         "test_cost.py::test_a_baseline_is_asked_the_same_at_its_own_rate",
     ),
     Mutant(
         "an untuned baseline is paid as a tuned model",
-        'rates_of(model, given, tuned=model.startswith("ft:"))',
-        "rates_of(model, given, tuned=True)",
+        "return _rates_of(model, base, given if is_base else None)",
+        "return _rates_of(model, model, given if is_base else None)",
         "test_asking.py::test_tokens_and_dollars_are_of_all_that_was_asked_of_both",
     ),
     Mutant(
@@ -103,14 +103,14 @@ MONEY = (
     ),
     Mutant(
         "a given price is the baseline's too",
-        "given = self.price if model == tuned_model else None",
-        "given = self.price",
+        "if given is not None and model == evaluated:",
+        "if given is not None:",
         "test_asking.py::test_a_given_price_is_that_of_the_tuned_model_and_not_of_its_baseline",
     ),
     Mutant(
         "a given price is the estimated baseline's too",
-        "rates_of(baseline, None,",
-        "rates_of(baseline, price if given else None,",
+        "own if baseline == model else None",
+        "own",
         "test_cost.py::test_a_baseline_is_asked_the_same_at_its_own_rate",
     ),
     Mutant(
@@ -121,32 +121,32 @@ MONEY = (
     ),
     Mutant(
         "earlier answers cost nothing",
-        "dollars += self._cost_of(journal.usage_by_model(), models[0]) or 0.0",
-        "dollars += 0.0",
+        "paid = self._ledger.cost_of(self._journal.usage_by_model(), asked.evaluated) or 0.0",
+        "paid = 0.0",
         "test_asking.py::test_what_the_answers_so_far_have_cost_counts_before_another_is_asked_for",
     ),
     Mutant(
         "training costs nothing before the evaluation",
-        'dollars = self._current_run.data.get("cost", {}).get("training_usd", 0.0)',
-        "dollars = 0.0",
+        'return self._run.cost.get("training_usd", 0.0)',
+        "return 0.0",
         "test_recovery.py::test_the_budget_covers_what_earlier_attempts_of_the_run_have_cost",
     ),
     Mutant(
         "an evaluation over the limit begins",
-        "if dollars > self.max_cost_usd:",
-        "if False:",
+        "self._require_limit(estimate, spent)",
+        '"evaluation" in doors or self._require_limit(estimate, spent)',
         "test_recovery.py::test_the_budget_covers_what_earlier_attempts_of_the_run_have_cost",
     ),
     Mutant(
         "an evaluation never stops over the limit",
-        "spent and before + spent >",
-        "spent and 0 >",
+        "return limit is not None and bool(answers_usd) and",
+        "return False and",
         "test_recovery.py::test_an_evaluation_stops_where_its_answers_and_the_training_have_passed_the_limit",
     ),
     Mutant(
         "the limit itself is too much",
-        "if estimate.total_usd + spent > self.max_cost_usd",
-        "if estimate.total_usd + spent >= self.max_cost_usd",
+        "if most + spent > limit:",
+        "if most + spent >= limit:",
         "test_pipeline.py::test_the_limit_itself_may_be_reached",
     ),
     Mutant(
@@ -213,27 +213,30 @@ MONEY = (
     ),
     Mutant(
         "a failed job has cost nothing",
-        "self._record_training_cost(job)  # what was trained",
-        "code = code  # what was trained",
+        "self._ledger.paid_training(job)  # what was trained",
+        "pass  # what was trained",
         "test_recovery.py::test_the_tokens_of_a_job_that_failed_are_a_cost_too",
     ),
     Mutant(
         "the estimate knows no baseline",
-        'names = ("max_test_cases", "seed", "eval_turns", "baseline")',
-        'names = ("max_test_cases", "seed", "eval_turns")',
+        "tokens, plan.asking)",
+        "tokens, replace(plan.asking, baseline=None))",
         "test_pipeline.py::test_the_price_that_is_confirmed_is_of_the_very_cases_that_will_be_asked",
+        within="_price_run",
     ),
     Mutant(
         "the estimate knows no turns",
-        'names = ("max_test_cases", "seed", "eval_turns", "baseline")',
-        'names = ("max_test_cases", "seed", "baseline")',
+        "tokens, plan.asking)",
+        "tokens, replace(plan.asking, eval_turns=1))",
         "test_pipeline.py::test_the_price_that_is_confirmed_is_of_the_very_cases_that_will_be_asked",
+        within="_price_run",
     ),
     Mutant(
         "the estimate draws other cases",
-        'names = ("max_test_cases", "seed", "eval_turns", "baseline")',
-        'names = ("max_test_cases", "eval_turns", "baseline")',
+        "tokens, plan.asking)",
+        "tokens, replace(plan.asking, seed=0))",
         "test_pipeline.py::test_the_price_that_is_confirmed_is_of_the_very_cases_that_will_be_asked",
+        within="_price_run",
     ),
     Mutant(
         "an example costs nothing besides its messages",
@@ -286,16 +289,16 @@ MONEY = (
     ),
     Mutant(
         "the baseline of a tuned model is this instance's model",
-        'return model_id.split(":")[1] if model_id.startswith("ft:") else self.model',
-        "return self.model",
+        'return model.split(":")[1] if model.startswith("ft:") else base_model',
+        "return base_model",
         "test_asking.py::test_the_base_model_is_read_from_the_models_name",
     ),
     Mutant(
         "a run without a price may be limited",
-        "estimate.total_usd is None",
-        "estimate.total_usd == -1",
+        "if limit is None:",
+        "if limit is None or most is None:",
         "test_pipeline.py::test_over_the_budget_or_where_the_price_is_unknown_nothing_is_sent",
-        within="_authorise",
+        within="_require_limit",
     ),
 )
 STATISTICS = (
@@ -491,7 +494,7 @@ STATISTICS = (
 RECOVERY = (
     Mutant(
         "a known file of another size is used again",
-        'kept.bytes == facts["bytes"] and ',
+        "kept.bytes == size and ",
         "",
         "test_recovery.py::test_a_known_file_that_is_not_there_as_it_was_sent_is_uploaded_again",
     ),
@@ -503,32 +506,32 @@ RECOVERY = (
     ),
     Mutant(
         "a known file of another endpoint is used again",
-        'or run.data["settings"]["base_url"] != self.base_url:',
-        ":",
+        " and known.settings.base_url == run.settings.base_url",
+        "",
         "test_recovery.py::test_a_file_that_is_known_at_one_endpoint_is_not_looked_for_at_another",
     ),
     Mutant(
         "a known file of other data is used again",
-        'if upload["sha256"] != facts["sha256"] or "file_id" not in upload:',
-        'if "file_id" not in upload:',
+        "if upload.file_id is not None and upload.sha256 != sha256:",
+        "if False:",
         "test_recovery.py::test_other_content_of_the_same_name_and_size_is_never_adopted",
     ),
     Mutant(
         "any file of the name is taken for ours",
-        'same = (file.filename, file.bytes) == (facts["name"], facts["bytes"])',
-        'same = file.filename == facts["name"]',
+        "same = (file.filename, file.bytes) == (upload.name, upload.bytes)",
+        "same = file.filename == upload.name",
         "test_recovery.py::test_a_file_of_the_same_name_that_nobody_here_knows_is_never_adopted",
     ),
     Mutant(
         "a file of long ago is taken for ours",
-        'late = file.created_at >= facts["intent_time"] - 3600',
+        "late = file.created_at >= upload.intent_time - 3600",
         "late = True",
         "test_recovery.py::test_a_file_of_the_same_name_that_nobody_here_knows_is_never_adopted",
     ),
     Mutant(
         "other content of the same size is taken for ours",
-        'other = file.purpose != "fine-tune" or file.id in facts["other_content"]',
-        'other = file.purpose != "fine-tune"',
+        " and file.id not in others:",
+        ":",
         "test_recovery.py::test_other_content_of_the_same_name_and_size_is_never_adopted",
     ),
     Mutant(
@@ -536,7 +539,7 @@ RECOVERY = (
         '.get("openai_sft_intent") == token',
         '.get("openai_sft_intent") != ""',
         "test_recovery.py::test_an_endpoint_that_ignores_the_filter_has_no_foreign_job_adopted",
-        within="_find_job",
+        within="find_job",
     ),
     Mutant(
         "a lost job is looked for once",
@@ -552,8 +555,8 @@ RECOVERY = (
     ),
     Mutant(
         "a resumed run forgets its intent",
-        "and (found := self._job_of_intent(run)):",
-        "and (found := None):",
+        "found = self._endpoint.look(lambda: self._endpoint.find_job(token))",
+        "found = None",
         "test_recovery.py::test_the_job_of_a_lost_answer_is_found_even_where_its_file_is_gone",
     ),
     Mutant(
@@ -564,22 +567,21 @@ RECOVERY = (
     ),
     Mutant(
         "a file that was there is deleted by a refusal",
-        'if not file_id or upload.get("reused"):',
-        "if not file_id:",
+        " and not u.reused]",
+        "]",
         "test_recovery.py::test_a_file_that_was_there_before_is_not_deleted_by_a_refusal",
     ),
     Mutant(
         "a cancelled run can be resumed",
-        'facts.get("job_status") not in ("failed", "cancelled")',
-        'facts.get("job_status") not in ("failed",)',
+        'self.job_status in ("failed", "cancelled")',
+        'self.job_status in ("failed",)',
         "test_recovery.py::test_an_instance_cancels_its_own_job_and_has_nothing_left_to_resume",
     ),
     Mutant(
         "a rehearsal can be resumed",
-        'not facts.get("rehearsal")',
-        '"kind" in facts',
+        "return not self.rehearsal and self.next_step is not None",
+        "return self.next_step is not None",
         "test_recovery.py::test_a_rehearsal_is_marked_and_never_resumed_nor_the_newest_model",
-        within="unfinished",
     ),
     Mutant(
         "a record is not locked",
@@ -598,7 +600,7 @@ RECOVERY = (
         "self._file.flush()",
         "pass",
         "test_kill.py::test_a_run_killed_at_any_moment_is_taken_up_to_the_end_of_one_that_was_not",
-        within="_Journal",
+        within="Journal",
     ),
     Mutant(
         "a line that was cut swallows the next",
@@ -615,27 +617,26 @@ RECOVERY = (
     ),
     Mutant(
         "answers to other settings are taken over",
-        "== asked",
-        "!= {}",
+        'if run.plan is not None or "journal" in run.files:',
+        "if run.plan is not None:",
         "test_asking.py::test_other_settings_are_asked_anew_and_nothing_is_taken_from_the_run_before",
-        within="_journal",
     ),
     Mutant(
         "a rehearsed model is the newest",
-        'if models[0] and not run.data.get("rehearsal") and',
+        "if models[0] and not run.rehearsal and",
         "if models[0] and",
         "test_pipeline.py::test_the_newest_model_is_never_a_rehearsals_and_never_an_unfinished_runs",
     ),
     Mutant(
         "a checkpoint's model is unknown",
-        '*run.data.get("checkpoints", ())]',
-        "]",
+        "models = [run.fine_tuned_model, *run.checkpoints]",
+        "models = [run.fine_tuned_model]",
         "test_manifest.py::test_a_checkpoint_is_asked_the_split_of_its_own_run",
     ),
     Mutant(
         "events come newest first",
-        "return fresh[::-1]",
-        "return fresh",
+        "return job, fresh[::-1]",
+        "return job, fresh",
         "test_job.py::test_every_event_is_shown_once_and_oldest_first_while_the_job_goes_on",
     ),
     Mutant(
@@ -643,7 +644,7 @@ RECOVERY = (
         "fresh.extend(unseen)",
         "fresh.extend(unseen), seen.update(e.id for e in unseen)",
         "test_job.py::test_a_page_of_events_that_fails_is_asked_for_again_and_no_event_is_lost",
-        within="_new_events",
+        within="poll",
     ),
     Mutant(
         "only the first page of jobs is read",
@@ -653,15 +654,14 @@ RECOVERY = (
     ),
     Mutant(
         "an outage ends the watch",
-        "if not is_transient(error)",
-        "if attempt > 30 or not is_transient(error)",
+        "if not is_transient(failure) and",
+        "if attempt > 30 or not is_transient(failure) and",
         "test_recovery.py::test_an_outage_of_any_length_is_survived_and_logged_once_with_its_length_and_its_end",
-        within="_survive",
     ),
     Mutant(
         "a wait goes on to its next look",
-        "delay = min(delay, deadline - self._clock())",
-        "pass",
+        "self._sleep(min(delay, until - self._clock()))",
+        "self._sleep(delay)",
         "test_recovery.py::test_a_wait_that_runs_out_carries_the_job_and_leaves_it_alone",
     ),
     Mutant(
@@ -669,21 +669,21 @@ RECOVERY = (
         "if status in TERMINAL_STATUSES",
         "if status in TERMINAL_STATUSES or status not in KNOWN_STATUSES",
         "test_job.py::test_a_status_that_is_no_end_is_said_once_and_waited_out",
-        within="monitor_fine_tune_job",
+        within="watch",
     ),
     Mutant(
         "a model that loads is not waited for",
         "+ MODEL_LOADING_SECONDS",
         "+ 0",
         "test_recovery.py::test_a_model_that_is_still_loading_is_waited_for_with_the_first_case_and_no_probe",
-        within="_record_outcome",
+        within="expect",
     ),
     Mutant(
         "a cancellation whose answer was lost is an error",
         "if job.status not in TERMINAL_STATUSES",
         "if job.status",
         "test_recovery.py::test_whatever_goes_wrong_ends_well_or_in_a_clear_error_and_never_in_two_jobs",
-        within="cancel_job",
+        within="cancel",
     ),
     Mutant(
         "the parts go up the wrong way round",
@@ -693,8 +693,8 @@ RECOVERY = (
     ),
     Mutant(
         "a refused job leaves its files",
-        "raise TrainingNotAvailable(endpoint, self._delete_uploads(run)) from error",
-        "raise TrainingNotAvailable(endpoint, []) from error",
+        "raise TrainingNotAvailable(self._endpoint.url, self._delete_uploads()) from error",
+        "raise TrainingNotAvailable(self._endpoint.url, []) from error",
         "test_recovery.py::test_whatever_goes_wrong_ends_well_or_in_a_clear_error_and_never_in_two_jobs",
     ),
     Mutant(
@@ -705,14 +705,14 @@ RECOVERY = (
     ),
     Mutant(
         "a job's record is another's",
-        'if self._current_run.data.get("job_id", job_id) != job_id:',
+        "if current.job_id is not None or current.plan is not None:",
         "if False:",
         "test_job.py::test_jobs_that_are_watched_in_another_order_than_made_keep_their_own_records",
     ),
     Mutant(
         "a resumed run keeps this instance's settings",
-        "setattr(self, name, settings.get(name))",
-        "pass",
+        "return replace(self, **changes)",
+        "return self",
         "test_recovery.py::test_a_run_goes_on_with_its_recorded_settings",
     ),
     Mutant(
@@ -724,10 +724,9 @@ RECOVERY = (
     ),
     Mutant(
         "a failed poll forgets Retry-After",
-        "_retry_after(error)",
+        "_retry_after(failure)",
         "None",
         "test_job.py::test_a_watch_outlasts_an_outage_of_hours",
-        within="_survive",
     ),
 )
 DATA = (
@@ -912,7 +911,7 @@ DATA = (
     ),
     Mutant(
         "a dialogue without all scores is learnt",
-        "if not dialogue.turns or not all(map(is_item_score, scores.values())):",
+        "if not dialogue.turns or not all(map(_is_item_score, scores.values())):",
         "if not dialogue.turns:",
         "test_score_task.py::test_a_dialogue_without_complete_scores_is_left_out_and_counted",
     ),
@@ -936,8 +935,8 @@ DATA = (
     ),
     Mutant(
         "the manifest's dialogue is that of the first part",
-        'sources.get(id_.rpartition("/")[0])',
-        "None",
+        ' or sources.get(example_id.rpartition("/")[0])',
+        "",
         "test_check_file.py::test_an_over_long_conversation_is_split_at_a_turn_by_default_and_that_is_said",
     ),
 )
@@ -1129,7 +1128,7 @@ FILES = (
     ),
     Mutant(
         "a rehearsal uses the environment's proxy",
-        "openai.DefaultHttpxClient(trust_env=False) if self.rehearse else None",
+        "openai.DefaultHttpxClient(trust_env=False)",
         "None",
         "test_settings.py::test_a_rehearsal_ignores_every_key_url_and_proxy_of_the_environment",
     ),
@@ -1144,7 +1143,7 @@ FILES = (
         'if any(folder.glob(f"*_{stamp}.*"))',
         "if not folder",
         "test_pipeline.py::test_two_runs_of_the_same_second_keep_their_own_files",
-        within="_new_stamp",
+        within="claim_stamp",
     ),
 )
 MUTANTS = (*MONEY, *STATISTICS, *RECOVERY, *DATA, *FILES)

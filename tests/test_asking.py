@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import openai
 import pytest
-from edges import Forward, Gateway, Reply, Request, saying
+from edges import Forward, Gateway, Reply, Request, refusal, saying
 from endpoint import Fault, Rehearsal
 from faults import CHAT, Clock, until
 from helpers import (
@@ -782,6 +782,60 @@ def test_other_settings_are_asked_anew_and_nothing_is_taken_from_the_run_before(
     after = posts(endpoint, CHAT)[before:]
 
     assert [e.request["temperature"] for e in after] == [1.0] * 4
+
+
+def test_a_second_evaluation_of_one_instance_has_a_record_without_the_plan_of_the_first(
+    make_sft: MakeSFT, endpoint: Rehearsal
+) -> None:
+    sft = make_sft()
+    sft.run_full_pipeline(1, 4, max_test_cases=1)
+    path = Path(sft.files["record"])
+    before = path.read_bytes()
+    results = sft.evaluate_model_comprehensive(BASE, examples(5), [], max_test_cases=2)
+    saved = Path(sft.save_results(results))
+    kept = read_json(sft.files["record"])
+
+    assert path.read_bytes() == before
+    assert kept["kind"] == "steps"
+    assert {"plan", "job_id", "fine_tuned_model", "finished_at"} & kept.keys() == set()
+    assert kept["files"].keys() == {
+        *("train", "test", "valid", "manifest"),
+        *("journal", "comprehensive_evaluation"),
+    }
+    assert kept["files"]["comprehensive_evaluation"] == str(saved)
+    assert kept["cost"].keys() == {"evaluation_usd", "total_usd"}
+    assert len(Path(kept["files"]["journal"]).read_text("utf-8").splitlines()) == 2
+    assert len(make_sft().list_runs()) == 2
+    assert make_sft().resume() is None
+
+
+def test_an_answer_that_was_under_way_when_another_was_refused_for_all_is_kept(
+    make_sft: MakeSFT, endpoint: Rehearsal
+) -> None:
+    refused, turn = threading.Event(), iter((True, False))
+
+    def serve(request: Request, forward: Forward) -> Reply:
+        if request.line != ("POST", CHAT):
+            return forward(request)
+        if next(turn):
+            refused.wait(10)
+            return forward(request)
+        until(lambda: len(gateway.of("POST", CHAT)) == 2)
+        threading.Timer(0.1, refused.set).start()
+        return refusal(401)
+
+    with (
+        Gateway(endpoint, serve) as gateway,
+        make_sft(client=None, base_url=gateway.url) as sft,
+    ):
+        with pytest.raises(openai.AuthenticationError):
+            sft.evaluate_model_comprehensive(BASE, examples(20), [], 0, concurrency=2)
+        kept = Path(sft.files["journal"]).read_text("utf-8").split("\n")[:-1]
+        cost = read_json(sft.files["record"])["cost"]
+    (answer,) = posts(endpoint, CHAT)
+
+    assert [json.loads(line)["usage"] for line in kept] == [answer.response["usage"]]
+    assert cost["evaluation_usd"] > 0
 
 
 # ── The results ──────────────────────────────────────────────────────────────────────────────

@@ -20,7 +20,7 @@ from typing import Any
 
 import openai
 import pytest
-from edges import Forward, Gateway, Reply, Request, deaf, saying
+from edges import Forward, Gateway, Late, Reply, Request, deaf, refusal, saying
 from endpoint import FAULT_KINDS, Exchange, Fault, Rehearsal
 from faults import (
     CHAT,
@@ -255,6 +255,27 @@ def test_a_lost_answer_never_makes_a_second_job(
     assert asking.request["metadata"]["openai_sft_run"] == record_of(sft)["run_id"]
     assert asking.request["metadata"]["openai_sft_data"]
     assert sft.monitor_fine_tune_job(job_id).status == "succeeded"
+
+
+def test_a_refusal_after_a_lost_answer_does_not_tell_that_no_job_was_made(
+    timed: MakeSFT, endpoint: Rehearsal, clock: Clock, file: Path
+) -> None:
+    late = Late(clock, seconds=None)
+
+    def serve(request: Request, forward: Forward) -> Reply:
+        if request.line == ("POST", JOBS) and late.jobs:
+            return refusal(400)
+        return late(request, forward)
+
+    with Gateway(endpoint, serve) as gateway, timed(base_url=gateway.url, client=None) as sft:
+        file_id = sft.upload_training_file(file)
+        with pytest.raises(openai.BadRequestError):
+            sft.create_fine_tune_job(file_id, 1, 4)
+        late.shown = True
+        job_id = sft.create_fine_tune_job(file_id, 1, 4)
+
+    assert [job_id] == late.jobs
+    assert made(endpoint, JOBS) == 1
 
 
 def test_an_endpoint_that_ignores_the_filter_has_no_foreign_job_adopted(
@@ -634,6 +655,34 @@ def test_a_run_that_is_not_recorded_here_is_a_wrong_setting(
         timed().resume(name)
 
     assert endpoint.exchanges == []
+
+
+def test_after_a_resume_the_instance_goes_on_with_its_own_model_data_and_prompt(
+    timed: MakeSFT, endpoint: Rehearsal, file: Path, clean_environment: Path
+) -> None:
+    endpoint.inject(Fault("401", "POST", JOBS))
+    other = {"model": "gpt-4.1-mini-2025-04-14", "system_prompt": "傾聴してください。"}
+    with timed(**other) as begun, pytest.raises(openai.AuthenticationError):
+        begun.run_full_pipeline(**SHORT)
+    mine = write_jsonl(clean_environment / "mine.jsonl", records(15))
+    sft = timed(dataset=str(mine), confirm=lambda estimate: not estimates.append(estimate.model))
+    estimates: list[str] = []
+    assert sft.resume() is not None
+    parts = sft.load_and_split_dataset()
+    start(sft, file)
+    sent = [e.request["model"] for e in asked(endpoint, "POST", JOBS)]
+    record = record_of(sft)
+
+    assert (sft.model, sft.dataset) == (BASE, str(mine))
+    assert sum(map(len, parts)) == 15
+    assert {m["role"] for m in sft.prepare_dataset(parts[1])[0]["messages"]} == {
+        "user",
+        "assistant",
+    }
+    assert sent == [other["model"], other["model"], BASE]
+    assert estimates == [other["model"], BASE]
+    assert record["settings"]["model"] == BASE
+    assert record["settings"]["dataset"] == str(mine)
 
 
 def test_the_same_instance_comes_back_to_its_own_run(timed: MakeSFT, endpoint: Rehearsal) -> None:
@@ -1162,6 +1211,25 @@ def test_a_limit_and_a_price_once_given_hold_for_the_resumed_run(
 
     assert estimate < 0.06
     assert timed().resume() is not None
+
+
+@pytest.mark.parametrize("dearer", [{"max_cost_usd": 0.0001}, {"price": Price(3e4, 0.3, 1.2)}])
+def test_a_limit_or_a_price_of_now_goes_before_the_recorded_one(
+    timed: MakeSFT, endpoint: Rehearsal, dearer: dict[str, Any]
+) -> None:
+    endpoint.inject(Fault("401", "POST", JOBS))
+    sft = timed(price=Price(3.0, 0.3, 1.2), max_cost_usd=0.06)
+    with sft, pytest.raises(openai.AuthenticationError):
+        sft.run_full_pipeline(**SHORT)
+    with timed(**dearer) as limited, pytest.raises(BudgetError):
+        limited.resume()
+    sent = len(asked(endpoint, "POST", JOBS))
+    both = {"max_cost_usd": 1e3, "price": Price(3e4, 0.3, 1.2)}
+    results = timed(**both).resume()
+
+    assert sent == 1
+    assert results is not None
+    assert results["cost"]["training_usd"] > 0.06
 
 
 def test_an_unknown_price_stops_a_limited_run_before_anything_is_sent(
