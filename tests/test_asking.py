@@ -778,10 +778,11 @@ def test_other_settings_are_asked_anew_and_nothing_is_taken_from_the_run_before(
     later.resume()
     before = len(posts(endpoint, CHAT))
     parts = [later.prepare_dataset(part) for part in later.load_and_split_dataset()]
-    later.evaluate_model_comprehensive(BASE, parts[1], parts[2], temperature=1.0)
+    for temperature in (1.0, 0.5):
+        later.evaluate_model_comprehensive(BASE, parts[1], parts[2], temperature=temperature)
     after = posts(endpoint, CHAT)[before:]
 
-    assert [e.request["temperature"] for e in after] == [1.0] * 4
+    assert [e.request["temperature"] for e in after] == [1.0] * 4 + [0.5] * 4
 
 
 def test_a_second_evaluation_of_one_instance_has_a_record_without_the_plan_of_the_first(

@@ -668,6 +668,8 @@ def test_after_a_resume_the_instance_goes_on_with_its_own_model_data_and_prompt(
     sft = timed(dataset=str(mine), confirm=lambda estimate: not estimates.append(estimate.model))
     estimates: list[str] = []
     assert sft.resume() is not None
+    resumed = Path(sft.files["record"])
+    before = resumed.read_bytes()
     parts = sft.load_and_split_dataset()
     start(sft, file)
     sent = [e.request["model"] for e in asked(endpoint, "POST", JOBS)]
@@ -681,6 +683,7 @@ def test_after_a_resume_the_instance_goes_on_with_its_own_model_data_and_prompt(
     }
     assert sent == [other["model"], other["model"], BASE]
     assert estimates == [other["model"], BASE]
+    assert resumed.read_bytes() == before
     assert record["settings"]["model"] == BASE
     assert record["settings"]["dataset"] == str(mine)
 
