@@ -640,11 +640,10 @@ RECOVERY = (
         "test_job.py::test_every_event_is_shown_once_and_oldest_first_while_the_job_goes_on",
     ),
     Mutant(
-        "events of a failed poll are lost",
-        "fresh.extend(unseen)",
-        "fresh.extend(unseen), seen.update(e.id for e in unseen)",
-        "test_job.py::test_a_page_of_events_that_fails_is_asked_for_again_and_no_event_is_lost",
-        within="poll",
+        "only the newest page of events is read",
+        "if len(unseen) < len(page.data) or not unseen or not page.has_next_page():",
+        "if True:",
+        "test_job.py::test_more_events_than_a_page_holds_are_all_shown_in_order",
     ),
     Mutant(
         "only the first page of jobs is read",
@@ -707,7 +706,7 @@ RECOVERY = (
         "a job's record is another's",
         "if current.job_id is not None or current.plan is not None:",
         "if False:",
-        "test_job.py::test_jobs_that_are_watched_in_another_order_than_made_keep_their_own_records",
+        "test_job.py::test_a_job_made_elsewhere_does_not_take_the_record_of_the_instances_own",
     ),
     Mutant(
         "a resumed run keeps this instance's settings",
@@ -1390,12 +1389,6 @@ HOUSE = (
         "test_recovery.py::test_an_answer_that_is_no_job_is_a_lost_answer",
     ),
     Mutant(
-        "a page is an answer",
-        "if isinstance(answer, str):",
-        "if False:",
-        "test_edges_patience.py::test_a_200_that_is_not_the_apis_json_is_got_past_wherever_it_comes",
-    ),
-    Mutant(
         "the manifest names the last load",
         "next((load for load in reversed(self._loads) if load.holds(splits)), None)",
         "self._loads[-1] if self._loads else None",
@@ -1426,6 +1419,49 @@ HOUSE = (
         "while working:",
         "while working and not self._closed:",
         "test_edges_money.py::test_answers_under_way_when_the_limit_stops_an_evaluation_are_kept_and_counted",
+    ),
+    Mutant(
+        "a part that is missing is asked for again",
+        "self._lacking.add(part)",
+        "pass",
+        "test_job.py::test_a_part_of_the_api_that_is_missing_is_logged_once_and_gone_past",
+    ),
+    Mutant(
+        "one object that is gone is a missing part",
+        "if error.status_code == 404 and not gone_is_missing:",
+        "if False:",
+        "test_recovery.py::test_a_file_that_was_deleted_there_is_uploaded_again",
+    ),
+    Mutant(
+        "a job is recorded before it is known to be there",
+        "self._endpoint_of(self.settings).job(job_id, patience=patience)",
+        "pass",
+        "test_edges_money.py::test_a_job_that_is_not_there_neither_goes_on_nor_leaves_a_record",
+    ),
+    Mutant(
+        "a run that failed stays this instance's",
+        "run.release()",
+        "pass",
+        "test_edges_job.py::test_after_an_interrupt_in_a_notebook_a_new_instance_takes_the_run_over",
+        within="_released_on_failure",
+    ),
+    Mutant(
+        "an instance does not know its own record",
+        "if self._run is not None and run.path == self._run.path:",
+        "if False:",
+        "test_recovery.py::test_an_instance_that_holds_the_record_of_a_job_records_its_cancellation",
+    ),
+    Mutant(
+        "a record does not tell the base model",
+        "return run.settings.model if run else None",
+        "return None",
+        "test_edges_money.py::test_a_tuned_model_of_any_name_is_priced_as_what_it_was_tuned_from",
+    ),
+    Mutant(
+        "any file of the folder is a run",
+        'if not re.fullmatch(r"run_\\d{8}_\\d{6}", stem) or not path',
+        "if not path",
+        "test_recovery.py::test_a_run_that_is_not_recorded_here_is_a_wrong_setting",
     ),
 )
 MUTANTS = (*MONEY, *STATISTICS, *RECOVERY, *DATA, *FILES, *HOUSE)

@@ -741,3 +741,18 @@ def test_jobs_that_are_watched_in_another_order_than_made_keep_their_own_records
     assert {one["job_id"]: one["fine_tuned_model"] for one in kept} == {
         job.id: job.fine_tuned_model for job in ended
     }
+
+
+def test_a_job_made_elsewhere_does_not_take_the_record_of_the_instances_own(
+    sft: OpenAISFT, file: Path
+) -> None:
+    own = start(sft, file)
+    sent = sft.client.files.create(file=file, purpose="fine-tune").id
+    other = sft.client.fine_tuning.jobs.create(model="gpt-4.1-2025-04-14", training_file=sent)
+    ended = [sft.monitor_fine_tune_job(job_id) for job_id in (other.id, own)]
+    kept = [read_json(path) for path in sorted(sft.output_dir.glob("run_*.json"))]
+
+    assert [(one["kind"], one["job_id"], one["fine_tuned_model"]) for one in kept] == [
+        ("steps", own, ended[1].fine_tuned_model),
+        ("job", other.id, ended[0].fine_tuned_model),
+    ]

@@ -419,15 +419,17 @@ def test_a_refusal_for_the_rate_is_not_looked_after_for_nothing_happened(
 
 
 def test_a_file_that_was_deleted_there_is_uploaded_again(
-    timed: MakeSFT, endpoint: Rehearsal, file: Path
+    timed: MakeSFT, endpoint: Rehearsal, clean_environment: Path
 ) -> None:
-    with timed() as sft:
-        first = sft.upload_training_file(file)
-        sft.client.files.delete(first)
-    again = timed().upload_training_file(file)
+    files = [training_file(clean_environment, count) for count in (12, 13)]
+    first, kept = (timed().upload_training_file(file) for file in files)
+    later = timed()
+    later.client.files.delete(first)
+    again = [later.upload_training_file(file) for file in files]
 
-    assert again != first
-    assert made(endpoint, "/files") == 2
+    assert again[0] != first
+    assert again[1] == kept  # one file that is gone doesn't tell that files can't be looked up
+    assert made(endpoint, "/files") == 3
 
 
 @pytest.mark.parametrize("change", [{"bytes": 7}, {"status": "error"}], ids=str)
@@ -832,6 +834,15 @@ def test_an_instance_cancels_its_own_job_and_has_nothing_left_to_resume(
 
     assert record_of(sft)["job_status"] == "cancelled"
     assert timed().resume() is None
+
+
+def test_an_instance_that_holds_the_record_of_a_job_records_its_cancellation(
+    sft: OpenAISFT, endpoint: Rehearsal, file: Path
+) -> None:
+    endpoint.hold("running")
+    sft.cancel_job(start(sft, file))
+
+    assert record_of(sft)["job_status"] == "cancelled"
 
 
 def test_a_job_that_has_ended_is_not_cancelled(
