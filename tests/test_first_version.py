@@ -87,7 +87,7 @@ def test_a_run_that_had_sent_nothing_trains_and_asks_as_it_was_planned(
 ) -> None:
     left = Left(make_sft, "pipeline", plan=PLAN)
     with make_sft() as sft:
-        results = sft.resume()
+        results = sft.resume(left.name)
     (job,) = posts(endpoint, JOBS)
     record = read_json(left.path)
 
@@ -103,7 +103,7 @@ def test_a_run_that_had_sent_nothing_trains_and_asks_as_it_was_planned(
     assert {e.request["seed"] for e in asked(endpoint, "POST", CHAT)} == {7}
     assert (record["version"], record["run_id"]) == (2, left.name)
     assert record["fine_tuned_model"] == results["model_id"]
-    assert make_sft().resume() is None
+    assert make_sft().resume(left.name) is None
 
 
 def test_a_run_whose_job_was_made_without_its_learning_so_finds_its_files_and_its_job(
@@ -243,9 +243,9 @@ def test_a_plan_that_was_copied_from_the_run_before_is_nobodys(
     """A second job or evaluation of one instance took it along, and nobody was to finish it."""
     first = Left(make_sft, "pipeline", **DONE)
     taken = {key: value for key, value in first.files.items() if key != "record"}
-    Left(make_sft, "pipeline", plan=PLAN, files=taken if files == "of the first" else {})
+    copied = Left(make_sft, "pipeline", plan=PLAN, files=taken if files == "of the first" else {})
 
-    assert make_sft().resume() is None
+    assert make_sft().resume(copied.name) is make_sft().resume() is None
     assert len(make_sft().list_runs()) == 2
     assert posts(endpoint) == []
 

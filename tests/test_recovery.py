@@ -335,6 +335,27 @@ def test_a_file_whose_answer_was_lost_is_adopted(
     assert sft.client.files.content(file_id).content == file.read_bytes()
 
 
+def test_a_file_whose_answer_was_lost_is_looked_for_while_the_list_lags(
+    timed: MakeSFT, endpoint: Rehearsal, clock: Clock, file: Path
+) -> None:
+    lists: list[str] = []
+
+    def lag(request: Request, forward: Forward) -> Reply:
+        reply = forward(request)
+        if request.line != ("GET", "/files"):
+            return reply
+        lists.append(request.path)
+        return reply if len(lists) >= 3 else saying({**reply.json, "data": []})
+
+    endpoint.inject(Fault("500_after", "POST", "/files"))
+    with Gateway(endpoint, lag) as gateway, timed(base_url=gateway.url, client=None) as sft:
+        sft.upload_training_file(file)
+
+    assert made(endpoint, "/files") == 1
+    assert len(lists) == 3
+    assert 5 <= clock.now - clock.began <= 7
+
+
 def test_other_content_of_the_same_name_and_size_is_never_adopted(
     sft: OpenAISFT, endpoint: Rehearsal, file: Path
 ) -> None:
