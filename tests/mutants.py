@@ -1361,7 +1361,7 @@ HOUSE = (
         "a second request has a token of its own",
         "token = self._run.job_intent.token if self._run.job_intent else uuid.uuid4().hex",
         "token = uuid.uuid4().hex",
-        "test_edges_job.py::test_a_surplus_job_that_turns_up_later_is_cancelled_and_named",
+        "test_edges_job.py::test_a_job_that_an_earlier_process_made_turns_up_by_the_token_that_all_requests_share",
     ),
     Mutant(
         "a surplus job goes on",
@@ -1385,7 +1385,7 @@ HOUSE = (
         "a job of long ago is ours",
         "and job.created_at >= intent.since",
         "",
-        "test_edges_job.py::test_a_job_without_metadata_is_known_by_its_file_its_model_and_its_time",
+        "test_edges_job.py::test_a_job_of_the_same_file_and_model_from_long_before_is_not_taken_for_it_either",
     ),
     Mutant(
         "a training whose tokens are not told is free",
