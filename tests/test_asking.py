@@ -459,6 +459,26 @@ def test_a_cut_answer_is_kept_counted_and_named(make_sft: MakeSFT, endpoint: Reh
     assert (found["cut_cases"], found["failed_cases"]) == (1, 0)
 
 
+@pytest.mark.parametrize("body", [b"<html>\xe3\x81\x82</html>", b"[]", b"null"], ids=str)
+def test_a_question_that_meets_a_page_instead_of_an_answer_is_asked_again(
+    make_sft: MakeSFT, endpoint: Rehearsal, body: bytes
+) -> None:
+    pages = [Reply(200, body, "text/html" if b"<" in body else "application/json")]
+
+    def serve(request: Request, forward: Forward) -> Reply:
+        return pages.pop() if request.line == ("POST", CHAT) and pages else forward(request)
+
+    with (
+        Gateway(endpoint, serve) as gateway,
+        make_sft(client=None, base_url=gateway.url) as sft,
+    ):
+        results = sft.evaluate_model_comprehensive(BASE, examples(3), [], concurrency=1)
+
+    assert pages == []
+    assert results["test_evaluation"]["evaluated_cases"] == 3
+    assert results["test_evaluation"]["failed_cases"] == 0
+
+
 @pytest.mark.parametrize("text", ["眠れない\ud83d", "\udc00"], ids=["cut emoji", "surrogate"])
 def test_half_an_emoji_loses_no_answer(make_at: MakeSFT, text: str) -> None:
     with Counsellor(lambda _: f"そうです{text}") as counsellor:
