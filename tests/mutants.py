@@ -1080,10 +1080,9 @@ FILES = (
     ),
     Mutant(
         "a file is written over",
-        "os.link(temporary, path)",
-        "temporary.replace(path)",
+        'os.link(f"/proc',
+        'path.unlink(missing_ok=True), os.link(f"/proc',
         "test_data.py::test_an_existing_file_is_never_overwritten_and_no_temporary_file_stays",
-        within="write_new_file",
     ),
     Mutant(
         "a key in an error's body is shown",
@@ -1493,6 +1492,42 @@ HOUSE = (
         "return time.monotonic if clock is time.time else clock",
         "return clock",
         "test_edges_job.py::test_a_clock_that_is_set_back_lengthens_no_wait",
+    ),
+    Mutant(
+        "files that are not written over are anybody's",
+        "os.O_WRONLY | os.O_TMPFILE, 0o600)",
+        "os.O_WRONLY | os.O_TMPFILE, 0o644)",
+        "test_secrets.py::test_every_file_of_a_run_is_the_users_alone",
+    ),
+    Mutant(
+        "a key is sent wherever a record says",
+        "if self._trust is None or not self._trust(recorded):",
+        "if False:",
+        "test_edges_job.py::test_no_key_is_sent_to_a_recorded_endpoint_that_is_not_the_one_configured",
+    ),
+    Mutant(
+        "credentials of a URL are kept",
+        'return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()',
+        "return url",
+        "test_edges_job.py::test_credentials_in_a_base_url_are_neither_saved_nor_shown",
+    ),
+    Mutant(
+        "a loss that is no number breaks the record",
+        "x if math.isfinite(x) else None",
+        "x",
+        "test_edges_job.py::test_a_loss_that_is_no_number_leaves_valid_files",
+    ),
+    Mutant(
+        "a part is as long as it is thought to be",
+        "if abs(about - limit) > len(messages):",
+        "if True:",
+        "test_check_file.py::test_the_parts_of_a_conversation_fit_end_with_the_assistant_and_lose_nothing",
+    ),
+    Mutant(
+        "a long conversation is counted anew with every turn",
+        "if abs(about - limit) > len(messages):",
+        "if False:",
+        "test_edges_job.py::test_a_long_conversation_is_counted_a_few_times_over_to_be_split",
     ),
     Mutant(
         "an answer that says nothing is taken",
