@@ -1521,7 +1521,7 @@ HOUSE = (
         "a part is as long as it is thought to be",
         "if abs(about - limit) > len(messages):",
         "if True:",
-        "test_check_file.py::test_the_parts_of_a_conversation_fit_end_with_the_assistant_and_lose_nothing",
+        "test_check_file.py::test_a_part_is_counted_as_a_whole_and_not_by_its_rounded_turns",
     ),
     Mutant(
         "a long conversation is counted anew with every turn",
