@@ -5056,8 +5056,9 @@ class FineTuning:
             logger.info("前に送信したジョブを引き継ぎます: %s", printable(found))
             return found
         self._ledger.require(self._price(training, file_id), "training")
-        token = self._run.job_intent.token if self._run.job_intent else uuid.uuid4().hex
-        intent = Intent(token, _time_text(self._clock()), request)
+        # All requests of a run share the token and the moment of the first.
+        first = self._run.job_intent or Intent(uuid.uuid4().hex, _time_text(self._clock()), {})
+        intent = Intent(first.token, first.at, request)
         try:
             job_id = self._endpoint.create(
                 intent,

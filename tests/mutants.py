@@ -1357,8 +1357,14 @@ HOUSE = (
     ),
     Mutant(
         "a second request has a token of its own",
-        "token = self._run.job_intent.token if self._run.job_intent else uuid.uuid4().hex",
-        "token = uuid.uuid4().hex",
+        "Intent(first.token, first.at, request)",
+        "Intent(uuid.uuid4().hex, first.at, request)",
+        "test_edges_job.py::test_a_job_that_an_earlier_process_made_turns_up_by_the_token_that_all_requests_share",
+    ),
+    Mutant(
+        "a second request forgets when the first was sent",
+        "Intent(first.token, first.at, request)",
+        "Intent(first.token, _time_text(self._clock()), request)",
         "test_edges_job.py::test_a_job_that_an_earlier_process_made_turns_up_by_the_token_that_all_requests_share",
     ),
     Mutant(

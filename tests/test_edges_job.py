@@ -219,11 +219,29 @@ def test_a_surplus_job_that_turns_up_later_is_cancelled_and_named(
 def test_a_job_that_an_earlier_process_made_turns_up_by_the_token_that_all_requests_share(
     at: MakeSFT, endpoint: Rehearsal, clock: Clock, sdk: openai.OpenAI
 ) -> None:
+    """The first process is killed; hours later another sends again, and then both are shown."""
     endpoint.hold("validating_files")
-    late = Late(clock)
-    with Gateway(endpoint, late) as gateway:
+    late, dates = Late(clock), dict[str, int]()
+
+    def dated(one: dict[str, Any]) -> dict[str, Any]:
+        return {**one, "created_at": dates.setdefault(one["id"], int(clock()))}
+
+    def serve(request: Request, forward: Forward) -> Reply:
+        def told(request: Request) -> Reply:
+            reply = forward(request)
+            if request.path != JOBS or reply.status != 200:
+                return reply
+            said = reply.json
+            if request.method == "GET":
+                return saying({**said, "data": [dated(one) for one in said["data"]]})
+            return saying(dated(said))
+
+        return late(request, told)
+
+    with Gateway(endpoint, serve) as gateway:
         with at(gateway.url, sleep=interrupt_at(1)) as sft, pytest.raises(KeyboardInterrupt):
             sft.run_full_pipeline(**SHORT)
+        clock.now += 3 * 3600
         with at(gateway.url) as later, pytest.raises(WaitTimeout) as caught:
             later.resume(timeout=60)
         late.shown = True
