@@ -1067,10 +1067,10 @@ FILES = (
         "test_settings.py::test_an_argument_beats_the_environment_which_beats_dotenv_which_beats_the_default",
     ),
     Mutant(
-        "a control character is shown",
+        "a line that the service breaks is broken",
         'c if c.isprintable() else " " for c in str(text)',
         "c for c in str(text)",
-        "test_job.py::test_a_status_that_is_no_end_is_said_once_and_waited_out",
+        "test_job.py::test_a_message_of_the_service_can_neither_break_a_line_nor_colour_the_terminal",
     ),
     Mutant(
         "files are anybody's",
@@ -1534,6 +1534,12 @@ HOUSE = (
         "if abs(about - limit) > len(messages):",
         "if False:",
         "test_edges_job.py::test_a_long_conversation_is_counted_a_few_times_over_to_be_split",
+    ),
+    Mutant(
+        "a line of the log may control the terminal",
+        "logger.addFilter(_Inert())",
+        "pass",
+        "test_edges_job.py::test_what_data_are_called_is_shown_inert",
     ),
     Mutant(
         "an answer that says nothing is taken",
