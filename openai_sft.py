@@ -3647,6 +3647,10 @@ def _read_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
             known[name] = {k: kind(**_pick(kind, v)) for k, v in known[name].items()}
     if "job_intent" in known:
         known["job_intent"] = Intent(**_pick(Intent, known["job_intent"]))
+    own = f"_{facts['run_id'].removeprefix('run_')}."
+    if known["kind"] == "pipeline" and own not in known.get("files", {}).get("train", ""):
+        # The first version copied the plan of a run to what its instance did next.
+        known |= {"kind": "steps", "plan": None}
     return known
 
 
@@ -5081,8 +5085,9 @@ class FineTuning:
             logger.info("前に送信したジョブを引き継ぎます: %s", printable(found))
             return found
         self._ledger.require(self._price(training, file_id), "training")
-        token = self._run.job_intent.token if self._run.job_intent else uuid.uuid4().hex
-        intent = Intent(token, _time_text(self._clock()), request)
+        # All requests of a run share the token and the moment of the first.
+        first = self._run.job_intent or Intent(uuid.uuid4().hex, _time_text(self._clock()), {})
+        intent = Intent(first.token, first.at, request)
         try:
             job_id = self._endpoint.create(
                 intent,

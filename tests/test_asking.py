@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import openai
 import pytest
-from edges import Forward, Gateway, Reply, Request, saying
+from edges import Forward, Gateway, Reply, Request, refusal, saying
 from endpoint import Fault, Rehearsal
 from faults import CHAT, Clock, until
 from helpers import (
@@ -459,6 +459,26 @@ def test_a_cut_answer_is_kept_counted_and_named(make_sft: MakeSFT, endpoint: Reh
     assert (found["cut_cases"], found["failed_cases"]) == (1, 0)
 
 
+@pytest.mark.parametrize("body", [b"<html>\xe3\x81\x82</html>", b"[]", b"null"], ids=str)
+def test_a_question_that_meets_a_page_instead_of_an_answer_is_asked_again(
+    make_sft: MakeSFT, endpoint: Rehearsal, body: bytes
+) -> None:
+    pages = [Reply(200, body, "text/html" if b"<" in body else "application/json")]
+
+    def serve(request: Request, forward: Forward) -> Reply:
+        return pages.pop() if request.line == ("POST", CHAT) and pages else forward(request)
+
+    with (
+        Gateway(endpoint, serve) as gateway,
+        make_sft(client=None, base_url=gateway.url) as sft,
+    ):
+        results = sft.evaluate_model_comprehensive(BASE, examples(3), [], concurrency=1)
+
+    assert pages == []
+    assert results["test_evaluation"]["evaluated_cases"] == 3
+    assert results["test_evaluation"]["failed_cases"] == 0
+
+
 @pytest.mark.parametrize("text", ["眠れない\ud83d", "\udc00"], ids=["cut emoji", "surrogate"])
 def test_half_an_emoji_loses_no_answer(make_at: MakeSFT, text: str) -> None:
     with Counsellor(lambda _: f"そうです{text}") as counsellor:
@@ -778,10 +798,65 @@ def test_other_settings_are_asked_anew_and_nothing_is_taken_from_the_run_before(
     later.resume()
     before = len(posts(endpoint, CHAT))
     parts = [later.prepare_dataset(part) for part in later.load_and_split_dataset()]
-    later.evaluate_model_comprehensive(BASE, parts[1], parts[2], temperature=1.0)
+    for temperature in (1.0, 0.5):
+        later.evaluate_model_comprehensive(BASE, parts[1], parts[2], temperature=temperature)
     after = posts(endpoint, CHAT)[before:]
 
-    assert [e.request["temperature"] for e in after] == [1.0] * 4
+    assert [e.request["temperature"] for e in after] == [1.0] * 4 + [0.5] * 4
+
+
+def test_a_second_evaluation_of_one_instance_has_a_record_without_the_plan_of_the_first(
+    make_sft: MakeSFT, endpoint: Rehearsal
+) -> None:
+    sft = make_sft()
+    sft.run_full_pipeline(1, 4, max_test_cases=1)
+    path = Path(sft.files["record"])
+    before = path.read_bytes()
+    results = sft.evaluate_model_comprehensive(BASE, examples(5), [], max_test_cases=2)
+    saved = Path(sft.save_results(results))
+    kept = read_json(sft.files["record"])
+
+    assert path.read_bytes() == before
+    assert kept["kind"] == "steps"
+    assert {"plan", "job_id", "fine_tuned_model", "finished_at"} & kept.keys() == set()
+    assert kept["files"].keys() == {
+        *("train", "test", "valid", "manifest"),
+        *("journal", "comprehensive_evaluation"),
+    }
+    assert kept["files"]["comprehensive_evaluation"] == str(saved)
+    assert kept["cost"].keys() == {"evaluation_usd", "total_usd"}
+    assert len(Path(kept["files"]["journal"]).read_text("utf-8").splitlines()) == 2
+    assert len(make_sft().list_runs()) == 2
+    assert make_sft().resume() is None
+
+
+def test_an_answer_that_was_under_way_when_another_was_refused_for_all_is_kept(
+    make_sft: MakeSFT, endpoint: Rehearsal
+) -> None:
+    refused, turn = threading.Event(), iter((True, False))
+
+    def serve(request: Request, forward: Forward) -> Reply:
+        if request.line != ("POST", CHAT):
+            return forward(request)
+        if next(turn):
+            refused.wait(10)
+            return forward(request)
+        until(lambda: len(gateway.of("POST", CHAT)) == 2)
+        threading.Timer(0.1, refused.set).start()
+        return refusal(401)
+
+    with (
+        Gateway(endpoint, serve) as gateway,
+        make_sft(client=None, base_url=gateway.url) as sft,
+    ):
+        with pytest.raises(openai.AuthenticationError):
+            sft.evaluate_model_comprehensive(BASE, examples(20), [], 0, concurrency=2)
+        kept = Path(sft.files["journal"]).read_text("utf-8").split("\n")[:-1]
+        cost = read_json(sft.files["record"])["cost"]
+    (answer,) = posts(endpoint, CHAT)
+
+    assert [json.loads(line)["usage"] for line in kept] == [answer.response["usage"]]
+    assert cost["evaluation_usd"] > 0
 
 
 # ── The results ──────────────────────────────────────────────────────────────────────────────

@@ -589,6 +589,21 @@ def test_the_parts_of_a_conversation_fit_end_with_the_assistant_and_lose_nothing
         assert COUNTER.count([*head, *one, *following[:upto]]).total > limit
 
 
+@pytest.mark.parametrize(
+    ("said", "less", "sizes"),
+    [(("ab", "cdefg"), 0, [4, 4]), (("a", "b"), 1, [2, 2, 2, 2])],
+    ids=["that would add up to more", "that would add up to less"],
+)
+def test_a_part_is_counted_as_a_whole_and_not_by_its_rounded_turns(
+    said: tuple[str, str], less: int, sizes: list[int]
+) -> None:
+    exchange: Any = example("a", *said)["messages"]
+    limit = COUNTER.count(exchange * 2).total - less
+    parts = split_long_example({"id": "a", "messages": exchange * 4}, COUNTER, limit)
+
+    assert [len(part["messages"]) for part in parts] == sizes
+
+
 def test_a_tools_answer_is_never_cut_from_its_question() -> None:
     exchange = [USER, ASKED, FOUND, ANSWER]
     limit = COUNTER.count(exchange).total + 1

@@ -306,6 +306,17 @@ def test_a_baseline_is_asked_the_same_at_its_own_rate(epochs: int | None) -> Non
     assert evaluation(MINI, Price(9, 7, 5)) == pytest.approx(7 + 5 + 0.15 + 0.60)
 
 
+def test_the_base_rates_of_a_given_price_are_not_those_of_another_base_model() -> None:
+    given = Price(25.0, 3.0, 12.0, 100.0, 100.0)
+    options: dict[str, Any] = {"evaluation_input_tokens": 1_000_000, "price": given}
+    model = "gpt-4.1-2025-04-14"
+    own = estimate_cost(0, 1, model=model, baseline=model, **options)
+    another = estimate_cost(0, 1, model=model, baseline="gpt-4o-mini-2024-07-18", **options)
+
+    assert own.evaluation_usd == pytest.approx(3.0 + 100.0)
+    assert another.evaluation_usd == pytest.approx(3.0 + 0.15)
+
+
 def test_aliases_and_tuned_models_have_the_price_of_their_base() -> None:
     assert price_of("gpt-4o-mini") == price_of(MINI) is not None
     assert price_of(f"ft:{MINI}:org:suffix:abc:ckpt-step-3") == price_of(MINI)

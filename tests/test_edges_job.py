@@ -216,6 +216,42 @@ def test_a_surplus_job_that_turns_up_later_is_cancelled_and_named(
     assert status_at(endpoint, sdk, other) == "validating_files"
 
 
+def test_a_job_that_an_earlier_process_made_turns_up_by_the_token_that_all_requests_share(
+    at: MakeSFT, endpoint: Rehearsal, clock: Clock, sdk: openai.OpenAI
+) -> None:
+    """The first process is killed; hours later another sends again, and then both are shown."""
+    endpoint.hold("validating_files")
+    late, dates = Late(clock), dict[str, int]()
+
+    def dated(one: dict[str, Any]) -> dict[str, Any]:
+        return {**one, "created_at": dates.setdefault(one["id"], int(clock()))}
+
+    def serve(request: Request, forward: Forward) -> Reply:
+        def told(request: Request) -> Reply:
+            reply = forward(request)
+            if request.path != JOBS or reply.status != 200:
+                return reply
+            said = reply.json
+            if request.method == "GET":
+                return saying({**said, "data": [dated(one) for one in said["data"]]})
+            return saying(dated(said))
+
+        return late(request, told)
+
+    with Gateway(endpoint, serve) as gateway:
+        with at(gateway.url, sleep=interrupt_at(1)) as sft, pytest.raises(KeyboardInterrupt):
+            sft.run_full_pipeline(**SHORT)
+        clock.now += 3 * 3600
+        with at(gateway.url) as later, pytest.raises(WaitTimeout) as caught:
+            later.resume(timeout=60)
+        late.shown = True
+        at(gateway.url).list_runs()
+    (surplus,) = late.jobs
+
+    assert status_at(endpoint, sdk, surplus) == "cancelled"
+    assert status_at(endpoint, sdk, caught.value.job_id) == "validating_files"
+
+
 # ── An endpoint that keeps no metadata ───────────────────────────────────────────────────────
 
 
@@ -278,6 +314,22 @@ def test_a_job_of_another_file_or_model_is_not_taken_for_the_one_that_never_arri
 
     assert job_id not in foreign
     assert made(endpoint, JOBS) == 3
+
+
+def test_a_job_of_the_same_file_and_model_from_long_before_is_not_taken_for_it_either(
+    at: MakeSFT, endpoint: Rehearsal, clock: Clock, file: Path
+) -> None:
+    endpoint.hold("validating_files")
+    with Gateway(endpoint, Forgetful("request")) as gateway:
+        sft = at(gateway.url)
+        ours = sft.upload_training_file(file)
+        raw = sft.client.with_options(base_url=endpoint.url)
+        before = raw.fine_tuning.jobs.create(model=BASE, training_file=ours).id
+        clock.now += 2 * 3600
+        job_id = sft.create_fine_tune_job(ours, 1, 4)
+
+    assert job_id != before
+    assert made(endpoint, JOBS) == 2
 
 
 def test_where_it_can_not_be_told_which_job_is_ours_nobody_is_billed_again(

@@ -204,6 +204,51 @@ def test_a_whole_run_is_asked_about_once_for_both(make_sft: MakeSFT) -> None:
     assert estimate.evaluation_usd
 
 
+def test_who_agreed_to_the_job_is_asked_again_before_its_model_is(
+    make_sft: MakeSFT, endpoint: Rehearsal, file: Path
+) -> None:
+    estimates: list[CostEstimate] = []
+    sft = make_sft(confirm=lambda estimate: not estimates.append(estimate))
+    sft.monitor_fine_tune_job(sft.create_fine_tune_job(sft.upload_training_file(file), 1, 4))
+    sft.evaluate_model_comprehensive(BASE, examples(5), [])
+
+    assert [estimate.epochs for estimate in estimates] == [1, None]
+
+
+def test_a_limit_that_the_training_has_used_up_holds_where_the_evaluation_was_agreed_to(
+    make_sft: MakeSFT, endpoint: Rehearsal
+) -> None:
+    def dear(request: Request, forward: Forward) -> Reply:
+        """Says that far more tokens were trained than were estimated: three dollars' worth."""
+        reply = forward(request)
+        if "/ftjob-" not in request.path or reply.json.get("object") != "fine_tuning.job":
+            return reply
+        return saying({**reply.json, "trained_tokens": 1_000_000})
+
+    options: dict[str, Any] = {"client": None, "max_cost_usd": 1, "confirm": lambda _: True}
+    with (
+        Gateway(endpoint, dear) as gateway,
+        make_sft(base_url=gateway.url, **options) as sft,
+        pytest.raises(BudgetError, match=r"3\.0000.*学習済みモデルは残っています"),
+    ):
+        sft.run_full_pipeline(**SHORT)
+
+    assert posts(endpoint, CHAT) == []
+
+
+@pytest.mark.parametrize("answered", [0, 1])
+def test_the_most_that_epochs_left_to_the_service_may_cost_includes_the_evaluation(
+    answered: int,
+) -> None:
+    options: dict[str, Any] = {"price": Price(3.0, 0.3, 1.2)}
+    options["evaluation_input_tokens"] = options["evaluation_output_tokens"] = answered * 1_000_000
+    auto = estimate_cost(1_000_000, "auto", **options)
+    fifty = estimate_cost(1_000_000, 50, **options)
+
+    assert auto.total_usd is None
+    assert auto.most_usd == fifty.most_usd == fifty.total_usd == 150 + 1.5 * answered
+
+
 # ── The estimate ─────────────────────────────────────────────────────────────────────────────
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ def source(module: str) -> str:
     return (ROOT / f"{module}.py").read_text(encoding="utf-8")
 
 
+@functools.cache
 def tree(module: str) -> ast.Module:
     return ast.parse(source(module))
 

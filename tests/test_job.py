@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from openai_sft import (
     BrokenAnswer,
     ConfigurationError,
     DataError,
+    Declined,
     OpenAISFT,
     OpenAISFTError,
     explain_api_error,
@@ -279,6 +281,47 @@ def test_the_models_of_two_jobs_of_one_instance_are_both_on_record(
         (job.id, job.fine_tuned_model) for job in ended
     ]
     assert all("final_metrics" in one for one in kept)
+
+
+def test_a_second_job_of_one_instance_knows_its_data_and_not_the_plan_of_the_first(
+    make_sft: MakeSFT, endpoint: Rehearsal, out: Path
+) -> None:
+    sft = make_sft()
+    first = sft.run_full_pipeline(1, 4, 18, 3, max_test_cases=1)
+    path = Path(sft.files["record"])
+    before = path.read_bytes()
+    own = sft.create_fine_tune_job(sft.upload_training_file(sft.files["train"]), 2, 8)
+    ended = sft.monitor_fine_tune_job(own)
+    kept = run_record(sft)
+    again = make_sft().run_evaluation(ended.fine_tuned_model, max_test_cases=1)
+
+    def asked(results: dict[str, Any]) -> list[str]:
+        return [r["case_id"] for r in results["test_evaluation"]["responses"]]
+
+    assert read_json(path) == json.loads(before)
+    assert (kept["kind"], kept["job_id"]) == ("steps", own)
+    assert {"plan", "evaluation", "finished_at"} & kept.keys() == set()
+    assert kept["files"].keys() == {"train", "test", "valid", "manifest", "training_metrics"}
+    assert kept["estimate"]["epochs"] == 2
+    assert kept["cost"].keys() == {"training_usd", "total_usd"}
+    assert again["model_id"] == ended.fine_tuned_model != first["model_id"]
+    assert asked(again) == asked(first)
+    assert again["settings"]["seed"] == 3
+    assert make_sft().resume() is None
+
+
+def test_a_second_job_that_was_refused_is_not_gone_on_with(
+    make_sft: MakeSFT, endpoint: Rehearsal
+) -> None:
+    sft = make_sft(confirm=lambda estimate: estimate.epochs != 2)
+    sft.run_full_pipeline(1, 4, max_test_cases=1)
+    file_id = sft.upload_training_file(sft.files["train"])
+    with pytest.raises(Declined):
+        sft.create_fine_tune_job(file_id, 2, 8)
+    sft.close()
+
+    assert make_sft().resume() is None
+    assert len(posts(endpoint, JOBS)) == 1
 
 
 def test_a_failed_job_is_returned_and_logged_with_the_services_code_and_message(
@@ -698,3 +741,18 @@ def test_jobs_that_are_watched_in_another_order_than_made_keep_their_own_records
     assert {one["job_id"]: one["fine_tuned_model"] for one in kept} == {
         job.id: job.fine_tuned_model for job in ended
     }
+
+
+def test_a_job_made_elsewhere_does_not_take_the_record_of_the_instances_own(
+    sft: OpenAISFT, file: Path
+) -> None:
+    own = start(sft, file)
+    sent = sft.client.files.create(file=file, purpose="fine-tune").id
+    other = sft.client.fine_tuning.jobs.create(model="gpt-4.1-2025-04-14", training_file=sent)
+    ended = [sft.monitor_fine_tune_job(job_id) for job_id in (other.id, own)]
+    kept = [read_json(path) for path in sorted(sft.output_dir.glob("run_*.json"))]
+
+    assert [(one["kind"], one["job_id"], one["fine_tuned_model"]) for one in kept] == [
+        ("steps", own, ended[1].fine_tuned_model),
+        ("job", other.id, ended[0].fine_tuned_model),
+    ]

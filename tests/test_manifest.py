@@ -172,6 +172,31 @@ def test_the_steps_one_by_one_write_the_same_manifest(dataset: Path) -> None:
     assert manifest("steps") == manifest("whole")
 
 
+def test_the_manifest_names_the_choice_of_the_data_that_are_saved_whatever_was_loaded_since(
+    dataset: Path,
+) -> None:
+    sft = OpenAISFT(output_dir="out", offline=True, dataset=str(dataset), verbose=False)
+    loads = {seed: sft.load_and_split_dataset(seed=seed) for seed in (1, 2, 3)}
+    for seed in (2, 1, 3):
+        saved = sft.save_all_datasets(*map(sft.prepare_dataset, loads[seed]))
+        manifest = read_json(sft.files["manifest"])
+        ids = [[line["id"] for line in manifest["splits"][name]["lines"]] for name in NAMES]
+
+        assert manifest["selection"]["seed"] == seed
+        assert read_json(sft.files["record"])["selection"]["seed"] == seed
+        assert ids == [list(part["id"]) for part in loads[seed]]
+        assert all(line["source"] for name in NAMES for line in manifest["splits"][name]["lines"])
+        assert saved.keys() == set(NAMES)
+
+
+def test_the_manifest_names_no_choice_where_data_of_two_are_mixed(dataset: Path) -> None:
+    sft = OpenAISFT(output_dir="out", offline=True, dataset=str(dataset), verbose=False)
+    first, second = (sft.load_and_split_dataset(seed=seed) for seed in (1, 2))
+    sft.save_all_datasets(*map(sft.prepare_dataset, (first[0], second[1], second[2])))
+
+    assert read_json(sft.files["manifest"])["selection"] is None
+
+
 # ── Kept to by an evaluation ─────────────────────────────────────────────────────────────────
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import openai
 import pytest
-from edges import Forward, Gateway, Reply, Request, deaf, saying
+from edges import Forward, Gateway, Late, Reply, Request, deaf, refusal, saying
 from endpoint import FAULT_KINDS, Exchange, Fault, Rehearsal
 from faults import (
     CHAT,
@@ -257,6 +257,27 @@ def test_a_lost_answer_never_makes_a_second_job(
     assert sft.monitor_fine_tune_job(job_id).status == "succeeded"
 
 
+def test_a_refusal_after_a_lost_answer_does_not_tell_that_no_job_was_made(
+    timed: MakeSFT, endpoint: Rehearsal, clock: Clock, file: Path
+) -> None:
+    late = Late(clock, seconds=None)
+
+    def serve(request: Request, forward: Forward) -> Reply:
+        if request.line == ("POST", JOBS) and late.jobs:
+            return refusal(400)
+        return late(request, forward)
+
+    with Gateway(endpoint, serve) as gateway, timed(base_url=gateway.url, client=None) as sft:
+        file_id = sft.upload_training_file(file)
+        with pytest.raises(openai.BadRequestError):
+            sft.create_fine_tune_job(file_id, 1, 4)
+        late.shown = True
+        job_id = sft.create_fine_tune_job(file_id, 1, 4)
+
+    assert [job_id] == late.jobs
+    assert made(endpoint, JOBS) == 1
+
+
 def test_an_endpoint_that_ignores_the_filter_has_no_foreign_job_adopted(
     timed: MakeSFT, sft: OpenAISFT, endpoint: Rehearsal, file: Path
 ) -> None:
@@ -312,6 +333,27 @@ def test_a_file_whose_answer_was_lost_is_adopted(
 
     assert made(endpoint, "/files") == 1
     assert sft.client.files.content(file_id).content == file.read_bytes()
+
+
+def test_a_file_whose_answer_was_lost_is_looked_for_while_the_list_lags(
+    timed: MakeSFT, endpoint: Rehearsal, clock: Clock, file: Path
+) -> None:
+    lists: list[str] = []
+
+    def lag(request: Request, forward: Forward) -> Reply:
+        reply = forward(request)
+        if request.line != ("GET", "/files"):
+            return reply
+        lists.append(request.path)
+        return reply if len(lists) >= 3 else saying({**reply.json, "data": []})
+
+    endpoint.inject(Fault("500_after", "POST", "/files"))
+    with Gateway(endpoint, lag) as gateway, timed(base_url=gateway.url, client=None) as sft:
+        sft.upload_training_file(file)
+
+    assert made(endpoint, "/files") == 1
+    assert len(lists) == 3
+    assert 5 <= clock.now - clock.began <= 7
 
 
 def test_other_content_of_the_same_name_and_size_is_never_adopted(
@@ -398,15 +440,17 @@ def test_a_refusal_for_the_rate_is_not_looked_after_for_nothing_happened(
 
 
 def test_a_file_that_was_deleted_there_is_uploaded_again(
-    timed: MakeSFT, endpoint: Rehearsal, file: Path
+    timed: MakeSFT, endpoint: Rehearsal, clean_environment: Path
 ) -> None:
-    with timed() as sft:
-        first = sft.upload_training_file(file)
-        sft.client.files.delete(first)
-    again = timed().upload_training_file(file)
+    files = [training_file(clean_environment, count) for count in (12, 13)]
+    first, kept = (timed().upload_training_file(file) for file in files)
+    later = timed()
+    later.client.files.delete(first)
+    again = [later.upload_training_file(file) for file in files]
 
-    assert again != first
-    assert made(endpoint, "/files") == 2
+    assert again[0] != first
+    assert again[1] == kept  # one file that is gone doesn't tell that files can't be looked up
+    assert made(endpoint, "/files") == 3
 
 
 @pytest.mark.parametrize("change", [{"bytes": 7}, {"status": "error"}], ids=str)
@@ -636,6 +680,37 @@ def test_a_run_that_is_not_recorded_here_is_a_wrong_setting(
     assert endpoint.exchanges == []
 
 
+def test_after_a_resume_the_instance_goes_on_with_its_own_model_data_and_prompt(
+    timed: MakeSFT, endpoint: Rehearsal, file: Path, clean_environment: Path
+) -> None:
+    endpoint.inject(Fault("401", "POST", JOBS))
+    other = {"model": "gpt-4.1-mini-2025-04-14", "system_prompt": "傾聴してください。"}
+    with timed(**other) as begun, pytest.raises(openai.AuthenticationError):
+        begun.run_full_pipeline(**SHORT)
+    mine = write_jsonl(clean_environment / "mine.jsonl", records(15))
+    sft = timed(dataset=str(mine), confirm=lambda estimate: not estimates.append(estimate.model))
+    estimates: list[str] = []
+    assert sft.resume() is not None
+    resumed = Path(sft.files["record"])
+    before = resumed.read_bytes()
+    parts = sft.load_and_split_dataset()
+    start(sft, file)
+    sent = [e.request["model"] for e in asked(endpoint, "POST", JOBS)]
+    record = record_of(sft)
+
+    assert (sft.model, sft.dataset) == (BASE, str(mine))
+    assert sum(map(len, parts)) == 15
+    assert {m["role"] for m in sft.prepare_dataset(parts[1])[0]["messages"]} == {
+        "user",
+        "assistant",
+    }
+    assert sent == [other["model"], other["model"], BASE]
+    assert estimates == [other["model"], BASE]
+    assert resumed.read_bytes() == before
+    assert record["settings"]["model"] == BASE
+    assert record["settings"]["dataset"] == str(mine)
+
+
 def test_the_same_instance_comes_back_to_its_own_run(timed: MakeSFT, endpoint: Rehearsal) -> None:
     endpoint.hold("running")
     sft = timed()
@@ -780,6 +855,15 @@ def test_an_instance_cancels_its_own_job_and_has_nothing_left_to_resume(
 
     assert record_of(sft)["job_status"] == "cancelled"
     assert timed().resume() is None
+
+
+def test_an_instance_that_holds_the_record_of_a_job_records_its_cancellation(
+    sft: OpenAISFT, endpoint: Rehearsal, file: Path
+) -> None:
+    endpoint.hold("running")
+    sft.cancel_job(start(sft, file))
+
+    assert record_of(sft)["job_status"] == "cancelled"
 
 
 def test_a_job_that_has_ended_is_not_cancelled(
@@ -1162,6 +1246,25 @@ def test_a_limit_and_a_price_once_given_hold_for_the_resumed_run(
 
     assert estimate < 0.06
     assert timed().resume() is not None
+
+
+@pytest.mark.parametrize("dearer", [{"max_cost_usd": 0.0001}, {"price": Price(3e4, 0.3, 1.2)}])
+def test_a_limit_or_a_price_of_now_goes_before_the_recorded_one(
+    timed: MakeSFT, endpoint: Rehearsal, dearer: dict[str, Any]
+) -> None:
+    endpoint.inject(Fault("401", "POST", JOBS))
+    sft = timed(price=Price(3.0, 0.3, 1.2), max_cost_usd=0.06)
+    with sft, pytest.raises(openai.AuthenticationError):
+        sft.run_full_pipeline(**SHORT)
+    with timed(**dearer) as limited, pytest.raises(BudgetError):
+        limited.resume()
+    sent = len(asked(endpoint, "POST", JOBS))
+    both = {"max_cost_usd": 1e3, "price": Price(3e4, 0.3, 1.2)}
+    results = timed(**both).resume()
+
+    assert sent == 1
+    assert results is not None
+    assert results["cost"]["training_usd"] > 0.06
 
 
 def test_an_unknown_price_stops_a_limited_run_before_anything_is_sent(
