@@ -3648,7 +3648,8 @@ def _read_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     if "job_intent" in known:
         known["job_intent"] = Intent(**_pick(Intent, known["job_intent"]))
     own = f"_{facts['run_id'].removeprefix('run_')}."
-    if known["kind"] == "pipeline" and own not in known.get("files", {}).get("train", ""):
+    whose = known.get("files", {}).get("train", "")
+    if facts["version"] == 1 and known["kind"] == "pipeline" and own not in whose:
         # The first version copied the plan of a run to what its instance did next.
         known |= {"kind": "steps", "plan": None}
     return known
