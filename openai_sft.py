@@ -318,6 +318,7 @@ CONNECT_SECONDS = 10.0
 FIRST_CONTACT_SECONDS = 5.0  # for what won't mend itself, where nothing has answered yet
 SPARE_SECONDS = 60.0  # for an answer that can be done without
 MAX_PAGES = 100
+SEARCHED_PAGES = 5  # of 100 jobs, for one that is just made
 SILENCE_SECONDS = 3.0  # after which it is said what is waited for
 INTENT_KEY = "openai_sft_intent"  # of a job's metadata
 CLOCK_SKEW_SECONDS = 3600.0  # by which the service's clock may differ from this one's
@@ -374,7 +375,7 @@ def _to_json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n"
 
 
-def write_new_file(path: Path, lines: str | Iterable[bytes]) -> None:
+def write_new_file(path: Path, lines: str | Sequence[bytes]) -> None:
     """Write ``path`` whole or not at all; an existing file raises ``FileExistsError``.
 
     On Linux what is written has no name until it is whole: a kill leaves nothing behind.
@@ -387,7 +388,11 @@ def write_new_file(path: Path, lines: str | Iterable[bytes]) -> None:
     with os.fdopen(descriptor, "wb") as file:
         _write_through(file, lines)
         # With a directory's descriptor, which an absolute path ignores, links are followed.
-        os.link(f"/proc/self/fd/{descriptor}", path, src_dir_fd=descriptor, follow_symlinks=True)
+        unnamed = f"/proc/self/fd/{descriptor}"
+        with contextlib.suppress(FileNotFoundError):  # no /proc
+            os.link(unnamed, path, src_dir_fd=descriptor, follow_symlinks=True)
+            return
+    _write_and_link(path, lines)
 
 
 def _write_and_link(path: Path, lines: str | Iterable[bytes]) -> None:
@@ -3648,8 +3653,8 @@ def _read_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     if "job_intent" in known:
         known["job_intent"] = Intent(**_pick(Intent, known["job_intent"]))
     own = f"_{facts['run_id'].removeprefix('run_')}."
-    is_copy = known["kind"] == "pipeline" and own not in known.get("files", {}).get("train", "")
-    if facts["version"] == 1 and is_copy:
+    whose = known.get("files", {}).get("train", "")
+    if facts["version"] == 1 and known["kind"] == "pipeline" and own not in whose:
         # The first version copied the plan of a run to what its instance did next.
         known |= {"kind": "steps", "plan": None}
     return known
@@ -4417,15 +4422,19 @@ class Endpoint:
         ]
 
     def _jobs_since(self, since: float, **options: Any) -> Iterator[FineTuningJob]:
-        return itertools.takewhile(lambda job: job.created_at >= since, self.jobs(**options))
+        # All of the first pages, for an endpoint may list in an order of its own.
+        jobs = self.jobs(pages=SEARCHED_PAGES, **options)
+        return (job for job in jobs if job.created_at >= since)
 
-    def jobs(self, *, patience: float = RETRY_SECONDS, **options: Any) -> Iterator[FineTuningJob]:
+    def jobs(
+        self, *, patience: float = RETRY_SECONDS, pages: int = MAX_PAGES, **options: Any
+    ) -> Iterator[FineTuningJob]:
         """The newest jobs, page by page; one that comes twice is given once."""
         jobs = self.given(LOOK_SECONDS).fine_tuning.jobs
         call = functools.partial(self.call, needs="data", patience=patience)
         page = call(lambda: jobs.list(limit=100, **options))
         seen: set[str] = set()
-        for _ in range(MAX_PAGES):
+        for _ in range(pages):
             fresh = [job for job in page.data if job.id not in seen]
             yield from fresh
             seen.update(job.id for job in fresh)
