@@ -3640,6 +3640,8 @@ def _read_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     names = {f.name for f in fields(Run)} - Run.UNWRITTEN
     known = {name: value for name, value in facts.items() if name in names and value is not None}
     settings = _pick(RunSettings, known["settings"])
+    # Of a rehearsal: no data set and no address but its own, which isn't the default.
+    settings |= {name: None for name in ("dataset", "base_url") if not known["settings"].get(name)}
     if settings.get("price"):
         settings["price"] = Price(**settings["price"])
     known["settings"] = RunSettings(**settings)

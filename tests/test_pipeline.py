@@ -185,6 +185,18 @@ def test_a_system_prompt_is_in_every_line_and_every_question(
     assert all(e.request["messages"][0] == prompt for e in posts(endpoint, CHAT))
 
 
+def test_a_rehearsal_starts_one_endpoint_and_reads_its_own_dialogues_to_the_end(
+    clean_environment: Path, log: Log
+) -> None:
+    with OpenAISFT(rehearse=True, output_dir=clean_environment / "out", verbose=False) as sft:
+        sft.run_full_pipeline(epochs=1, max_test_cases=1)
+        settings = read_json(sft.files["record"])["settings"]
+
+    assert sum("模擬エンドポイント" in line for line in log()) == 1
+    assert settings["base_url"] is None
+    assert settings["dataset"] is None
+
+
 def requests(exchanges: list[Exchange]) -> list[str]:
     """The requests as lines, ids left out; a single look before anything is sent isn't one."""
     lines = [

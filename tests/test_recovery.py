@@ -749,10 +749,10 @@ def test_a_rehearsal_is_marked_and_never_resumed_nor_the_newest_model(
     with OpenAISFT(rehearse=True, output_dir=out, verbose=False) as done:
         done.run_full_pipeline(epochs=1, max_test_cases=1)
     stopped = OpenAISFT(rehearse=True, output_dir=out, verbose=False, sleep=interrupt)
-    (server,) = (
-        place._server for place in [stopped._endpoint_of(stopped.settings)] if place.client
-    )
-    server.hold("running")
+    place = stopped._endpoint_of(stopped.settings)
+    assert place.client
+    assert place._server
+    place._server.hold("running")
     with stopped, pytest.raises(KeyboardInterrupt):
         stopped.run_full_pipeline(epochs=50, batch_size=1, max_test_cases=1)
     runs = sorted(out.glob("run_*.json"))
