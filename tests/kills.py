@@ -40,6 +40,8 @@ from endpoint import Fault, Rehearsal
 from faults import CHAT, JOBS, asked, made, until
 from helpers import PROJECT, read_json, records, unpack_vocabulary, write_jsonl
 
+import openai_sft_rehearsal
+
 CONCURRENCY = 2  # so many answers can be under way when a process is killed
 CASES = 8
 RUN = {"epochs": 1, "batch_size": 4, "max_test_cases": 4, "concurrency": CONCURRENCY}
@@ -233,9 +235,19 @@ def journal(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
+class Far(Rehearsal):
+    """At the end of a long line, so that many kills meet a request or an answer under way."""
+
+    def answer(self, request: openai_sft_rehearsal.Request) -> openai_sft_rehearsal.Answer:
+        time.sleep(0.02)
+        answer = super().answer(request)
+        time.sleep(0.02)
+        return answer
+
+
 @contextlib.contextmanager
 def place(mother: Mother) -> Iterator[Place]:
-    with tempfile.TemporaryDirectory() as folder, Rehearsal(latency=0.02) as endpoint:
+    with tempfile.TemporaryDirectory() as folder, Far() as endpoint:
         yield Place(mother, Path(folder), endpoint)
 
 
@@ -287,9 +299,11 @@ def killed_run(mother: Mother, dice: random.Random, length: float) -> Outcome:
 
 
 def cases(here: Place) -> Counter[str]:
-    """How often the endpoint was asked each case."""
+    """How often the endpoint answered each case, which is what is paid."""
     chats = asked(here.endpoint, "POST", CHAT)
-    return Counter(json.dumps(e.request["messages"], sort_keys=True) for e in chats)
+    return Counter(
+        json.dumps(e.request["messages"], sort_keys=True) for e in chats if e.status == 200
+    )
 
 
 def account(here: Place, code: int, kills: int, unwritten: Counter[str]) -> list[str]:
