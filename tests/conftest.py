@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import importlib
 import importlib.util
 import logging
@@ -15,7 +14,14 @@ import openai
 import pytest
 from endpoint import Rehearsal
 from faults import Clock
-from helpers import KOKOROCHAT, Ended, records, training_file, write_jsonl
+from helpers import (
+    KOKOROCHAT,
+    Ended,
+    records,
+    training_file,
+    unpack_vocabulary,
+    write_jsonl,
+)
 from hypothesis import settings
 
 import openai_sft_example
@@ -25,7 +31,6 @@ from openai_sft_rehearsal import example_dialogues
 settings.register_profile("suite", max_examples=40, deadline=None, derandomize=True, database=None)
 settings.load_profile("suite")
 
-O200K_FILE = "fb374d419588a4632f3f557e76b4b70aebbca790"  # the sha1 of the URL tiktoken fetches
 PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 
@@ -33,11 +38,7 @@ PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder in which tiktoken finds ``o200k_base``, here and in the processes tests start."""
     folder = tmp_path_factory.mktemp("vocabulary")
-    package = importlib.util.find_spec("bpe_openai")  # found, not imported: it parses for a second
-    assert package is not None
-    assert package.origin is not None
-    packed = Path(package.origin).with_name("data") / "o200k_base.tiktoken.gz"
-    (folder / O200K_FILE).write_bytes(gzip.decompress(packed.read_bytes()))
+    unpack_vocabulary(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
         yield folder

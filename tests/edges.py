@@ -174,3 +174,28 @@ class Late:
 
     def is_there(self, job_id: str) -> bool:
         return self.shown or self._due.get(job_id, 0.0) <= self._clock()
+
+
+class Forgetful:
+    """Passes everything on but metadata and filters, as some gateways do.
+
+    ``lose`` says what becomes of the first creation: it is carried out and its answer lost
+    (``"answer"``), it never arrives (``"request"``), or while it is carried out and its answer lost
+    somebody else has the same file trained (``"both"``).
+    """
+
+    def __init__(self, lose: str) -> None:
+        self.lose = lose
+
+    def __call__(self, request: Request, forward: Forward) -> Reply:
+        if request.line == ("POST", JOBS):
+            asked = {key: value for key, value in request.json.items() if key != "metadata"}
+            lose, self.lose = self.lose, ""
+            if lose == "request":
+                return page(502)
+            request = request._replace(body=json.dumps(asked).encode())
+            if lose == "both":
+                forward(request)
+            reply = forward(request)
+            return page(504) if lose else reply
+        return forward(request._replace(query=""))

@@ -6,6 +6,8 @@ No test is in here, and nothing in here knows how the library works inside.
 from __future__ import annotations
 
 import contextlib
+import gzip
+import importlib.util
 import json
 import signal
 import threading
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 
 PROJECT = Path(__file__).resolve().parent.parent
 KOKOROCHAT = PROJECT.parent / "shared" / "kokorochat" / "kokorochat_dialogues"
+O200K_FILE = "fb374d419588a4632f3f557e76b4b70aebbca790"  # the sha1 of the URL tiktoken fetches
 
 # Everything that has ever broken a line, a file or a terminal, besides ordinary characters.
 AWKWARD = "\r\n\t\v\f\x1c\x85\u2028\u2029\0\x1b\x7f\u200b\ufeff\\\"'{}1１２３ｱｶﾞ漢字👨‍👩‍👧😀é"
@@ -28,6 +31,15 @@ awkward_text = st.text(
 turns = st.lists(
     st.tuples(st.sampled_from(["counselor", "client"]), awkward_text), min_size=1, max_size=12
 )
+
+
+def unpack_vocabulary(folder: Path) -> None:
+    """Put ``o200k_base`` where tiktoken finds it, if ``folder`` is its cache."""
+    package = importlib.util.find_spec("bpe_openai")  # found, not imported: it parses for a second
+    assert package is not None
+    assert package.origin is not None
+    packed = Path(package.origin).with_name("data") / "o200k_base.tiktoken.gz"
+    (folder / O200K_FILE).write_bytes(gzip.decompress(packed.read_bytes()))
 
 
 def record(number: int, *said: tuple[str, str]) -> dict[str, Any]:

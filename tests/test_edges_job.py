@@ -24,7 +24,7 @@ from typing import Any
 
 import openai
 import pytest
-from edges import Forward, Gateway, Late, Reply, Request, page, refusal, saying
+from edges import Forgetful, Forward, Gateway, Late, Reply, Request, page, refusal, saying
 from endpoint import Fault, Rehearsal
 from faults import CHAT, JOBS, Clock, asked, made
 from helpers import (
@@ -253,31 +253,6 @@ def test_a_job_that_an_earlier_process_made_turns_up_by_the_token_that_all_reque
 
 
 # ── An endpoint that keeps no metadata ───────────────────────────────────────────────────────
-
-
-class Forgetful:
-    """Passes everything on but metadata and filters, as some gateways do.
-
-    ``lose`` says what becomes of the first creation: it is carried out and its answer lost
-    (``"answer"``), it never arrives (``"request"``), or while it is carried out and its answer lost
-    somebody else has the same file trained (``"both"``).
-    """
-
-    def __init__(self, lose: str) -> None:
-        self.lose = lose
-
-    def __call__(self, request: Request, forward: Forward) -> Reply:
-        if request.line == ("POST", JOBS):
-            asked = {key: value for key, value in request.json.items() if key != "metadata"}
-            lose, self.lose = self.lose, ""
-            if lose == "request":
-                return page(502)
-            request = request._replace(body=json.dumps(asked).encode())
-            if lose == "both":
-                forward(request)
-            reply = forward(request)
-            return page(504) if lose else reply
-        return forward(request._replace(query=""))
 
 
 @pytest.mark.parametrize("resumed", [False, True], ids=["at once", "by a resume"])

@@ -19,6 +19,7 @@ import pytest
 from endpoint import Fault, Rehearsal
 from faults import CHAT, JOBS, asked, made, until
 from helpers import PROJECT, read_json, records, write_jsonl
+from kills import Mother, everything
 
 from openai_sft import OpenAISFT
 
@@ -255,3 +256,13 @@ def test_a_file_that_a_killed_process_left_half_written_is_cleared_away(
     assert not half.exists()
     assert all(json.loads(line) for line in journal.read_bytes().splitlines()[-1:])
     assert len(asked(endpoint, "POST", CHAT)) == 5
+
+
+def test_whatever_is_killed_or_goes_astray_at_random_nothing_is_lost_or_paid_twice(
+    vocabulary: Path,
+) -> None:
+    with Mother(vocabulary) as mother:
+        outcomes = list(everything(mother, seed=1, length=0.5, runs=2, count=2))
+
+    assert [outcome.what for outcome in outcomes if outcome.lost] == []
+    assert [len(outcome.killed) > 0 for outcome in outcomes] == [True, True, False, False]
