@@ -1073,8 +1073,8 @@ FILES = (
     ),
     Mutant(
         "a file is written over",
-        'os.link(f"/proc',
-        'path.unlink(missing_ok=True), os.link(f"/proc',
+        "os.link(unnamed, path",
+        "path.unlink(missing_ok=True), os.link(unnamed, path",
         "test_data.py::test_an_existing_file_is_never_overwritten_and_no_temporary_file_stays",
     ),
     Mutant(
@@ -1380,8 +1380,8 @@ HOUSE = (
     ),
     Mutant(
         "a job of long ago is ours",
-        "lambda job: job.created_at >= since",
-        "lambda job: True",
+        "job for job in jobs if job.created_at >= since",
+        "job for job in jobs if True",
         "test_edges_job.py::test_a_job_of_the_same_file_and_model_from_long_before_is_not_taken_for_it_either",
     ),
     Mutant(
