@@ -4098,7 +4098,9 @@ class Endpoint:
             ) from error
 
     def given(self, seconds: float) -> OpenAI:
-        """The client for requests that may take so long."""
+        """The client for requests that may take so long; a given client keeps its own limits."""
+        if not self._owns_client:
+            return self.client
         timeout = _openai().Timeout(seconds, connect=CONNECT_SECONDS)
         return self.client.with_options(timeout=timeout)
 
