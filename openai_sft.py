@@ -102,6 +102,7 @@ if TYPE_CHECKING:
 
     from datasets import Dataset
     from openai import OpenAI
+    from openai.resources.chat import Completions
     from openai.types import FileObject, Model
     from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
     from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
@@ -336,12 +337,17 @@ NO_KEY = (
 SPLIT_LABELS = {"test": "テスト", "valid": "検証"}
 
 
-# ── Text and files ───────────────────────────────────────────────────────────────────────────────
+# ── Text and files ───────────────────────────────────────────────────────────────────────────
+
+
+def printable_lines(text: object) -> str:
+    """``text`` with its lines, but without what else controls a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in str(text))
 
 
 def printable(text: object) -> str:
     """``text`` on one line without control characters: safe to show, whoever wrote it."""
-    return "".join(c if c.isprintable() else " " for c in str(text)).strip()
+    return printable_lines(text).replace("\n", " ").strip()
 
 
 _encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
@@ -349,12 +355,6 @@ _encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 def _dump(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
-
-
-def printable_lines(text: object) -> str:
-    """``text`` with its lines, but without what else controls a terminal."""
-    lines = str(text).split("\n")
-    return "\n".join("".join(c if c.isprintable() else " " for c in line) for line in lines)
 
 
 class _Inert(logging.Filter):
@@ -3510,7 +3510,8 @@ class Run:
         ended = self.finished_at or self.declined or self.job_status in ("failed", "cancelled")
         if self.plan is None or ended:
             return None
-        return next(step for step in STEPS if self.kind in step.kinds and not step.done(self))
+        left = (step for step in STEPS if self.kind in step.kinds and not step.done(self))
+        return next(left, None)
 
     @property
     def unfinished(self) -> bool:
@@ -4476,7 +4477,7 @@ class Endpoint:
             if len(unseen) < len(page.data) or not unseen or not page.has_next_page():
                 break
             more = page.get_next_page
-        seen.update(event.id for event in fresh)  # only now, for a page may have failed
+        seen.update(event.id for event in fresh)
         return job, fresh[::-1]
 
     def cancel(self, job_id: str) -> FineTuningJob:
@@ -5563,13 +5564,14 @@ class Evaluation:
             unit="件",
             disable=None if self._settings.verbose else True,
         )
-        _ = self._endpoint.client  # made here once, not by every thread
+        # Made here once, not by every question.
+        completions = self._endpoint.given(ANSWER_SECONDS).chat.completions
         pool = Pool(self._asking.concurrency)
         spent: float | None = None
         with contextlib.closing(bar), contextlib.closing(pool):
             # A model that was just tuned may still be loading: the first case waits for it.
             first = missing[:1] if self._endpoint.is_loading(model) else []
-            ask = functools.partial(self._ask, model, pool)
+            ask = functools.partial(self._ask, model, completions, pool)
             for response in itertools.chain(map(ask, first), pool.map(ask, missing[len(first) :])):
                 self._journal.add(model, name, response)
                 responses[response["case_id"]] = response
@@ -5584,7 +5586,9 @@ class Evaluation:
         self._ledger.stop_over(spent)
         return [responses[case.id] for case in cases]
 
-    def _ask(self, model_id: str, pool: Pool, case: Case) -> dict[str, Any]:
+    def _ask(
+        self, model_id: str, completions: Completions, pool: Pool, case: Case
+    ) -> dict[str, Any]:
         openai = _openai()
         response: dict[str, Any] = {"case_id": case.id, "input": case.input}
         request: dict[str, Any] = {
@@ -5595,8 +5599,7 @@ class Evaluation:
         }
         if case.tools:
             request["tools"] = case.tools
-        chat = self._endpoint.given(ANSWER_SECONDS).chat
-        create = functools.partial(chat.completions.create, **request)
+        create = functools.partial(completions.create, **request)
         started = time.perf_counter()
         try:
             answer = self._endpoint.ask(model_id, lambda: pool.attempt(create))

@@ -1061,8 +1061,8 @@ FILES = (
     ),
     Mutant(
         "a line that the service breaks is broken",
-        'c if c.isprintable() else " " for c in str(text)',
-        "c for c in str(text)",
+        'printable_lines(text).replace("\\n", " ").strip()',
+        "printable_lines(text).strip()",
         "test_job.py::test_a_message_of_the_service_can_neither_break_a_line_nor_colour_the_terminal",
     ),
     Mutant(
