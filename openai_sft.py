@@ -49,6 +49,7 @@ import csv
 import difflib
 import functools
 import gc
+import gzip
 import hashlib
 import html
 import inspect
@@ -71,6 +72,7 @@ import unicodedata
 import urllib.parse
 import uuid
 import weakref
+import zlib
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -351,6 +353,7 @@ def printable(text: object) -> str:
 
 
 _encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+_encode_sorted = json.JSONEncoder(ensure_ascii=False, allow_nan=False, sort_keys=True).encode
 
 
 def _dump(value: object) -> str:
@@ -467,6 +470,10 @@ class UnknownRole(DataError):
     """A speaker who is neither the assistant nor the user; never guessed, never left out."""
 
 
+class OtherPurpose(DataError):
+    """Data for another kind of training (preferences, reinforcement), or for the Batch API."""
+
+
 class BudgetError(OpenAISFTError):
     """The estimated cost passes ``max_cost_usd``, or can't be known while a limit is set."""
 
@@ -561,6 +568,7 @@ class Dialogue:
     review_jp: Mapping[str, Any] = field(default_factory=dict)
     review_en: Mapping[str, Any] = field(default_factory=dict)
     chat: Mapping[str, Any] | None = None
+    system: str | None = None
 
     @property
     def score(self) -> float | None:
@@ -658,6 +666,14 @@ class Finding:
             place += f"（messages[{self.message_index}]）"
         label = "エラー" if self.severity == "error" else "注意"
         return f"{place}: {label} [{self.code}] {self.text} → {self.remedy}"
+
+
+class _Problem(NamedTuple):
+    """A finding before it has a place: its code, the message it is in, what was found."""
+
+    code: str
+    message_index: int | None = None
+    details: tuple[object, ...] = ()
 
 
 class Tokens(NamedTuple):
@@ -1223,93 +1239,407 @@ class Prepared(NamedTuple):
     loaded: Loaded | None
 
 
-# ── Reading ──────────────────────────────────────────────────────────────────────────────────
+# ── Problems ───────────────────────────────────────────────────────────────────────────────────
+
+# code: (severity, what is wrong, what to do). The texts are formatted with what was found.
+PROBLEMS: dict[str, tuple[Literal["error", "warning"], str, str]] = {
+    "encoding": ("error", "UTF-8ではありません", "UTF-8で保存し直してください"),
+    "bom": ("error", "先頭にBOMがあります", "BOMなしのUTF-8で保存し直してください"),
+    "invalid_json": ("error", "JSONとして読めません（{0}）", "1行に1つのJSONを書いてください"),
+    "blank_line": ("error", "空行です", "行を削除してください"),
+    "not_object": (
+        "error",
+        "JSONオブジェクトではありません",
+        '{{"messages": [...]}} の形にしてください',
+    ),
+    "unknown_key": ("error", "使えないキー {0} があります", "キーを削除してください"),
+    "missing_messages": ("error", "messages の配列がありません", "messages を書いてください"),
+    "empty_messages": ("error", "messages が空です", "発話を書くか、行を削除してください"),
+    "unknown_role": (
+        "error",
+        "role {0} は使えません",
+        "system、user、assistant、tool のどれかにしてください",
+    ),
+    "wrong_type": ("error", "{0} の型が違います", "サービスの形式に直してください"),
+    "empty_content": ("error", "content が空です", "本文を書くか、発話を削除してください"),
+    "blank_content": ("warning", "content が空白だけです", "本文を書くか、削除してください"),
+    "no_trained_message": (
+        "error",
+        "学習する assistant の発話がありません",
+        "weight が0でない assistant の発話を加えてください",
+    ),
+    "last_not_assistant": (
+        "error",
+        "最後の発話が assistant ではありません",
+        "最後の assistant より後の発話を削除してください",
+    ),
+    "bad_weight": ("error", "weight は assistant の0か1だけです", "0か1にするか、削除してください"),
+    "special_token": (
+        "error",
+        "特殊トークンの文字列 {0} があります",
+        "取り除いてください。1行でもあるとジョブ全体が失敗します",
+    ),
+    "lone_surrogate": (
+        "error",
+        "UTF-8で表せない文字（対になっていないサロゲート）があります",
+        "その文字を取り除いてください",
+    ),
+    "too_long": (
+        "error",
+        "{0}トークンあり、上限{1}を超えた末尾は学習されません",
+        "発話の切れ目で分割してください",
+    ),
+    "too_few_examples": ("error", "学習例が{0}件しかありません", "{1}件以上にしてください"),
+    "file_too_large": ("error", "{0}MBあり、上限{1}MBを超えています", "ファイルを分けてください"),
+    "duplicate_line": ("warning", "{0}行目と同じ内容です", "重複を削除してください"),
+    "shared_conversation": (
+        "warning",
+        "学習データの{0}行目と同じ対話です",
+        "どちらかから除いてください。検証の損失が実際より良く見えます",
+    ),
+}
 
 
-def read_dialogues(
-    source: str, *, revision: str | None = None, each: Callable[[Dialogue], None] | None = None
-) -> list[Dialogue]:
-    """Read every dialogue of ``source``: a folder, a JSON/JSONL/Parquet file, or a Hub name.
+# ── Reading: what a line is ──────────────────────────────────────────────────────────────────
 
-    A folder is read as the released KokoroChat is: every ``.json``, ``.jsonl`` and ``.parquet``
-    file in it. A name that is no path is fetched from the Hub at ``revision``, all its splits.
-    ``each`` is given every dialogue as it is read, before ids that are shared are told apart.
+# The names under which data sets publish their splits.
+PARTS: dict[str, SplitName] = {
+    "train": "train",
+    "test": "test",
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "valid"),
+}
+DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
+ENCODING_NAMES = {
+    "utf-8": "UTF-8",
+    "utf-8-sig": "UTF-8（BOM付き）",
+    "utf-16": "UTF-16",
+    "utf-16-le": "UTF-16",
+    "utf-16-be": "UTF-16",
+    "cp932": "cp932（Shift_JIS）",
+    "euc_jp": "EUC-JP",
+}
+LAYOUT_NAMES = {
+    "lines": "JSON Lines",
+    "document": "JSON",
+    "csv": "CSV",
+    "parquet": "Parquet",
+}
 
-    A file, line or row that can't be read or isn't a dialogue is named in the log and left out.
-    Raises :class:`DataError` where these are more than 1 %, or where there is no dialogue, and
-    :class:`UnknownRole` always.
+
+class Record(NamedTuple):
+    """One record of a file or of the Hub, as it stands there.
+
+    ``where`` is its place for messages: ``FILE:LINE``, or ``FILE[NUMBER]`` in an array.
+    ``line`` is 1-based and physical, ``None`` where the file isn't made of lines; ``raw`` is the
+    text of that line. ``faults`` are what is wrong with how it stands; with one that isn't in
+    :data:`MENDED_FAULTS`, ``value`` is ``None``. ``part`` is the split it was published in.
     """
-    dialogues: list[Dialogue] = []
-    unreadable: list[DataError] = []
-    with _gc_paused():
-        for parsed in _parse_records(_records(source, revision)):
-            if isinstance(parsed, DataError):
-                unreadable.append(parsed)
-                continue
-            dialogues.append(parsed)
-            if each is not None:
-                each(parsed)
-    total = len(dialogues) + len(unreadable)
-    for problem in unreadable[:10]:
-        logger.warning("除外: %s", problem)
-    if len(unreadable) > MAX_UNREADABLE_SHARE * total:
-        raise DataError(
-            f"{source}: {total:,}件のうち{len(unreadable):,}件が対話として読めません（1%を超えた"
-            f"ため中止）。最初の理由: {unreadable[0]}"
-        )
-    if unreadable:
-        logger.warning("対話として読めない%s件を除きました。", f"{len(unreadable):,}")
-    if not dialogues:
-        raise DataError(f"対話が1件もありません: {source}。中身と指定を確認してください。")
-    return _with_unique_ids(dialogues)
+
+    fallback_id: str
+    where: str
+    value: Any
+    line: int | None = None
+    raw: str = ""
+    faults: tuple[_Problem, ...] = ()
+    part: SplitName | None = None
 
 
-def _parse_records(records: Iterable[SourceRecord]) -> Iterator[Dialogue | DataError]:
-    """Each record as a dialogue, or why it is none. Raises :class:`UnknownRole`."""
-    for fallback_id, where, record in records:
+# What a reader goes past, for nothing of the record is lost by it.
+MENDED_FAULTS = frozenset({"bom", "trailing_comma"})
+
+
+class RecordFile:
+    """A file of records: what it is, and its records, read anew each time they are gone through.
+
+    ``layout`` is what the content shows, whatever the name says: ``lines`` (JSON Lines),
+    ``document`` (an array, a pretty-printed value, or several after each other), ``csv`` or
+    ``parquet``. ``encoding`` is a codec of :data:`ENCODING_NAMES`, empty for Parquet. Raises
+    :class:`DataError` where the file can't be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.encoding = ""
+        self.layout = "parquet"
+        self._content: bytes | None = None
+        name = path.name.lower().removesuffix(".gz")
+        self._name = path.name[: len(name)]
+        with self._telling():
+            if not name.endswith(".parquet"):
+                if name.endswith(".json"):  # small ones by the thousand are opened once each
+                    with self._open() as file:
+                        self._content = file.read()
+                self.encoding, self._damaged = self._find_encoding()
+                self.layout = "csv" if name.endswith(".csv") else self._find_layout()
+
+    def __iter__(self) -> Iterator[Record]:
+        """The records. Raises :class:`DataError` where the file can't be read to its end."""
+        read = {
+            "lines": self._read_lines,
+            "document": self._read_document,
+            "csv": self._read_csv,
+            "parquet": self._read_parquet,
+        }
+        with self._telling():
+            yield from read[self.layout]()
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
         try:
-            if isinstance(record, DataError):
-                raise record
-            parsed: Dialogue | DataError = parse_dialogue(
-                record, fallback_id=fallback_id, source=where
-            )
-        except UnknownRole:
-            raise
-        except DataError as error:
-            parsed = error
-        yield parsed
+            yield
+        except (OSError, EOFError, zlib.error, UnicodeError, csv.Error) as error:
+            reason = getattr(error, "strerror", None) or printable(error)
+            raise DataError(f"{self.path}: 読めません（{reason}）。") from error
+
+    def _open(self) -> IO[bytes]:
+        if self._content is not None:
+            return io.BytesIO(self._content)
+        if self.path.suffix.lower() == ".gz":
+            return cast("IO[bytes]", gzip.open(self.path))
+        return self.path.open("rb")
+
+    def _find_encoding(self) -> tuple[str, bool]:
+        """The codec, and whether some bytes don't belong in it."""
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        with self._open() as file:
+            start = file.read(4)
+            file.seek(0)
+            if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                return "utf-16", False
+            if b"\0" in start:
+                return ("utf-16-le" if start[1:2] == b"\0" else "utf-16-be"), False
+            try:
+                for chunk in iter(functools.partial(file.read, 2**20), b""):
+                    decoder.decode(chunk)
+                decoder.decode(b"", final=True)
+            except UnicodeDecodeError:
+                file.seek(0)
+                encoding = _guess_encoding(file.read())
+                return encoding, encoding == "utf-8"
+        return ("utf-8-sig" if start.startswith(codecs.BOM_UTF8) else "utf-8"), False
+
+    def _find_layout(self) -> str:
+        with self._text() as text:
+            filled = itertools.chain(filter(str.strip, text), ("", ""))
+            first, second = itertools.islice(filled, 2)
+        if not second:
+            is_array = first.lstrip("\ufeff \t").startswith("[")
+            return "document" if is_array or self._name.lower().endswith(".json") else "lines"
+        if not _is_cut_off(first):
+            return "lines"
+        return "lines" if _is_json(second) and not first.rstrip().endswith("[") else "document"
+
+    def _text(self, *, bom: bool = False) -> IO[str]:
+        """The text, without its byte-order mark unless that is asked for; bytes that don't belong
+        in it are lone surrogates."""
+        encoding = self.encoding.removesuffix("-sig") if bom else self.encoding
+        errors = "surrogateescape" if self._damaged else "strict"
+        return io.TextIOWrapper(self._open(), encoding, errors=errors, newline="\n")
+
+    def _read_lines(self) -> Iterator[Record]:
+        with self._text(bom=True) as text:
+            for number, raw in enumerate(text, 1):
+                value, faults = _read_line(raw, damaged=self._damaged)
+                where = f"{self.path}:{number}"
+                yield Record(f"{self._stem}-{number}", where, value, number, raw, faults)
+
+    def _read_document(self) -> Iterator[Record]:
+        with self._text() as file:
+            text = file.read()
+        values: list[tuple[int, Any]] = []
+        at, fault = 0, None
+        if self._damaged and (bad := re.search("[\udc80-\udcff]", text)):
+            at, fault = bad.start(), _Problem("encoding")
+        try:
+            while fault is None and (at := _after_gap(text, at)) < len(text):
+                value, end = _JSON.raw_decode(text, at)
+                values.append((at, value))
+                at = end
+        except (ValueError, RecursionError) as error:
+            at = getattr(error, "pos", at)
+            fault = _Problem("invalid_json", None, (printable(error)[:100],))
+        if fault is not None:
+            line = text.count("\n", 0, at) + 1
+            yield Record(self._stem, f"{self.path}:{line}", None, line, "", (fault,))
+        elif len(values) == 1:
+            for name, value in _members(values[0][1]):
+                where = f"{self.path}[{name}]" if name else str(self.path)
+                yield Record(f"{self._stem}-{name}" if name else self._stem, where, value)
+        else:
+            for number, (at, value) in enumerate(values, 1):
+                where = f"{self.path}:{text.count(chr(10), 0, at) + 1}"
+                yield Record(f"{self._stem}-{number}", where, value)
+
+    def _read_csv(self) -> Iterator[Record]:
+        csv.field_size_limit(2**31 - 1)  # a cell may hold a whole dialogue
+        with self._text() as text:
+            rows = csv.DictReader(text)
+            line = 2
+            for number, row in enumerate(rows, 1):
+                cells = {key: cell for key, cell in row.items() if key and cell}
+                yield Record(f"{self._stem}-{number}", f"{self.path}:{line}", cells, line)
+                line = rows.line_num + 1
+
+    def _read_parquet(self) -> Iterator[Record]:
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            with self._open() as file:
+                batches = pyarrow.parquet.ParquetFile(file).iter_batches()
+                rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+                for number, row in enumerate(rows, 1):
+                    where = f"{self.path}:{number}"
+                    yield Record(f"{self._stem}-{number}", where, _without_none(row), number)
+        except pyarrow.ArrowException as error:
+            raise DataError(
+                f"{self.path}: Parquetとして読めません（{printable(error)}）。"
+            ) from error
+
+    @property
+    def _stem(self) -> str:
+        return self._name.rpartition(".")[0] or self._name
 
 
-@contextlib.contextmanager
-def _gc_paused() -> Iterator[None]:
-    """Millions of small objects that all stay are made here: collecting would only cost time."""
-    enabled = gc.isenabled()
-    gc.disable()
+_JSON = json.JSONDecoder()
+_JSON_GAP = re.compile(r"[\s,]*")
+
+
+def _after_gap(text: str, start: int) -> int:
+    """Where the next value begins, after blanks and commas."""
+    gap = _JSON_GAP.match(text, start)
+    return gap.end() if gap else start
+
+
+def _guess_encoding(content: bytes) -> str:
+    """The codec of text that isn't UTF-8: a Japanese one that all of it can be, unless more of
+    its lines are UTF-8 than not."""
+    foreign = [line for line in content.split(b"\n") if not line.isascii()]
+    if sum(map(_is_utf8, foreign)) * 2 > len(foreign):
+        return "utf-8"
+    readings = {}
+    for encoding in ("cp932", "euc_jp"):
+        with contextlib.suppress(UnicodeDecodeError):
+            readings[encoding] = content.decode(encoding)
+    # What one codec takes for kana of half width, or for characters of nobody's, the other reads.
+    strange = {name: len(_STRANGE.findall(text)) for name, text in readings.items()}
+    sure = [name for name, text in readings.items() if not _NOBODYS.search(text)]
+    return min(sure, key=lambda name: strange[name], default="utf-8")
+
+
+_STRANGE = re.compile("[\uff61-\uff9f]")
+_NOBODYS = re.compile("[\x80-\x9f\ue000-\uf8ff]")
+
+
+def _is_utf8(line: bytes) -> bool:
     try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
-def _with_unique_ids(dialogues: list[Dialogue]) -> list[Dialogue]:
-    """Where different dialogues share an id, add a part of the digest, whatever their order."""
-    distinct = {(dialogue.id, dialogue.digest) for dialogue in dialogues}
-    shared = {id_ for id_, n in collections.Counter(id_ for id_, _ in distinct).items() if n > 1}
-    return [
-        replace(dialogue, id=f"{dialogue.id}#{dialogue.digest[:8]}")
-        if dialogue.id in shared
-        else dialogue
-        for dialogue in dialogues
-    ]
+def _is_json(text: str) -> bool:
+    """Whether a line is one JSON value."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
-# What a source yields: an id for a record without one, where it stands, and the record itself
-# or the error that reading it gave.
-SourceRecord = tuple[str, str, object]
+def _is_cut_off(line: str) -> bool:
+    """Whether a line begins a JSON value that goes on after it."""
+    text = line.strip().removeprefix("\ufeff")
+    try:
+        _JSON.raw_decode(text)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(text)
+    except RecursionError:
+        return False
+    return False
 
 
-def _records(source: str, revision: str | None) -> Iterator[SourceRecord]:
+def _read_line(raw: str, *, damaged: bool) -> tuple[Any, tuple[_Problem, ...]]:
+    """The value of a line of JSON, and what is wrong with how it stands."""
+    text = raw.strip()
+    faults: tuple[_Problem, ...] = ()
+    if text.startswith("\ufeff"):
+        text, faults = text.removeprefix("\ufeff").lstrip(), (_Problem("bom"),)
+    if not text:
+        return None, (*faults, _Problem("blank_line"))
+    if damaged and re.search("[\udc80-\udcff]", text):
+        return None, (*faults, _Problem("encoding"))
+    try:
+        return json.loads(text), faults
+    except (ValueError, RecursionError) as error:
+        if text.endswith(",") and _is_json(text[:-1]):
+            return json.loads(text[:-1]), (*faults, _Problem("trailing_comma"))
+        return None, (*faults, _Problem("invalid_json", None, (printable(error)[:100],)))
+
+
+def _members(value: Any) -> list[tuple[str, Any]]:
+    """The records that a JSON document holds, by their number or name; one that is a record
+    itself has no name."""
+    if isinstance(value, list):
+        return [(str(number), item) for number, item in enumerate(value, 1)]
+    if not isinstance(value, dict) or find_form(value) is not None:
+        return [("", value)]
+    lists = {
+        key: item for key, item in value.items() if isinstance(item, list) and _are_records(item)
+    }
+    if lists:
+        return [
+            (f"{key}-{number}" if len(lists) > 1 else str(number), item)
+            for key, items in lists.items()
+            for number, item in enumerate(items, 1)
+        ]
+    if value and _are_records(list(value.values())):
+        return list(value.items())
+    return [("", value)]
+
+
+def _are_records(values: Sequence[Any]) -> bool:
+    return bool(values) and all(find_form(value) or _is_turn_row(value) for value in values)
+
+
+def _joined(records: Iterable[Record]) -> Iterator[Record]:
+    """The records; where those of a file are single turns, the dialogues that they make.
+
+    Turns of one dialogue share an id, however they are mixed; without ids a file is one dialogue.
+    """
+    records = iter(records)
+    first = next(records, None)
+    if first is None or first.value is None or not _is_turn_row(first.value):
+        yield from itertools.chain(filter(None, (first,)), records)
+        return
+    key = next((key for key in DIALOGUE_IDS if key in first.value), None)
+    dialogues: dict[str, tuple[Record, list[Any]]] = {}
+    for record in itertools.chain((first,), records):
+        if record.value is None or not _is_turn_row(record.value):
+            yield record
+            continue
+        name = str(record.value.get(key)) if key else ""
+        dialogues.setdefault(name, (record, []))[1].append(record.value)
+    for name, (opening, turns) in dialogues.items():
+        yield opening._replace(value={"dialogue": turns, **({"id": name} if key else {})})
+
+
+def _is_turn_row(value: Any) -> bool:
+    """Whether a record is one turn of a dialogue."""
+    return (
+        isinstance(value, Mapping)
+        and _find_key(value, SPEAKER_KEYS) is not None
+        and isinstance(value.get(_find_key(value, TEXT_KEYS)), str)
+        and find_form(value) is None
+    )
+
+
+def _find_key(turn: Mapping[str, Any], keys: Sequence[str]) -> str | None:
+    return next((key for key in keys if turn.get(key) is not None), None)
+
+
+def _records(source: str, revision: str | None) -> Iterator[Record]:
     path = Path(source).expanduser()
     if path.is_dir():
         return _folder_records(path)
@@ -1317,86 +1647,51 @@ def _records(source: str, revision: str | None) -> Iterator[SourceRecord]:
         return _file_records(path)
     if _looks_like_path(source):
         raise DataError(
-            f"データがありません: {source}。フォルダー、JSON・JSONL・Parquetファイル、"
+            f"データがありません: {source}。フォルダー、JSON・JSONL・CSV・Parquetファイル、"
             f"またはHugging Face Hubの名前（例: {DEFAULT_DATASET}）を指定してください。"
         )
     return _hub_records(source, revision)
 
 
-def _folder_records(folder: Path) -> Iterator[SourceRecord]:
-    for path in sorted(folder.iterdir()):
-        if _is_data_file(path.relative_to(folder)):
-            yield from _file_records(path)
+def _folder_records(folder: Path) -> Iterator[Record]:
+    """The records of all data files in a folder and its subfolders, hidden ones left out."""
+    passed_over = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if name.startswith("."):
+                continue
+            if _is_data_file(name):
+                yield from _file_records(Path(place, name))
+            else:
+                passed_over.append(str(Path(place, name).relative_to(folder)))
+    if passed_over:
+        shown = "、".join(map(printable, passed_over[:5])) + " ほか" * (len(passed_over) > 5)
+        logger.info("データでないファイル%s件は読みません: %s", f"{len(passed_over):,}", shown)
 
 
-def _is_data_file(path: Path) -> bool:
-    return (
-        path.suffix in (".json", ".jsonl", ".parquet")
-        and not any(part.startswith(".") for part in path.parts)
-        and path.name != "dataset_infos.json"  # the Hub's own, about a data set
-    )
+def _file_records(path: Path) -> Iterator[Record]:
+    """The records of a file; one that can't be read is one record, whose value is the error."""
+    try:
+        yield from _joined(RecordFile(path))
+    except DataError as error:
+        yield Record(path.stem, str(path), error)
+
+
+def _is_data_file(name: str) -> bool:
+    if name == "dataset_infos.json":  # the Hub's own, about a data set
+        return False
+    return name.lower().removesuffix(".gz").endswith(DATA_SUFFIXES)
 
 
 def _looks_like_path(source: str) -> bool:
     """True unless ``source`` has the form of a Hub name (``name`` or ``owner/name``)."""
     return (
-        source.startswith((".", "/", "~", os.sep))
-        or source.count("/") > 1
-        or Path(source).suffix in (".json", ".jsonl", ".parquet")
+        source.startswith((".", "/", "~", os.sep)) or source.count("/") > 1 or _is_data_file(source)
     )
 
 
-def _file_records(path: Path) -> Iterator[SourceRecord]:
-    if path.suffix == ".parquet":
-        yield from _parquet_records(path)
-        return
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        yield (path.stem, str(path), DataError(f"{path}: 読めません（{error.strerror}）。"))
-        return
-    content = content.removeprefix(codecs.BOM_UTF8)
-    if path.suffix == ".jsonl":
-        for number, line in enumerate(content.split(b"\n"), 1):
-            if line.strip():
-                yield (f"{path.stem}-{number}", f"{path}:{number}", _parse_json(line, path, number))
-        return
-    value = _parse_json(content, path, 1)
-    if isinstance(value, list):
-        for number, row in enumerate(value, 1):
-            yield f"{path.stem}-{number}", f"{path}[{number}]", row
-    else:
-        yield path.stem, str(path), value
-
-
-def _parse_json(content: bytes, path: Path, line: int) -> object:
-    """The parsed value, or the :class:`DataError` that says what is wrong with it."""
-    try:
-        return json.loads(content.decode())
-    except UnicodeDecodeError as error:
-        line += content.count(b"\n", 0, error.start)
-        return DataError(f"{path}:{line}: UTF-8ではありません。")
-    except (ValueError, RecursionError) as error:
-        line += getattr(error, "lineno", 1) - 1
-        return DataError(
-            f"{path}:{line}: JSONとして読めません（{printable(error)}）。"
-            "1行に1件のJSONなら拡張子を .jsonl にしてください。"
-        )
-
-
-def _parquet_records(path: Path) -> Iterator[SourceRecord]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches()
-        for number, row in enumerate(itertools.chain.from_iterable(b.to_pylist() for b in batches)):
-            yield f"{path.stem}-{number + 1}", f"{path}:{number + 1}", row
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path}: Parquetとして読めません（{printable(error)}）。") from error
-
-
-def _hub_records(name: str, revision: str | None) -> Iterator[SourceRecord]:
+def _hub_records(name: str, revision: str | None) -> Iterator[Record]:
     """Records of a Hub data set by the first of three ways that works.
 
     ``load_dataset`` fails on KokoroChat's JSON, whose review fields are null in most files and
@@ -1426,21 +1721,18 @@ def _hub_records(name: str, revision: str | None) -> Iterator[SourceRecord]:
             continue
         for split, rows in loaded.items():
             for number, row in enumerate(rows):
-                yield f"{split}-{number}", f"{name}:{split}[{number}]", row
+                where = f"{name}:{split}[{number}]"
+                yield Record(f"{split}-{number}", where, _without_none(row), part=PARTS.get(split))
         return
     try:
         folder = huggingface_hub.snapshot_download(
             name, repo_type="dataset", revision=revision, allow_patterns=["*.json", "*.jsonl"]
         )
-        root = Path(folder)
-        files = sorted(p for p in root.rglob("*.json*") if _is_data_file(p.relative_to(root)))
         records = [
-            (id_, where.replace(folder, f"{name}:", 1).replace(":/", ":", 1), record)
-            for id_, where, record in itertools.chain.from_iterable(map(_file_records, files))
+            record._replace(where=record.where.replace(folder, f"{name}:", 1).replace(":/", ":", 1))
+            for record in _folder_records(Path(folder))
         ]
-        if not any(
-            isinstance(r, Mapping) and ("dialogue" in r or "messages" in r) for *_, r in records
-        ):
+        if not any(find_form(record.value) for record in records):
             raise FileNotFoundError("対話のJSONファイルがありません")
     except (OSError, ValueError, RuntimeError) as error:
         failures.append(f"JSONファイル: {_reason(error)}")
@@ -1471,46 +1763,203 @@ def _reason(error: Exception) -> str:
     return f"{type(told).__name__}: {printable(told)[:300]}"
 
 
-def parse_dialogue(record: object, *, fallback_id: str, source: str) -> Dialogue:
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
+
+
+# ── Reading: what it says ────────────────────────────────────────────────────────────────────
+
+SPEAKER_KEYS = ("role", "speaker", "from", "interlocutor_id")
+TEXT_KEYS = ("utterance", "content", "value", "text")
+DIALOGUE_IDS = ("id", "dialogue_id", "conversation_id")
+SYSTEM_KEYS = ("system", "instructions")
+
+
+@dataclass(frozen=True)
+class Speakers:
+    """Who of a dialogue is the assistant and who the user, where :data:`ROLES` doesn't tell.
+
+    Names as the data has them, or ``first`` and ``second`` for whoever speaks first and second
+    in each dialogue. Where one side alone is named, everybody else is the other.
+    """
+
+    assistant: tuple[str, ...] = ()
+    user: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.assistant or self.user)
+
+    def roles(self, found: Iterable[object]) -> dict[object, str | None]:
+        """The role of each speaker, who stand in the order of their first turns; ``None`` where
+        it can't be known."""
+        roles = {name: _known_role(name) for name in found}
+        if not self:
+            return roles
+        people = [name for name, role in roles.items() if role != "system"]
+        places = dict(zip(people, ("first", "second"), strict=False))
+        other = None if self.assistant and self.user else "user" if self.assistant else "assistant"
+        for name in people:
+            names = {str(name).strip(), places.get(name)}
+            if not names.isdisjoint(self.assistant):
+                roles[name] = "assistant"
+            else:
+                roles[name] = other if names.isdisjoint(self.user) else "user"
+        return roles
+
+
+def _known_role(name: object) -> str | None:
+    """The role that a speaker's name alone tells, however it is written."""
+    if not isinstance(name, str):
+        return None
+    if name in ROLES:
+        return ROLES[name]
+    folded = unicodedata.normalize("NFKC", name).strip().casefold()
+    return folded if folded in CHAT_ROLES else ROLES.get(folded)
+
+
+class Conversation(NamedTuple):
+    """What a record says: turns, or a chat in the service's form; and the instruction above it."""
+
+    turns: tuple[tuple[Role, str], ...] = ()
+    chat: dict[str, Any] | None = None
+    system: str | None = None
+
+
+class Reading:
+    """How the records of one source are read, and what there is to say of all of them after.
+
+    ``forms`` counts the records of each form, ``notes`` what was left out or read otherwise than
+    it was written, by what is said of it and its name; ``heard`` counts the dialogues of each
+    speaker who isn't known by name.
+    """
+
+    def __init__(self, speakers: Speakers | None = None) -> None:
+        self.speakers = speakers or Speakers()
+        self.forms: collections.Counter[str] = collections.Counter()
+        self.notes: collections.Counter[tuple[str, str]] = collections.Counter()
+        self.heard: collections.Counter[str] = collections.Counter()
+
+    def roles(self, found: Iterable[object]) -> dict[object, str | None]:
+        """The role of each speaker of a dialogue; who isn't known by name is remembered."""
+        roles = self.speakers.roles(found)
+        for name in roles:
+            if name not in ROLES and _known_role(name) is None:
+                self.heard[printable(name)] += 1
+        return roles
+
+    def require_speakers(self) -> None:
+        """Raise :class:`UnknownRole` where a name that was given belongs to nobody."""
+        given = {*self.speakers.assistant, *self.speakers.user} - {"first", "second"}
+        if missing := given - self.heard.keys() - ROLES.keys() - CHAT_ROLES:
+            raise UnknownRole(
+                f"「{'、'.join(sorted(missing))}」という話者はデータにありません。"
+                f"{_speakers_line(self.heard)}"
+            )
+
+    def tell(self) -> None:
+        """Log what was read, and once each what was left out or changed."""
+        for form, count in self.forms.items():
+            logger.info("読んだ形: %s（%s件）", form, f"{count:,}")
+        for (said, name), count in self.notes.items():
+            logger.warning("%s: %s（%s件）", said, name, f"{count:,}")
+
+
+def _speakers_line(heard: Mapping[str, int]) -> str:
+    shown = "、".join(f"{name}（{count:,}件）" for name, count in list(heard.items())[:10])
+    more = "、ほか" if len(heard) > 10 else ""
+    return (
+        f"見つかった話者: {shown or 'なし'}{more}。応答を学習する話者を "
+        "--assistant NAME（対話ごとに先に話す人なら first、次に話す人なら second）か、"
+        "相手を --user NAME で指定してください。"
+    )
+
+
+class Form(NamedTuple):
+    """A form in which records are found, known by keys that all hold something.
+
+    ``refused`` says what a form is for that isn't training data of this kind.
+    """
+
+    name: str
+    keys: tuple[str, ...]
+    read: Callable[[Mapping[str, Any], Reading, str], Conversation]
+    refused: str = ""
+
+
+def find_form(record: object) -> Form | None:
+    """The first of :data:`FORMS` that a record has, ``None`` for none."""
+    if not isinstance(record, Mapping):
+        return None
+    return next(
+        (form for form in FORMS if all(record.get(key) is not None for key in form.keys)), None
+    )
+
+
+def parse_dialogue(
+    record: object, *, fallback_id: str, source: str, reading: Reading | None = None
+) -> Dialogue:
     """Make a :class:`Dialogue` of one raw record; :func:`dialogue_row` is its inverse.
 
-    ``record`` holds its turns under ``dialogue`` (KokoroChat), each with ``role`` and
-    ``utterance`` (or ``content``), or ``messages`` in the service's own form, which pass
-    unchanged. The id is the record's ``id``, else KokoroChat's ``evaluation_id``, else
-    ``fallback_id``. Raises :class:`DataError`, and :class:`UnknownRole` for a role that is not
-    in :data:`ROLES` (or, of a message, in :data:`CHAT_ROLES`).
+    The record has one of :data:`FORMS`, or is a list of turns. The id is the record's ``id``,
+    ``dialogue_id`` or ``conversation_id``, else KokoroChat's ``evaluation_id``, else
+    ``fallback_id``. What there is to say of all records is counted in ``reading``. Raises
+    :class:`DataError`, and :class:`UnknownRole` for a speaker whose role can't be known.
     """
+    reading = reading or Reading()
+    if isinstance(record, list):
+        record = {"dialogue": record}
     if not isinstance(record, Mapping):
         raise DataError(f"{source}: 対話はJSONオブジェクトでなければなりません。")
     review_en = _mapping(record, "review_by_client_en", source)
-    dialogue_id = record.get("id")
-    if dialogue_id is None:
-        dialogue_id = review_en.get("evaluation_id", fallback_id)
-    dialogue_id = str(dialogue_id)
-    turns: tuple[tuple[Role, str], ...] = ()
-    chat: dict[str, Any] | None = None
-    if record.get("dialogue") is None and record.get("messages") is not None:
-        chat = _read_chat(record, dialogue_id, source)
-    else:
-        turns = tuple(_read_turns(record.get("dialogue"), dialogue_id, source))
+    key = _find_key(record, DIALOGUE_IDS)
+    dialogue_id = str(record[key] if key else review_en.get("evaluation_id", fallback_id))
+    place = f"{source}: 対話「{printable(dialogue_id)}」"
+    form = find_form(record)
+    if form is None:
+        raise DataError(
+            f"{source}: 対話の本文（dialogue や messages など）がありません。"
+            f"あるキー: {printable('、'.join(map(str, record))) or 'なし'}"
+        )
+    if form.refused:
+        raise OtherPurpose(
+            f"{source}: {form.refused}のデータです（あるキー: {'、'.join(form.keys)}）。"
+            "教師あり学習のデータ（messages など）を指定してください。"
+        )
+    said = form.read(record, reading, place)
+    reading.forms[form.name] += 1
+    if said.chat is None:
+        _note_left_out(record, form, reading)
     try:
-        content = _encode_json(chat) if chat else "\0".join(itertools.chain.from_iterable(turns))
+        content = "\0".join(itertools.chain.from_iterable(said.turns))
+        if said.chat is not None:
+            content = _encode_sorted(said.chat)
+        if said.system:
+            content = f"{said.system}\0\0{content}"
         digest = hashlib.sha256(content.encode()).hexdigest()
     except (ValueError, TypeError) as error:
         raise DataError(
-            f"{source}: 対話「{dialogue_id}」にUTF-8で表せない文字（対になっていないサロゲートや"
-            "NaN）が含まれています。"
+            f"{place}にUTF-8で表せない文字（対になっていないサロゲートやNaN）が含まれています。"
         ) from error
     return Dialogue(
         id=dialogue_id,
         source=source,
-        turns=turns,
+        turns=said.turns,
         digest=digest,
         topic=_mapping(record, "topic", source),
         review_jp=_mapping(record, "review_by_client_jp", source),
         review_en=review_en,
-        chat=chat,
+        chat=said.chat,
+        system=said.system,
     )
+
+
+def _note_left_out(record: Mapping[str, Any], form: Form, reading: Reading) -> None:
+    """Count the texts of a record that no file will hold."""
+    for key in record.keys() - _USED_KEYS - set(form.keys):
+        if isinstance(record[key], str):
+            reading.notes["学習データに使わない項目", printable(key)] += 1
 
 
 def _mapping(record: Mapping[str, Any], key: str, source: str) -> Mapping[str, Any]:
@@ -1525,64 +1974,243 @@ def _mapping(record: Mapping[str, Any], key: str, source: str) -> Mapping[str, A
     return {k: v.isoformat() if isinstance(v, datetime) else v for k, v in value.items()}
 
 
-def _read_turns(turns: object, dialogue_id: str, source: str) -> Iterator[tuple[Role, str]]:
-    if not isinstance(turns, Sequence) or isinstance(turns, str):
-        raise DataError(f"{source}: 対話の本文（dialogue か messages の配列）がありません。")
-    for number, turn in enumerate(turns, 1):
+def _rows_of(record: Mapping[str, Any], key: str, place: str) -> list[Any]:
+    """A list under ``key``, also as JSON text, or as a table of columns (Parquet, a Dataset)."""
+    value = record[key]
+    if isinstance(value, str):
         try:
-            role = ROLES.get(turn["role"]) or _role_of(turn["role"])
-            text = (turn["utterance"] if "utterance" in turn else turn["content"]).strip()
-        except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"{source}: 対話「{dialogue_id}」の{number}番目の発話に文字列の role と "
-                "utterance がありません。"
-            ) from error
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{place}の {key} がJSONの配列として読めません。") from error
+    if isinstance(value, Mapping) and value and all(isinstance(v, list) for v in value.values()):
+        rows = itertools.zip_longest(*value.values())
+        value = [_without_none(dict(zip(value, row, strict=True))) for row in rows]
+    if not isinstance(value, list):
+        raise DataError(f"{place}の {key} は配列でなければなりません。")
+    return value
+
+
+def _system_of(record: Mapping[str, Any]) -> str:
+    """The instruction that stands beside a conversation."""
+    texts = [record[key] for key in SYSTEM_KEYS if isinstance(record.get(key), str)]
+    return "\n".join(filter(str.strip, texts))
+
+
+def _read_turns(record: Mapping[str, Any], reading: Reading, place: str) -> Conversation:
+    key = next(key for key in TURN_FORMS if record.get(key) is not None)
+    turns = _rows_of(record, key, place)
+    opening = turns[0] if turns and isinstance(turns[0], Mapping) else {}
+    name_key = _find_key(opening, SPEAKER_KEYS) or SPEAKER_KEYS[0]
+    text_key = _find_key(opening, TEXT_KEYS) or TEXT_KEYS[0]
+    if key != "dialogue" and (name_key, text_key) == ("role", "content"):
+        return _read_chat({**record, "messages": turns}, reading, place)
+    number = 0
+    try:
+        names = []
+        for number, turn in enumerate(turns, 1):  # noqa: B007  # the error tells it
+            names.append((turn[name_key], turn[text_key].strip()))
+        roles = reading.roles(dict.fromkeys(name for name, _ in names))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{place}の{number}番目の発話に文字列の {name_key} と {text_key} がありません"
+            f"（あるキー: {printable('、'.join(map(str, opening))) or 'なし'}）。"
+        ) from error
+    if not _TURN_ROLES.issuperset(roles.values()):
+        number = next(n for n, (name, _) in enumerate(names, 1) if roles[name] not in _TURN_ROLES)
+        name = printable(names[number - 1][0])
+        raise UnknownRole(
+            f"{place}の{number}番目の発話の話者（{name_key}）「{name}」が分かりません。"
+            f"あるキー: {printable('、'.join(map(str, record)))}。"
+        )
+    said = [(roles[name], text) for name, text in names if text]
+    instructions = [text for role, text in said if role == "system"]
+    if instructions:
+        said = [turn for turn in said if turn[0] != "system"]
+    return Conversation(
+        turns=cast("tuple[tuple[Role, str], ...]", tuple(said)),
+        system="\n".join(filter(None, (_system_of(record), *instructions))) or None,
+    )
+
+
+_TURN_ROLES = frozenset({"system", "user", "assistant"})
+
+
+def _read_pair(record: Mapping[str, Any], reading: Reading, place: str) -> Conversation:
+    """A question and its answer, each a text or (TRL) a list of messages."""
+    form = cast("Form", find_form(record))
+    question, answer = (record[key] for key in form.keys)
+    if isinstance(question, list) and isinstance(answer, list):
+        return _read_chat({**record, "messages": [*question, *answer]}, reading, place)
+    more = record.get("input") if "instruction" in form.keys else None
+    texts = (question, more or "", answer)
+    if not all(isinstance(text, str) for text in texts):
+        raise DataError(f"{place}の {'、'.join(form.keys)} は文字列でなければなりません。")
+    asked = "\n".join(filter(str.strip, texts[:2]))
+    turns: tuple[tuple[Role, str], ...] = (("user", asked), ("assistant", answer))
+    said = tuple(turn for turn in turns if turn[1].strip())
+    return Conversation(turns=said, system=_system_of(record) or None)
+
+
+def _read_chat(record: Mapping[str, Any], reading: Reading, place: str) -> Conversation:
+    messages = []
+    for number, message in enumerate(_rows_of(record, "messages", place), 1):
+        # A Dataset holds as JSON text what has no column's type.
+        try:
+            read = json.loads(message) if isinstance(message, str) else _without_none(message)
+        except (ValueError, RecursionError):
+            read = None
+        if not isinstance(read, Mapping):
+            raise DataError(f"{place}の{number}番目が発話の形ではありません。")
+        messages.append(dict(read))
+    names = [message.get("role") for message in messages]
+    roles = reading.roles(dict.fromkeys(name for name in names if isinstance(name, str)))
+    for number, (name, message) in enumerate(zip(names, messages, strict=True), 1):
+        role = roles.get(name) if isinstance(name, str) else None
         if role is None:
             raise UnknownRole(
-                f"{source}: 対話「{dialogue_id}」の{number}番目の発話の話者"
-                f"「{printable(turn['role'])}」が分かりません。使える話者: {'、'.join(ROLES)}"
+                f"{place}の{number}番目の role「{printable(name)}」が分かりません。"
+                f"あるキー: {printable('、'.join(map(str, record)))}。"
             )
-        if text:
-            yield role, text
+        if role != name:
+            reading.notes["roleの書き方を直して読みます", f"「{name}」→{role}"] += 1
+            message["role"] = role
+    chat = {key: record[key] for key in LINE_KEYS & record.keys() if record[key] is not None}
+    chat["messages"] = messages
+    return Conversation(chat=chat)
 
 
-def _read_chat(record: Mapping[str, Any], dialogue_id: str, source: str) -> dict[str, Any]:
-    messages = record["messages"]
-    if not isinstance(messages, list):
-        raise DataError(f"{source}: messages は配列でなければなりません。")
-    # A Dataset gives every struct all keys of its column; what it can't hold is JSON text there.
+# The keys that hold turns, each with the name of its form.
+TURN_FORMS = {
+    "dialogue": "dialogue（KokoroChatの形）",
+    "utterances": "utterances",
+    "turns": "turns",
+    "conversations": "conversations（ShareGPTの形）",
+    "conversation": "conversation",
+    "dialog": "dialog",
+}
+FORMS = (
+    Form("Batch API", ("custom_id", "body"), _read_chat, "Batch APIの入力"),
+    Form("DPO", ("preferred_output",), _read_chat, "選好（DPO）の学習"),
+    Form("DPO", ("chosen", "rejected"), _read_chat, "選好（DPO）の学習"),
+    Form("RFT", ("messages", "reference_answer"), _read_chat, "強化学習（RFT）"),
+    *(Form(name, (key,), _read_turns) for key, name in TURN_FORMS.items()),
+    Form("messages", ("messages",), _read_chat),
+    Form("prompt / completion", ("prompt", "completion"), _read_pair),
+    Form("instruction / output（Alpacaの形）", ("instruction", "output"), _read_pair),
+    Form("question / answer", ("question", "answer"), _read_pair),
+)
+# What is used besides: ids, the instruction, and what KokoroChat tells of a dialogue.
+_USED_KEYS = frozenset(
+    (*DIALOGUE_IDS, *SYSTEM_KEYS, "input", "topic", "review_by_client_jp", "review_by_client_en")
+)
+
+
+def read_dialogues(
+    source: str,
+    *,
+    revision: str | None = None,
+    speakers: Speakers | None = None,
+    skip_unreadable: bool = False,
+) -> list[Dialogue]:
+    """Read every dialogue of ``source``: a folder, a data file, or a Hub name.
+
+    A folder is read with its subfolders: every file of :data:`DATA_SUFFIXES`, also as ``.gz``.
+    A name that is no path is fetched from the Hub at ``revision``, all its splits. The forms
+    are :data:`FORMS`; ``speakers`` says whose the turns are where the data don't.
+
+    A file, line or row that can't be read or isn't a dialogue is named in the log and left out.
+    Raises :class:`DataError` where these are more than 1 % (unless ``skip_unreadable``), or
+    where there is no dialogue; :class:`UnknownRole` for speakers whose roles can't be known and
+    :class:`OtherPurpose` for files that are for another kind of training.
+    """
+    reading = Reading(speakers)
+    with _gc_paused():
+        dialogues, unreadable = _parse_records(_records(source, revision), reading)
+    total = len(dialogues) + len(unreadable)
+    for problem in unreadable if skip_unreadable else unreadable[:10]:
+        logger.warning("除外: %s", problem)
+    if len(unreadable) > MAX_UNREADABLE_SHARE * total and not skip_unreadable:
+        raise DataError(
+            f"{source}: {total:,}件のうち{len(unreadable):,}件が対話として読めません（1%を超えた"
+            f"ため中止。除いて進めるには --skip-unreadable）。最初の理由: {unreadable[0]}"
+        )
+    if unreadable:
+        logger.warning("対話として読めない%s件を除きました。", f"{len(unreadable):,}")
+    if not dialogues:
+        raise DataError(f"対話が1件もありません: {source}。中身と指定を確認してください。")
+    reading.tell()
+    return _with_unique_ids(dialogues)
+
+
+def _parse_records(
+    records: Iterable[Record], reading: Reading
+) -> tuple[list[Dialogue], list[DataError]]:
+    """The dialogues, and why the other records are none. Raises :class:`UnknownRole` after all
+    is read, so that it can name all speakers."""
+    dialogues: list[Dialogue] = []
+    unreadable: list[DataError] = []
+    unknown: UnknownRole | None = None
+    for record in records:
+        try:
+            if (error := _record_error(record, reading)) is not None:
+                unreadable.append(error)
+            elif record.value is not None:
+                dialogues.append(
+                    parse_dialogue(
+                        record.value,
+                        fallback_id=record.fallback_id,
+                        source=record.where,
+                        reading=reading,
+                    )
+                )
+        except UnknownRole as error:
+            unknown = unknown or error
+        except OtherPurpose:
+            raise
+        except DataError as error:
+            unreadable.append(error)
+    if unknown is not None:
+        raise UnknownRole(f"{unknown}{_speakers_line(reading.heard)}") from unknown
+    reading.require_speakers()
+    return dialogues, unreadable
+
+
+def _record_error(record: Record, reading: Reading) -> DataError | None:
+    """Why a record can't be read; what is gone past instead is counted."""
+    if isinstance(record.value, DataError):
+        return record.value
+    for fault in record.faults:
+        _, text, remedy = PROBLEMS[fault.code]
+        text = text.format(*map(printable, fault.details))
+        if fault.code in MENDED_FAULTS:
+            reading.notes["直して読みます", text] += 1
+        elif fault.code != "blank_line":
+            return DataError(f"{record.where}: {text} → {remedy.format(*fault.details)}")
+    return None
+
+
+def _with_unique_ids(dialogues: list[Dialogue]) -> list[Dialogue]:
+    """Where different dialogues share an id, add a part of the digest, whatever their order."""
+    distinct = {(dialogue.id, dialogue.digest) for dialogue in dialogues}
+    shared = {id_ for id_, n in collections.Counter(id_ for id_, _ in distinct).items() if n > 1}
+    return [
+        replace(dialogue, id=f"{dialogue.id}#{dialogue.digest[:8]}")
+        if dialogue.id in shared
+        else dialogue
+        for dialogue in dialogues
+    ]
+
+
+@contextlib.contextmanager
+def _gc_paused() -> Iterator[None]:
+    """Millions of small objects that all stay are made here: collecting would only cost time."""
+    enabled = gc.isenabled()
+    gc.disable()
     try:
-        messages = [json.loads(m) if isinstance(m, str) else _without_none(m) for m in messages]
-        tools = [json.loads(t) if isinstance(t, str) else t for t in record.get("tools") or ()]
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{source}: messages か tools がJSONとして読めません。") from error
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, Mapping):
-            raise DataError(
-                f"{source}: 対話「{dialogue_id}」の{number}番目が発話の形ではありません。"
-            )
-        role = message.get("role")
-        if not isinstance(role, str) or role not in CHAT_ROLES:
-            raise UnknownRole(
-                f"{source}: 対話「{dialogue_id}」の{number}番目の role「{printable(role)}」が"
-                f"分かりません。使える role: {'、'.join(sorted(CHAT_ROLES))}"
-            )
-    chat: dict[str, Any] = {"messages": messages}
-    if tools:
-        chat["tools"] = tools
-    if record.get("parallel_tool_calls") is not None:
-        chat["parallel_tool_calls"] = record["parallel_tool_calls"]
-    return chat
-
-
-def _without_none(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, list) else value
-
-
-def _role_of(role: str) -> Role | None:
-    return ROLES.get(unicodedata.normalize("NFKC", role).strip().casefold())
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def dialogue_row(dialogue: Dialogue) -> dict[str, Any]:
@@ -1597,6 +2225,7 @@ def dialogue_row(dialogue: Dialogue) -> dict[str, Any]:
         return {"id": dialogue.id, **dialogue.chat, "messages": messages, "tools": tools}
     return {
         "id": dialogue.id,
+        **({"system": dialogue.system} if dialogue.system else {}),
         "dialogue": [{"role": role, "utterance": text} for role, text in dialogue.turns],
         "topic": dict(dialogue.topic),
         "review_by_client_jp": dict(dialogue.review_jp),
@@ -1757,8 +2386,8 @@ def to_example(dialogue: Dialogue, *, system_prompt: str | None = None) -> Examp
         messages.pop()
     if not messages:
         return None
-    if system_prompt:
-        messages.insert(0, {"role": "system", "content": system_prompt})
+    if instruction := dialogue.system or system_prompt:
+        messages.insert(0, {"role": "system", "content": instruction})
     return {"id": dialogue.id, "messages": messages}
 
 
@@ -1813,10 +2442,11 @@ def example_line(example: Example) -> str:
 def read_examples(path: str | os.PathLike[str]) -> list[Example]:
     """Read a JSONL file of examples back; the ids are ``NAME-LINE``. Raises DataError."""
     examples: list[Example] = []
-    for example_id, where, value in _file_records(Path(path)):
+    for record in RecordFile(Path(path)):
+        value = record.value
         if not isinstance(value, dict) or not isinstance(value.get("messages"), list):
-            raise DataError(f"{where}: messages の配列がありません。")
-        examples.append(cast("Example", {"id": example_id, **value}))
+            raise DataError(f"{record.where}: messages の配列がありません。")
+        examples.append(cast("Example", {"id": record.fallback_id, **value}))
     return examples
 
 
@@ -2115,72 +2745,6 @@ def estimate_cost(
 
 
 # ── Checking ─────────────────────────────────────────────────────────────────────────────────
-
-# code: (severity, what is wrong, what to do). The texts are formatted with what was found.
-PROBLEMS: dict[str, tuple[Literal["error", "warning"], str, str]] = {
-    "encoding": ("error", "UTF-8ではありません", "UTF-8で保存し直してください"),
-    "bom": ("error", "先頭にBOMがあります", "BOMなしのUTF-8で保存し直してください"),
-    "invalid_json": ("error", "JSONとして読めません（{0}）", "1行に1つのJSONを書いてください"),
-    "blank_line": ("error", "空行です", "行を削除してください"),
-    "not_object": (
-        "error",
-        "JSONオブジェクトではありません",
-        '{{"messages": [...]}} の形にしてください',
-    ),
-    "unknown_key": ("error", "使えないキー {0} があります", "キーを削除してください"),
-    "missing_messages": ("error", "messages の配列がありません", "messages を書いてください"),
-    "empty_messages": ("error", "messages が空です", "発話を書くか、行を削除してください"),
-    "unknown_role": (
-        "error",
-        "role {0} は使えません",
-        "system、user、assistant、tool のどれかにしてください",
-    ),
-    "wrong_type": ("error", "{0} の型が違います", "サービスの形式に直してください"),
-    "empty_content": ("error", "content が空です", "本文を書くか、発話を削除してください"),
-    "blank_content": ("warning", "content が空白だけです", "本文を書くか、削除してください"),
-    "no_trained_message": (
-        "error",
-        "学習する assistant の発話がありません",
-        "weight が0でない assistant の発話を加えてください",
-    ),
-    "last_not_assistant": (
-        "error",
-        "最後の発話が assistant ではありません",
-        "最後の assistant より後の発話を削除してください",
-    ),
-    "bad_weight": ("error", "weight は assistant の0か1だけです", "0か1にするか、削除してください"),
-    "special_token": (
-        "error",
-        "特殊トークンの文字列 {0} があります",
-        "取り除いてください。1行でもあるとジョブ全体が失敗します",
-    ),
-    "lone_surrogate": (
-        "error",
-        "UTF-8で表せない文字（対になっていないサロゲート）があります",
-        "その文字を取り除いてください",
-    ),
-    "too_long": (
-        "error",
-        "{0}トークンあり、上限{1}を超えた末尾は学習されません",
-        "発話の切れ目で分割してください",
-    ),
-    "too_few_examples": ("error", "学習例が{0}件しかありません", "{1}件以上にしてください"),
-    "file_too_large": ("error", "{0}MBあり、上限{1}MBを超えています", "ファイルを分けてください"),
-    "duplicate_line": ("warning", "{0}行目と同じ内容です", "重複を削除してください"),
-    "shared_conversation": (
-        "warning",
-        "学習データの{0}行目と同じ対話です",
-        "どちらかから除いてください。検証の損失が実際より良く見えます",
-    ),
-}
-
-
-class _Problem(NamedTuple):
-    """A finding before it has a place: its code, the message it is in, what was found."""
-
-    code: str
-    message_index: int | None = None
-    details: tuple[object, ...] = ()
 
 
 def _find_problems(example: object, line: str) -> list[_Problem]:
