@@ -224,11 +224,17 @@ SPLIT_NAMES: tuple[SplitName, ...] = ("train", "test", "valid")
 SplitName = Literal["train", "test", "valid"]
 Role = Literal["assistant", "user"]
 
-ROLES: dict[str, Role] = {
-    **dict.fromkeys(("counselor", "counsellor", "therapist", "assistant"), "assistant"),
+# Speakers whose role is known by name.
+ROLES: dict[str, Literal["assistant", "user", "system", "tool"]] = {
+    **dict.fromkeys(
+        ("counselor", "counsellor", "therapist", "supporter", "assistant"), "assistant"
+    ),
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "chatbot", "model", "ai"), "assistant"),
     **dict.fromkeys(("カウンセラー", "カウンセラー役", "相談員"), "assistant"),
-    **dict.fromkeys(("client", "user", "クライアント", "クライエント"), "user"),
-    **dict.fromkeys(("クライアント役", "相談者"), "user"),
+    **dict.fromkeys(("client", "seeker", "user", "human"), "user"),
+    **dict.fromkeys(("クライアント", "クライエント", "クライアント役", "相談者"), "user"),
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("tool", "function"), "tool"),
 }
 
 CHAT_ROLES = frozenset({"system", "user", "assistant", "tool"})
@@ -601,6 +607,21 @@ class SelectionOptions(TypedDict, total=False):
     group_by: Group | None
 
 
+class ReadingOptions(TypedDict, total=False):
+    """How a data set is read, as keywords of :class:`OpenAISFT`.
+
+    ``config`` is a configuration of a Hub data set. ``assistant`` and ``user`` are
+    :class:`Speakers`: a name or several. ``resplit`` draws 8:1:1 where a data set is published
+    in splits. ``skip_unreadable`` goes past whatever can't be read, more than 1 % too.
+    """
+
+    config: str | None
+    assistant: str | Sequence[str]
+    user: str | Sequence[str]
+    resplit: bool
+    skip_unreadable: bool
+
+
 class RunOptions(SelectionOptions, total=False):
     """Besides the filters, how the evaluation asks; see
     :meth:`OpenAISFT.evaluate_model_comprehensive`."""
@@ -610,6 +631,54 @@ class RunOptions(SelectionOptions, total=False):
     concurrency: int
     temperature: float
     max_tokens: int
+
+
+@dataclass(frozen=True)
+class Speakers:
+    """Who of a dialogue is the assistant and who the user, where :data:`ROLES` doesn't tell.
+
+    Names as the data has them, or ``first`` and ``second`` for whoever speaks first and second
+    in each dialogue. Where one side alone is named, everybody else is the other.
+    """
+
+    assistant: tuple[str, ...] = ()
+    user: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if both := set(self.assistant) & set(self.user):
+            raise ConfigurationError(
+                f"「{'、'.join(sorted(both))}」が assistant と user の両方に指定されています。"
+            )
+
+    def __bool__(self) -> bool:
+        return bool(self.assistant or self.user)
+
+    def roles(self, found: Iterable[object]) -> dict[object, str | None]:
+        """The role of each speaker, who stand in the order of their first turns; ``None`` where
+        it can't be known."""
+        roles = {name: _known_role(name) for name in found}
+        if not self:
+            return roles
+        people = [name for name, role in roles.items() if role != "system"]
+        places = dict(zip(people, ("first", "second"), strict=False))
+        other = None if self.assistant and self.user else "user" if self.assistant else "assistant"
+        for name in people:
+            names = {str(name).strip(), places.get(name)}
+            if not names.isdisjoint(self.assistant):
+                roles[name] = "assistant"
+            else:
+                roles[name] = other if names.isdisjoint(self.user) else "user"
+        return roles
+
+
+def _known_role(name: object) -> str | None:
+    """The role that a speaker's name alone tells, however it is written."""
+    if not isinstance(name, str):
+        return None
+    if name in ROLES:
+        return ROLES[name]
+    folded = unicodedata.normalize("NFKC", name).strip().casefold()
+    return ROLES.get(folded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -932,6 +1001,11 @@ class RunSettings:
     base_url: str | None = OPENAI_BASE_URL
     task: TaskName = "response"
     revision: str | None = None
+    config: str | None = None
+    assistant: tuple[str, ...] = ()
+    user: tuple[str, ...] = ()
+    resplit: bool = False
+    skip_unreadable: bool = False
     system_prompt: str | None = None
     long_examples: LongExamples = "split"
     max_cost_usd: float | None = None
@@ -1008,6 +1082,11 @@ class Settings(RunSettings):
     def working_at(self, run: RunSettings) -> Settings:
         """These settings at the endpoint of a run."""
         return replace(self, base_url=self.working_as(run).base_url)
+
+    @property
+    def speakers(self) -> Speakers:
+        """Who is the assistant and who the user of the data."""
+        return Speakers(self.assistant, self.user)
 
     @property
     def host(self) -> str:
@@ -1244,7 +1323,13 @@ class Prepared(NamedTuple):
 # code: (severity, what is wrong, what to do). The texts are formatted with what was found.
 PROBLEMS: dict[str, tuple[Literal["error", "warning"], str, str]] = {
     "encoding": ("error", "UTF-8ではありません", "UTF-8で保存し直してください"),
+    "foreign_encoding": (
+        "error",
+        "文字コードが{0}です",
+        "UTF-8で保存し直してください（--fix でも直せます）",
+    ),
     "bom": ("error", "先頭にBOMがあります", "BOMなしのUTF-8で保存し直してください"),
+    "trailing_comma": ("error", "行の最後に余分なコンマがあります", "コンマを削除してください"),
     "invalid_json": ("error", "JSONとして読めません（{0}）", "1行に1つのJSONを書いてください"),
     "blank_line": ("error", "空行です", "行を削除してください"),
     "not_object": (
@@ -1345,7 +1430,7 @@ class Record(NamedTuple):
 
 
 # What a reader goes past, for nothing of the record is lost by it.
-MENDED_FAULTS = frozenset({"bom", "trailing_comma"})
+MENDED_FAULTS = frozenset({"bom", "foreign_encoding", "trailing_comma"})
 
 
 class RecordFile:
@@ -1380,8 +1465,12 @@ class RecordFile:
             "csv": self._read_csv,
             "parquet": self._read_parquet,
         }
+        faults: tuple[_Problem, ...] = ()
+        if not self.encoding.startswith("utf-8") and self.encoding:
+            faults = (_Problem("foreign_encoding", None, (ENCODING_NAMES[self.encoding],)),)
         with self._telling():
-            yield from read[self.layout]()
+            for record in read[self.layout]():
+                yield record._replace(faults=faults + record.faults) if faults else record
 
     @contextlib.contextmanager
     def _telling(self) -> Iterator[None]:
@@ -1777,48 +1866,6 @@ DIALOGUE_IDS = ("id", "dialogue_id", "conversation_id")
 SYSTEM_KEYS = ("system", "instructions")
 
 
-@dataclass(frozen=True)
-class Speakers:
-    """Who of a dialogue is the assistant and who the user, where :data:`ROLES` doesn't tell.
-
-    Names as the data has them, or ``first`` and ``second`` for whoever speaks first and second
-    in each dialogue. Where one side alone is named, everybody else is the other.
-    """
-
-    assistant: tuple[str, ...] = ()
-    user: tuple[str, ...] = ()
-
-    def __bool__(self) -> bool:
-        return bool(self.assistant or self.user)
-
-    def roles(self, found: Iterable[object]) -> dict[object, str | None]:
-        """The role of each speaker, who stand in the order of their first turns; ``None`` where
-        it can't be known."""
-        roles = {name: _known_role(name) for name in found}
-        if not self:
-            return roles
-        people = [name for name, role in roles.items() if role != "system"]
-        places = dict(zip(people, ("first", "second"), strict=False))
-        other = None if self.assistant and self.user else "user" if self.assistant else "assistant"
-        for name in people:
-            names = {str(name).strip(), places.get(name)}
-            if not names.isdisjoint(self.assistant):
-                roles[name] = "assistant"
-            else:
-                roles[name] = other if names.isdisjoint(self.user) else "user"
-        return roles
-
-
-def _known_role(name: object) -> str | None:
-    """The role that a speaker's name alone tells, however it is written."""
-    if not isinstance(name, str):
-        return None
-    if name in ROLES:
-        return ROLES[name]
-    folded = unicodedata.normalize("NFKC", name).strip().casefold()
-    return folded if folded in CHAT_ROLES else ROLES.get(folded)
-
-
 class Conversation(NamedTuple):
     """What a record says: turns, or a chat in the service's form; and the instruction above it."""
 
@@ -1852,7 +1899,7 @@ class Reading:
     def require_speakers(self) -> None:
         """Raise :class:`UnknownRole` where a name that was given belongs to nobody."""
         given = {*self.speakers.assistant, *self.speakers.user} - {"first", "second"}
-        if missing := given - self.heard.keys() - ROLES.keys() - CHAT_ROLES:
+        if missing := given - self.heard.keys() - ROLES.keys():
             raise UnknownRole(
                 f"「{'、'.join(sorted(missing))}」という話者はデータにありません。"
                 f"{_speakers_line(self.heard)}"
@@ -4209,6 +4256,7 @@ def _read_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     settings |= {name: None for name in ("dataset", "base_url") if not known["settings"].get(name)}
     if settings.get("price"):
         settings["price"] = Price(**settings["price"])
+    settings |= {name: tuple(settings.get(name, ())) for name in ("assistant", "user")}
     known["settings"] = RunSettings(**settings)
     if "plan" in known:
         known["plan"] = _read_plan(known["plan"])
@@ -5415,7 +5463,12 @@ class Preparation:
                 for number, record in enumerate(example_dialogues(), 1)
             ]
         logger.info("データを読み込んでいます: %s", name)
-        dialogues = read_dialogues(name, revision=self._settings.revision)
+        dialogues = read_dialogues(
+            name,
+            revision=self._settings.revision,
+            speakers=self._settings.speakers,
+            skip_unreadable=self._settings.skip_unreadable,
+        )
         is_kokorochat = "kokorochat" in name.casefold() or bool(dialogues[0].review_en)
         if is_kokorochat and not self._licence_told:
             self._licence_told = True
@@ -6515,7 +6568,8 @@ def _check_versions() -> CheckItem:
 def _naming_the_nearest(face: type[T]) -> type[T]:
     """Let the public methods refuse a keyword that they don't know, naming the nearest that they
     do (Python does so from 3.13 on, but not where options are passed on)."""
-    passed_on = {"Unpack[RunOptions]": RunOptions, "Unpack[SelectionOptions]": SelectionOptions}
+    kinds = (ReadingOptions, RunOptions, SelectionOptions)
+    passed_on = {f"Unpack[{kind.__name__}]": kind for kind in kinds}
     for name, method in list(vars(face).items()):
         if not callable(method) or (name.startswith("_") and name != "__init__"):
             continue
@@ -6557,6 +6611,7 @@ class OpenAISFT:
     what becomes of a conversation over the service's limit of tokens: ``split`` at a turn,
     ``drop`` or ``refuse`` (DataError).
     ``price`` replaces the price table. ``client`` is a ready ``openai.OpenAI``.
+    How the data are read: :class:`ReadingOptions`.
     ``offline=True`` gives the data stages alone. ``rehearse=True`` starts a local endpoint and
     uses it, whatever key or URL is set. ``allow_no_key`` puts the question for a key off until
     it is needed, for :meth:`check` and :meth:`list_runs`.
@@ -6595,9 +6650,11 @@ class OpenAISFT:
         trust: Callable[[str], bool] | None = None,
         clock: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
+        **reading: Unpack[ReadingOptions],
     ) -> None:
         self.settings = Settings(
             **_resolve(api_key, model, base_url, dataset, output_dir, rehearse=rehearse),
+            **_resolve_reading(reading),
             poll_interval=poll_interval,
             offline=offline,
             rehearse=rehearse,
@@ -6616,6 +6673,7 @@ class OpenAISFT:
                 task=task,
                 revision=revision,
                 system_prompt=system_prompt,
+                **reading,
             ),
         )
         if not (self.settings.api_key or client or offline or allow_no_key):
@@ -7398,9 +7456,24 @@ def _resolve(
     }
 
 
-def _given(**arguments: str | None) -> frozenset[str]:
+def _resolve_reading(options: ReadingOptions) -> dict[str, Any]:
+    """:class:`ReadingOptions` as settings; one name stands for a tuple of it."""
+    names = {"assistant": _named(options.get("assistant")), "user": _named(options.get("user"))}
+    for name, values in names.items():
+        for value in values:
+            _require_filled(**{name: value})
+    _require_filled(config=options.get("config"))
+    return {**options, **names}
+
+
+def _named(names: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Names as a tuple, of which a text is one."""
+    return (names,) if isinstance(names, str) else tuple(names or ())
+
+
+def _given(**arguments: object) -> frozenset[str]:
     """The names of the arguments that have a value."""
-    return frozenset(name for name, value in arguments.items() if value is not None)
+    return frozenset(name for name, value in arguments.items() if value not in (None, (), False))
 
 
 def _read_dotenv() -> Mapping[str, str | None]:
@@ -7442,7 +7515,7 @@ def _scored_train_data(runs: Runs, model_id: str, given: Sequence[Example]) -> S
 def _require_same_split(run: Run, given: Mapping[str, Any], settings: Settings) -> None:
     """Raise :class:`ConfigurationError` where what is given would change a run's split."""
     recorded = {**asdict(run.settings), **asdict(run.known("selection"))}
-    names = ("dataset", "task", "revision", "system_prompt")
+    names = ("dataset", "task", "revision", "system_prompt", *ReadingOptions.__annotations__)
     asked = {**given, **{n: getattr(settings, n) for n in names if n in settings.given}}
     changed = [
         f"{name}: 記録 {recorded.get(name)} → 指定 {value}"
