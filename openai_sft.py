@@ -1491,12 +1491,10 @@ class RecordFile:
         """The codec, and whether some bytes don't belong in it."""
         decoder = codecs.getincrementaldecoder("utf-8")()
         with self._open() as file:
-            start = file.read(4)
+            encoding = _marked_encoding(file.read(4))
             file.seek(0)
-            if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                return "utf-16", False
-            if b"\0" in start:
-                return ("utf-16-le" if start[1:2] == b"\0" else "utf-16-be"), False
+            if encoding.startswith("utf-16"):
+                return encoding, False
             try:
                 for chunk in iter(functools.partial(file.read, 2**20), b""):
                     decoder.decode(chunk)
@@ -1505,7 +1503,7 @@ class RecordFile:
                 file.seek(0)
                 encoding = _guess_encoding(file.read())
                 return encoding, encoding == "utf-8"
-        return ("utf-8-sig" if start.startswith(codecs.BOM_UTF8) else "utf-8"), False
+        return encoding, False
 
     def _find_layout(self) -> str:
         with self._text() as text:
@@ -1579,7 +1577,7 @@ class RecordFile:
                 rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
                 for number, row in enumerate(rows, 1):
                     where = f"{self.path}:{number}"
-                    yield Record(f"{self._stem}-{number}", where, _without_none(row), number)
+                    yield Record(f"{self._stem}-{number}", where, _table_row(row), number)
         except pyarrow.ArrowException as error:
             raise DataError(
                 f"{self.path}: Parquetとして読めません（{printable(error)}）。"
@@ -1598,6 +1596,23 @@ def _after_gap(text: str, start: int) -> int:
     """Where the next value begins, after blanks and commas."""
     gap = _JSON_GAP.match(text, start)
     return gap.end() if gap else start
+
+
+def _marked_encoding(start: bytes) -> str:
+    """The codec of which the first four bytes of a text tell; UTF-8 else."""
+    if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return "utf-16"
+    if b"\0" in start:
+        return "utf-16-le" if start[1:2] == b"\0" else "utf-16-be"
+    return "utf-8-sig" if start.startswith(codecs.BOM_UTF8) else "utf-8"
+
+
+def _encoding_of(content: bytes) -> str:
+    """The codec of a whole text."""
+    encoding = _marked_encoding(content[:4])
+    if encoding.startswith("utf-8") and not _is_utf8(content):
+        return _guess_encoding(content)
+    return encoding
 
 
 def _guess_encoding(content: bytes) -> str:
@@ -1811,7 +1826,7 @@ def _hub_records(name: str, revision: str | None) -> Iterator[Record]:
         for split, rows in loaded.items():
             for number, row in enumerate(rows):
                 where = f"{name}:{split}[{number}]"
-                yield Record(f"{split}-{number}", where, _without_none(row), part=PARTS.get(split))
+                yield Record(f"{split}-{number}", where, _table_row(row), part=PARTS.get(split))
         return
     try:
         folder = huggingface_hub.snapshot_download(
@@ -1850,6 +1865,12 @@ def _reason(error: Exception) -> str:
     generic = type(error).__name__.startswith("DatasetGeneration")
     told = error.__cause__ if generic and error.__cause__ else error
     return f"{type(told).__name__}: {printable(told)[:300]}"
+
+
+def _table_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose tools have no parameters of other rows' tools: a table gives every struct all
+    keys of its column."""
+    return {**row, "tools": _without_none(row["tools"])} if row.get("tools") else row
 
 
 def _without_none(value: Any) -> Any:
@@ -2121,8 +2142,15 @@ def _read_chat(record: Mapping[str, Any], reading: Reading, place: str) -> Conve
         if role != name:
             reading.notes["roleの書き方を直して読みます", f"「{name}」→{role}"] += 1
             message["role"] = role
-    chat = {key: record[key] for key in LINE_KEYS & record.keys() if record[key] is not None}
-    chat["messages"] = messages
+    chat: dict[str, Any] = {"messages": messages}
+    if record.get("tools"):
+        tools = _rows_of(record, "tools", place)
+        try:
+            chat["tools"] = [json.loads(tool) if isinstance(tool, str) else tool for tool in tools]
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{place}の tools がJSONとして読めません。") from error
+    if record.get("parallel_tool_calls") is not None:
+        chat["parallel_tool_calls"] = record["parallel_tool_calls"]
     return Conversation(chat=chat)
 
 
@@ -7481,11 +7509,16 @@ def _read_dotenv() -> Mapping[str, str | None]:
     from dotenv import dotenv_values, find_dotenv
 
     path = find_dotenv(usecwd=True)
+    if not path:
+        return {}
+    content = Path(path).read_bytes()
+    encoding = _encoding_of(content)
     try:
-        return dotenv_values(path)
+        return dotenv_values(stream=io.StringIO(content.decode(encoding)))
     except UnicodeDecodeError as error:
         raise ConfigurationError(
-            f"{path} がUTF-8ではありません。UTF-8で保存し直してください。"
+            f"{path} を文字として読めません（{ENCODING_NAMES[encoding]}ではありません）。"
+            "UTF-8で保存し直してください。"
         ) from error
 
 

@@ -230,11 +230,31 @@ def add_data(parser: argparse.ArgumentParser) -> None:
         "--dataset",
         type=filled,
         metavar="SOURCE",
-        help="Hubの名前、JSONのフォルダー、JSON・JSONL・Parquetファイル"
+        help="Hubの名前、フォルダー、JSON・JSONL・CSV・Parquetのファイル"
         "（既定: UEC-InabaLab/KokoroChat）",
     )
     group.add_argument(
         "--revision", type=filled, metavar="REV", help="Hubのデータの版（既定: 最新）"
+    )
+    group.add_argument(
+        "--config", type=filled, metavar="NAME", help="Hubのデータの構成（複数あるとき）"
+    )
+    for flag, whose in (("--assistant", "応答を学習する"), ("--user", "その相手の")):
+        group.add_argument(
+            flag,
+            type=filled,
+            nargs="+",
+            default=(),
+            metavar="NAME",
+            help=f"{whose}話者の名前。first は先に話す人、second は次に話す人",
+        )
+    group.add_argument(
+        "--resplit", action="store_true", help="公開時の分割を使わず、全体を8:1:1に分け直す"
+    )
+    group.add_argument(
+        "--skip-unreadable",
+        action="store_true",
+        help="読めないものが1%%を超えても、名前を挙げて除いて進める",
     )
     group.add_argument(
         "--long-examples",
@@ -474,6 +494,11 @@ def connect(options: argparse.Namespace) -> OpenAISFT:
         revision=options.revision,
         system_prompt=options.system_prompt,
         long_examples=options.long_examples,
+        config=options.config,
+        assistant=options.assistant,
+        user=options.user,
+        resplit=options.resplit,
+        skip_unreadable=options.skip_unreadable,
         price=price_from(options),
         max_cost_usd=options.max_cost_usd,
         yen_per_dollar=options.yen_per_dollar,
