@@ -2076,7 +2076,10 @@ def _read_turns(record: Mapping[str, Any], reading: Reading, place: str) -> Conv
     try:
         names = []
         for number, turn in enumerate(turns, 1):  # noqa: B007  # the error tells it
-            names.append((turn[name_key], turn[text_key].strip()))
+            names.append((turn[name_key], turn[text_key]))
+        number = next((n for n, (_, text) in enumerate(names, 1) if type(text) is not str), 0)
+        if number:
+            raise TypeError
         roles = reading.roles(dict.fromkeys(name for name, _ in names))
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
@@ -2090,7 +2093,9 @@ def _read_turns(record: Mapping[str, Any], reading: Reading, place: str) -> Conv
             f"{place}の{number}番目の発話の話者（{name_key}）「{name}」が分かりません。"
             f"あるキー: {printable('、'.join(map(str, record)))}。"
         )
-    said = [(roles[name], text) for name, text in names if text]
+    if "assistant" not in roles.values() and _system_answers(names, roles):
+        roles = {name: "user" if role == "user" else "assistant" for name, role in roles.items()}
+    said = [(roles[name], text) for name, text in names if text and not text.isspace()]
     instructions = [text for role, text in said if role == "system"]
     if instructions:
         said = [turn for turn in said if turn[0] != "system"]
@@ -2101,6 +2106,14 @@ def _read_turns(record: Mapping[str, Any], reading: Reading, place: str) -> Conv
 
 
 _TURN_ROLES = frozenset({"system", "user", "assistant"})
+
+
+def _system_answers(
+    turns: Sequence[tuple[object, str]], roles: Mapping[object, str | None]
+) -> bool:
+    """Whether a speaker called SYSTEM answers the user, as in data sets of task dialogues."""
+    spoken = [roles[name] for name, _ in turns]
+    return "user" in spoken and "system" in spoken[spoken.index("user") :]
 
 
 def _read_pair(record: Mapping[str, Any], reading: Reading, place: str) -> Conversation:
