@@ -71,7 +71,17 @@ import unicodedata
 import urllib.parse
 import uuid
 import weakref
-from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Container,
+    Generator,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import date, datetime
@@ -2128,6 +2138,27 @@ PROBLEMS: dict[str, tuple[Literal["error", "warning"], str, str]] = {
         '{{"messages": [...]}} の形にしてください',
     ),
     "unknown_key": ("error", "使えないキー {0} があります", "キーを削除してください"),
+    "preference_file": (
+        "error",
+        "選好（DPO）のファイルです",
+        "教師ありの学習には使えません。messages の形に直してください",
+    ),
+    "reinforcement_file": (
+        "error",
+        "強化学習（RFT）のファイルです",
+        "教師ありの学習には使えません。assistant の答えを messages に書いてください",
+    ),
+    "batch_file": (
+        "error",
+        "バッチ（Batch API）の依頼のファイルです",
+        "学習には使えません。messages の形に直してください",
+    ),
+    "top_level_system": (
+        "error",
+        "{0} が messages の外にあります",
+        "messages の最初に system の発話として書いてください",
+    ),
+    "empty_key": ("error", "{0} が空です", "キーを削除してください"),
     "missing_messages": ("error", "messages の配列がありません", "messages を書いてください"),
     "empty_messages": ("error", "messages が空です", "発話を書くか、行を削除してください"),
     "unknown_role": (
@@ -2135,9 +2166,62 @@ PROBLEMS: dict[str, tuple[Literal["error", "warning"], str, str]] = {
         "role {0} は使えません",
         "system、user、assistant、tool のどれかにしてください",
     ),
+    "role_spelling": ("error", "role が「{0}」と書かれています", "{1} にしてください"),
     "wrong_type": ("error", "{0} の型が違います", "サービスの形式に直してください"),
     "empty_content": ("error", "content が空です", "本文を書くか、発話を削除してください"),
     "blank_content": ("warning", "content が空白だけです", "本文を書くか、削除してください"),
+    "blank_answer": (
+        "error",
+        "学習する assistant の発話が空白だけです",
+        "本文を書くか、weight を0にするか、削除してください",
+    ),
+    "wrong_part": (
+        "error",
+        "{0} の content に {1} は入れられません",
+        "画像は user の発話だけに書けます。使えるのは {2} です",
+    ),
+    "local_image": (
+        "error",
+        "画像の場所 {0} はサービスから読めません",
+        "https:// のURLか、data:image/…;base64,… にしてください",
+    ),
+    "legacy_functions": (
+        "error",
+        "古い形式（functions、function_call、role function）です",
+        "tools、tool_calls、role tool に直してください",
+    ),
+    "tools_text": (
+        "error",
+        "tools が配列ではなく、JSONの文字列です",
+        "引用符で囲まず、配列のまま書いてください",
+    ),
+    "bad_tool": ("error", "{0} が違います（{1}）", "関数の定義を直してください"),
+    "bad_tool_call": ("error", "{0} が違います（{1}）", "呼び出しを直してください"),
+    "arguments_object": (
+        "error",
+        "{0} の arguments がオブジェクトです",
+        "JSONの文字列にしてください",
+    ),
+    "unknown_tool": (
+        "error",
+        "tools にない関数 {0} を呼んでいます",
+        "tools に定義を加えるか、名前を直してください",
+    ),
+    "unanswered_call": (
+        "error",
+        "呼び出し {0} の結果（role tool）が直後にありません",
+        "結果を続けるか、呼び出しを削除してください",
+    ),
+    "unknown_call_id": (
+        "error",
+        "直前の呼び出しに tool_call_id {0} がありません",
+        "呼び出しの id に合わせてください",
+    ),
+    "repeated_call_id": (
+        "error",
+        "呼び出し {0} の結果が2つあります",
+        "1つにしてください",
+    ),
     "no_trained_message": (
         "error",
         "学習する assistant の発話がありません",
@@ -2149,6 +2233,7 @@ PROBLEMS: dict[str, tuple[Literal["error", "warning"], str, str]] = {
         "最後の assistant より後の発話を削除してください",
     ),
     "bad_weight": ("error", "weight は assistant の0か1だけです", "0か1にするか、削除してください"),
+    "weight_type": ("error", "weight が整数ではなく {0} です", "整数の0か1にしてください"),
     "special_token": (
         "error",
         "特殊トークンの文字列 {0} があります",
@@ -2186,17 +2271,48 @@ class _Problem(NamedTuple):
 def _find_problems(example: object, line: str) -> list[_Problem]:
     """Every problem of an example and of its line as JSON without escapes, but for its length.
 
-    The order is the reading's.
+    The order is the reading's. A line of another kind of file has that as its only problem.
     """
+    if other := _other_format(example):
+        return [_Problem(other)]
     return [*_find_shape_problems(example), *_find_text_problems(line)]
+
+
+_SYSTEM_KEYS = frozenset({"system", "instructions", "system_prompt"})
+_LEGACY_KEYS = frozenset({"functions", "function_call"})
+# Keys beside an unanswered question that make no grader's line of it.
+_PLAIN_KEYS = LINE_KEYS | _SYSTEM_KEYS | _LEGACY_KEYS | {"id", "metadata"}
+
+
+def _other_format(example: object) -> str | None:
+    """The code of another kind of file that the service takes: DPO, RFT or Batch."""
+    if not isinstance(example, dict) or example.keys() <= LINE_KEYS:
+        return None
+    keys = example.keys()
+    if keys & {"preferred_output", "non_preferred_output"} or keys >= {"chosen", "rejected"}:
+        return "preference_file"
+    if keys >= {"custom_id", "body"}:
+        return "batch_file"
+    messages = example.get("messages")
+    if not isinstance(messages, list):
+        return None
+    roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
+    graded = "reference_answer" in keys or ("assistant" not in roles and keys - _PLAIN_KEYS)
+    return "reinforcement_file" if graded and roles[-1:] == ["user"] else None
 
 
 def _find_shape_problems(example: object) -> Iterator[_Problem]:
     if not isinstance(example, dict):
         yield _Problem("not_object")
         return
-    for key in example.keys() - LINE_KEYS:
-        yield _Problem("unknown_key", None, (key,))
+    for key, value in example.items():
+        if key not in LINE_KEYS:
+            if key not in _LEGACY_KEYS:
+                yield _Problem(_outer_code(key, value), None, (key,))
+        elif value is None and key != "messages":
+            yield _Problem("empty_key", None, (key,))
+        elif key == "parallel_tool_calls" and not isinstance(value, bool):
+            yield _Problem("wrong_type", None, (key,))
     messages = example.get("messages")
     if not isinstance(messages, list):
         yield _Problem("missing_messages")
@@ -2204,64 +2320,331 @@ def _find_shape_problems(example: object) -> Iterator[_Problem]:
     if not messages:
         yield _Problem("empty_messages")
         return
-    yield from _find_conversation_problems(messages)
+    only_text = yield from _find_conversation_problems(messages)
+    if not only_text or len(example) > 1:
+        yield from _find_tool_problems(example)
 
 
-def _find_conversation_problems(messages: Sequence[object]) -> Iterator[_Problem]:
-    trained = False
+def _outer_code(key: str, value: object) -> str:
+    is_system = key in _SYSTEM_KEYS and isinstance(value, str) and value.strip()
+    return "top_level_system" if is_system else "unknown_key"
+
+
+def _find_conversation_problems(
+    messages: Sequence[object],
+) -> Generator[_Problem, None, bool]:
+    """Returns whether there is nothing in the messages but roles and text."""
+    trained, only_text = False, True
     role: object = None
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
             role = None
             yield _Problem("wrong_type", index, ("発話",))
             continue
-        role = message.get("role")
-        content = message.get("content")
-        plain = type(role) is str and role in _PLAIN_ROLES and len(message) == 2
-        if not (plain and type(content) is str and content):
-            yield from _find_message_problems(index, message)
-        if type(content) is str and content.isspace():
-            yield _Problem("blank_content", index)
+        role, content = message.get("role"), message.get("content")
+        plain = len(message) == 2 and type(role) is str and role in _PLAIN_ROLES
+        if plain and type(content) is str and content:
+            trained = trained or role == "assistant"
+            if not content[0].isalnum() and _is_blank_content(content):
+                yield _blank_problem(index, role, message)
+            continue
+        only_text = False
+        role = _meant_role(role)
+        yield from _find_message_problems(index, message, role)
         trained = trained or (role == "assistant" and message.get("weight") != 0)
     if not trained:
         yield _Problem("no_trained_message")
     if role != "assistant":
         yield _Problem("last_not_assistant", len(messages) - 1)
+    return only_text
+
+
+def _blank_problem(index: int, role: object, message: Mapping[str, object]) -> _Problem:
+    trained = role == "assistant" and message.get("weight") != 0 and not message.get("tool_calls")
+    return _Problem("blank_answer" if trained else "blank_content", index)
 
 
 _PLAIN_ROLES = CHAT_ROLES - {"tool"}
+_ROLE_SPELLINGS: dict[str, str] = {
+    **{role: role for role in (*CHAT_ROLES, "function")},
+    **ROLES,
+    "developer": "system",
+    "human": "user",
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "model", "ai"), "assistant"),
+}
 
 
-def _find_message_problems(index: int, message: Mapping[str, Any]) -> Iterator[_Problem]:
-    for key in message.keys() - MESSAGE_KEYS:
+def _meant_role(role: object) -> str | None:
+    """The role that is meant by another spelling of it."""
+    if not isinstance(role, str):
+        return None
+    if role in CHAT_ROLES:
+        return role
+    return _ROLE_SPELLINGS.get(unicodedata.normalize("NFKC", role).strip(_BLANKS).casefold())
+
+
+# What shows nothing: white space, and the characters without width.
+_UNSEEN = "\u00ad\u180e\u200b\u200c\u200d\u200e\u200f\u2060\u3164\ufeff"
+_BLANKS = "".join(filter(str.isspace, map(chr, range(0x3001)))) + _UNSEEN
+_BLANK = re.compile(f"[{re.escape(_BLANKS)}]")
+
+
+def _is_blank_content(content: object) -> bool:
+    if isinstance(content, list):
+        texts = [_text_of_part(part) for part in content]
+        return bool(texts) and all(text is not None and not text.strip(_BLANKS) for text in texts)
+    return isinstance(content, str) and content != "" and not content.strip(_BLANKS)
+
+
+def _text_of_part(part: object) -> str | None:
+    text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+    return text if isinstance(text, str) else None
+
+
+def _find_message_problems(
+    index: int, message: Mapping[str, object], role: str | None
+) -> Iterator[_Problem]:
+    """The problems of a message, of which ``role`` is meant."""
+    for key in [key for key in message if key not in MESSAGE_KEYS]:
         yield _Problem("unknown_key", index, (key,))
-    role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str) or role not in CHAT_ROLES:
-        yield _Problem("unknown_role", index, (role,))
-    if "weight" in message and (
-        role != "assistant" or type(message["weight"]) is not int or message["weight"] not in (0, 1)
-    ):
-        yield _Problem("bad_weight", index)
+    yield from _find_role_problems(index, message.get("role"), role)
+    for key in _empty_keys(message, role):
+        yield _Problem("empty_key", index, (key,))
+    weight = message.get("weight")
+    if weight is not None:
+        if role != "assistant":
+            yield _Problem("bad_weight", index)
+        elif _is_weight_of_other_type(weight):
+            yield _Problem("weight_type", index, (_dump(weight),))
+        elif type(weight) is not int or weight not in (0, 1):
+            yield _Problem("bad_weight", index)
     if role == "tool" and not isinstance(message.get("tool_call_id"), str):
         yield _Problem("wrong_type", index, ("tool_call_id",))
+    yield from _find_content_problems(index, message, role)
+
+
+def _find_role_problems(index: int, role: object, meant: str | None) -> Iterator[_Problem]:
+    if meant is None:
+        yield _Problem("unknown_role", index, (role,))
+    elif role != meant:
+        yield _Problem("role_spelling", index, (_spelt(role), meant))
+
+
+def _spelt(role: object) -> str:
+    """A role with its blanks to be seen."""
+    return _BLANK.sub("␣", str(role))
+
+
+def _empty_keys(message: Mapping[str, object], role: str | None) -> list[str]:
+    """The keys that a ``Dataset`` gives to every message, and the service takes with a value."""
+    optional = ["name", "weight", *(["tool_call_id"] if role != "tool" else [])]
+    empty = [key for key in optional if key in message and message[key] is None]
+    return [*empty, "tool_calls"] if message.get("tool_calls", 0) in (None, []) else empty
+
+
+def _is_weight_of_other_type(weight: object) -> bool:
+    return (type(weight) in (bool, float) and weight in (0, 1)) or weight in ("0", "1")
+
+
+def _find_content_problems(
+    index: int, message: Mapping[str, object], role: str | None
+) -> Iterator[_Problem]:
+    content = message.get("content")
+    calls = message.get("tool_calls") if role == "assistant" else None
     if content is None:
-        calls = message.get("tool_calls")
-        if not (role == "assistant" and isinstance(calls, list) and calls):
+        if not (calls and isinstance(calls, list)) and not _is_legacy(message):
             yield _Problem("wrong_type", index, ("content",))
     elif content in ("", []):
         yield _Problem("empty_content", index)
-    elif not isinstance(content, str) and not (
-        isinstance(content, list) and all(map(_is_content_part, content))
-    ):
+    elif isinstance(content, list) and all(map(_is_content_part, content)):
+        for part in content:
+            yield from _find_part_problems(index, part, role)
+    elif not isinstance(content, str):
         yield _Problem("wrong_type", index, ("content",))
+    if _is_blank_content(content):
+        yield _blank_problem(index, role, message)
 
 
 def _is_content_part(part: object) -> bool:
-    return (
-        isinstance(part, dict)
-        and isinstance(part.get("type"), str)
-        and (part["type"] != "text" or isinstance(part.get("text"), str))
-    )
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+        return False
+    return part["type"] not in ("text", "refusal") or isinstance(part.get(part["type"]), str)
+
+
+# Of the API description of POST /chat/completions: ChatCompletionRequest*MessageContentPart.
+_PART_TYPES = {
+    "system": ("text",),
+    "user": ("text", "image_url", "input_audio", "file"),
+    "assistant": ("text", "refusal"),
+    "tool": ("text",),
+}
+
+
+def _find_part_problems(
+    index: int, part: Mapping[str, object], role: str | None
+) -> Iterator[_Problem]:
+    kind = part["type"]
+    allowed = _PART_TYPES.get(role or "")
+    if allowed is not None and kind not in allowed:
+        yield _Problem("wrong_part", index, (role, kind, "、".join(allowed)))
+    elif kind == "image_url":
+        image = part.get("image_url")
+        url = image.get("url") if isinstance(image, dict) else None
+        if not isinstance(url, str):
+            yield _Problem("wrong_type", index, ("image_url",))
+        elif not url.casefold().startswith(("https://", "http://", "data:")):
+            yield _Problem("local_image", index, (url[:80],))
+
+
+def _find_tool_problems(example: Mapping[str, Any]) -> Iterator[_Problem]:
+    messages = [m if isinstance(m, dict) else {} for m in example["messages"]]
+    legacy = next((index for index, m in enumerate(messages) if _is_legacy(m)), None)
+    if legacy is not None or example.keys() & _LEGACY_KEYS:
+        yield _Problem("legacy_functions", legacy)
+        return
+    names = yield from _find_definition_problems(example.get("tools"))
+    yield from _find_call_problems(messages, names)
+
+
+def _is_legacy(message: Mapping[str, object]) -> bool:
+    is_result = _meant_role(message.get("role")) == "function"
+    return is_result or message.get("function_call") is not None
+
+
+def _find_definition_problems(
+    tools: object,
+) -> Generator[_Problem, None, frozenset[str] | None]:
+    """Returns the names of the functions, or ``None`` where they can't be known."""
+    tools = [] if tools is None else tools
+    if _is_text_of_tools(tools):
+        yield _Problem("tools_text")
+        return None
+    if not isinstance(tools, list):
+        yield _Problem("wrong_type", None, ("tools",))
+        return None
+    names = set()
+    for number, tool in enumerate(tools):
+        where = f"tools[{number}]"
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or tool.get("type") != "function":
+            shape = '{"type": "function", "function": {"name": …}} の形ではありません'
+            yield _Problem("bad_tool", None, (where, shape))
+            continue
+        if fault := _definition_fault(function):
+            yield _Problem("bad_tool", None, (where, fault))
+        for key in _empty_tool_keys(function):
+            yield _Problem("empty_key", None, (f"{where}.function.{key}",))
+        names.add(function.get("name"))
+    return frozenset(name for name in names if isinstance(name, str))
+
+
+def _is_text_of_tools(tools: object) -> bool:
+    items = tools if isinstance(tools, list) else [tools]
+    return any(isinstance(item, str) for item in items)
+
+
+def _definition_fault(function: Mapping[str, object]) -> str | None:
+    name = function.get("name")
+    if not isinstance(name, str) or not _FUNCTION_NAME.fullmatch(name):
+        return "name は英数字と _ と - の1～64文字です"
+    for key, kind in _DEFINITION_TYPES.items():
+        if function.get(key) is not None and not isinstance(function[key], kind):
+            return f"{key} の型が違います"
+    return None
+
+
+_FUNCTION_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+_DEFINITION_TYPES = {"description": str, "parameters": dict, "strict": bool}
+
+
+def _empty_tool_keys(function: Mapping[str, object]) -> list[str]:
+    optional = ("description", "parameters")  # strict may be null
+    return [key for key in optional if key in function and function[key] is None]
+
+
+def _find_call_problems(
+    messages: Sequence[Mapping[str, object]], names: frozenset[str] | None
+) -> Iterator[_Problem]:
+    """Calls and their results: each is answered once, by the messages right after it, unless it
+    ends the example."""
+    waiting: dict[str, int] = {}  # the ids without a result, and the messages they are in
+    answered: set[str] = set()
+    for index, message in enumerate(messages):
+        role, calls = _meant_role(message.get("role")), message.get("tool_calls")
+        if role == "tool":
+            yield from _find_result_problems(index, message.get("tool_call_id"), waiting, answered)
+            continue
+        for call_id, asked in waiting.items():
+            yield _Problem("unanswered_call", asked, (call_id,))
+        waiting, answered = {}, set()
+        if role == "assistant" and isinstance(calls, list):
+            for number, call in enumerate(calls):
+                where = f"tool_calls[{number}]"
+                yield from _find_call_faults(index, where, call, names)
+                if (id_ := _id_of_call(call)) in waiting:
+                    yield _Problem("bad_tool_call", index, (where, f"id {id_} が2度あります"))
+                elif id_ is not None:
+                    waiting[id_] = index
+        elif calls not in (None, []):
+            yield _Problem("wrong_type", index, ("tool_calls",))
+
+
+def _find_result_problems(
+    index: int, call_id: object, waiting: dict[str, int], answered: set[str]
+) -> Iterator[_Problem]:
+    """The problems of a result, which is taken out of ``waiting``."""
+    if not isinstance(call_id, str):
+        return  # found with its message
+    if waiting.pop(call_id, None) is not None:
+        answered.add(call_id)
+    else:
+        code = "repeated_call_id" if call_id in answered else "unknown_call_id"
+        yield _Problem(code, index, (call_id,))
+
+
+def _id_of_call(call: object) -> str | None:
+    call_id = call.get("id") if isinstance(call, dict) else None
+    return call_id if isinstance(call_id, str) else None
+
+
+def _find_call_faults(
+    index: int, where: str, call: object, names: frozenset[str] | None
+) -> Iterator[_Problem]:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(call, dict) or not isinstance(function, dict):
+        yield _Problem("bad_tool_call", index, (where, "function のオブジェクトがありません"))
+        return
+    name, arguments = function.get("name"), function.get("arguments")
+    if not isinstance(call.get("id"), str) or not call["id"]:
+        yield _Problem("bad_tool_call", index, (where, "文字列の id がありません"))
+    if call.get("type") != "function":
+        yield _Problem("bad_tool_call", index, (where, "type は function です"))
+    if not isinstance(name, str):
+        yield _Problem("bad_tool_call", index, (where, "function に name がありません"))
+    elif names is not None and name not in names:
+        yield _Problem("unknown_tool", index, (name,))
+    if isinstance(arguments, dict):
+        yield _Problem("arguments_object", index, (where,))
+    elif not isinstance(arguments, str):
+        yield _Problem("bad_tool_call", index, (where, "function に arguments がありません"))
+    elif not _is_json(arguments):
+        yield _Problem("bad_tool_call", index, (where, "arguments がJSONではありません"))
+
+
+def _is_json(text: str) -> bool:
+    try:
+        _read_strict(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _read_strict(text: str) -> Any:
+    return json.loads(text, parse_constant=_refuse_constant)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} はJSONの値ではありません")
 
 
 def _find_text_problems(line: str) -> Iterator[_Problem]:
@@ -2276,18 +2659,35 @@ def _find_text_problems(line: str) -> Iterator[_Problem]:
 
 def _find_repeats(
     number: int,
-    line: bytes,
-    seen: dict[bytes, int],
-    conversation: bytes,
-    trained: Mapping[bytes, int],
+    example: object,
+    seen: dict[int, int],
+    trained: Mapping[int, int],
 ) -> Iterator[_Problem]:
-    """Where a line, or its digest, stood in its file before (``seen``, to which it is added), and
-    where its conversation is in the training file (``trained``)."""
-    first = seen.setdefault(line, number)
+    """Where an example stood in its file before (``seen``, to which it is added), and where its
+    conversation is in the training file (``trained``)."""
+    first = seen.setdefault(_example_key(example), number)
     if first != number:
         yield _Problem("duplicate_line", None, (first,))
-    if shared := trained.get(conversation):
+    if trained and (shared := trained.get(_example_key(example))):
         yield _Problem("shared_conversation", None, (shared,))
+
+
+def _example_key(example: object) -> int:
+    """The same for the same conversation and tools, whatever the order of their keys; in this
+    process alone."""
+    messages = example.get("messages") if isinstance(example, dict) else None
+    if not isinstance(example, dict) or not isinstance(messages, list):
+        return hash(json.dumps(example, sort_keys=True))
+    rest = {key: example[key] for key in LINE_KEYS - {"messages"} if key in example}
+    return hash((json.dumps(rest, sort_keys=True), *map(_message_key, messages)))
+
+
+def _message_key(message: object) -> object:
+    if isinstance(message, dict) and len(message) == 2:
+        role, content = message.get("role"), message.get("content")
+        if type(role) is type(content) is str:
+            return role, content
+    return json.dumps(message, sort_keys=True)
 
 
 def _find_file_problems(count: int, needed: int, size: int, limit: int) -> Iterator[_Problem]:
@@ -2330,15 +2730,13 @@ def check_file(
     path = Path(path)
     trained = {} if compare_with is None else _conversation_lines(Path(compare_with))
     findings: list[Finding] = []
-    seen: dict[bytes, int] = {}
+    seen: dict[int, int] = {}
     count = 0
     for number, raw, value, problems in _read_checked(path):
         count += not _is_blank(problems)
         if value is not None:
             messages = value.get("messages") if isinstance(value, dict) else None
-            line = hashlib.sha256(raw.strip()).digest()
-            conversation = _conversation_digest(messages) if trained else b""
-            problems += _find_repeats(number, line, seen, conversation, trained)
+            problems += _find_repeats(number, value, seen, trained)
             problems += _find_length_problems(messages, len(raw), max_tokens)
         findings += [_finding(str(path), number, problem) for problem in problems]
     needed = MIN_TRAINING_EXAMPLES if kind == "training" else 1
@@ -2368,7 +2766,7 @@ def _check_line(raw: bytes, *, first: bool) -> tuple[Any, list[_Problem]]:
     if not text.strip():
         return None, [*problems, _Problem("blank_line")]
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = _read_strict(text)
         if "\\" in text:
             text = json.dumps(value, ensure_ascii=False)
     except (ValueError, RecursionError) as error:
@@ -2376,21 +2774,8 @@ def _check_line(raw: bytes, *, first: bool) -> tuple[Any, list[_Problem]]:
     return value, problems + _find_problems(value, text)
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} はJSONの値ではありません")
-
-
-def _conversation_digest(messages: object) -> bytes:
-    text = json.dumps(messages, sort_keys=True)
-    return hashlib.sha256(text.encode()).digest()
-
-
-def _conversation_lines(path: Path) -> dict[bytes, int]:
-    return {
-        _conversation_digest(value.get("messages")): number
-        for number, _, value, _ in _read_checked(path)
-        if isinstance(value, dict)
-    }
+def _conversation_lines(path: Path) -> dict[int, int]:
+    return {_example_key(value): number for number, _, value, _ in _read_checked(path)}
 
 
 def _finding(path: str, line: int | None, problem: _Problem) -> Finding:
@@ -2416,7 +2801,8 @@ def fix_file(path: str | os.PathLike[str]) -> tuple[str, str, int, int]:
     hold. Raises :class:`DataError` rather than overwrite either.
     """
     path = Path(path)
-    examples: dict[str, None] = {}  # an ordered set: a repeated line is dropped
+    examples: dict[int, str] = {}  # by their keys: a repeated example is dropped
+    changes: collections.Counter[str] = collections.Counter()
     rejects = []
     outputs = [path.with_name(f"{path.stem}.{name}.jsonl") for name in ("fixed", "rejects")]
     for output in filter(Path.exists, outputs):
@@ -2424,38 +2810,207 @@ def fix_file(path: str | os.PathLike[str]) -> tuple[str, str, int, int]:
     for number, raw, value, problems in _read_checked(path):
         if _is_blank(problems):
             continue
-        mended = _mend(value)
+        mended, changed = _mend(value)
         if value is not None:
             problems = _find_problems(mended, _dump(mended))
         codes = [problem.code for problem in problems if _is_error(problem)]
         if not codes:
             lines, codes = _mended_lines(f"{path}:{number}", mended, len(raw))
-            examples.update(dict.fromkeys(lines))
-        if codes:
+            changed += [_Problem("duplicate_line") for key in lines if key in examples]
+            for key, text in lines.items():
+                examples.setdefault(key, text)
+        if not codes:
+            changes.update({_mending_text(change) for change in changed})
+        else:
             text = raw.decode(errors="backslashreplace").rstrip("\r\n")
             rejects.append(_encode_json({"line": number, "codes": codes, "raw": text}))
-    for output, written in zip(outputs, (examples, rejects), strict=True):
+    for output, written in zip(outputs, (examples.values(), rejects), strict=True):
         write_new_file(output, "".join(line + "\n" for line in written))
+    for text, lines_changed in changes.items():
+        logger.warning("%s: %s（%s行）。", path, text, f"{lines_changed:,}")
     return str(outputs[0]), str(outputs[1]), len(examples), len(rejects)
 
 
-def _mend(value: Any) -> Any:
-    if not isinstance(value, dict) or not isinstance(value.get("messages"), list):
-        return value
-    messages = [
-        {key: item for key, item in message.items() if key in MESSAGE_KEYS}
-        if isinstance(message, dict)
-        else message
-        for message in value["messages"]
-    ]
+# code: what was done about it. The texts are formatted with what was found.
+_MENDINGS = {
+    "duplicate_line": "同じ内容の行を除きました",
+    "unknown_key": "使えないキー {0} を中身ごと除きました",
+    "last_not_assistant": "最後の assistant より後の発話（{0}）を除きました",
+    "top_level_system": "{0} を system の発話にしました",
+    "role_spelling": "role「{0}」を {1} にしました",
+    "weight_type": "weight {0} を整数にしました",
+    "empty_key": "空の {0} を除きました",
+    "tools_text": "文字列の tools を配列にしました",
+    "arguments_object": "オブジェクトの arguments をJSONの文字列にしました",
+    "legacy_functions": "functions と function_call を tools と tool_calls にしました",
+}
+
+
+class _Mended(NamedTuple):
+    """What :func:`_mend` made, and each change by the code of the problem it takes away."""
+
+    value: Any
+    changes: list[_Problem]
+
+
+def _mending_text(change: _Problem) -> str:
+    return _MENDINGS[change.code].format(*map(printable, change.details))
+
+
+def _mend(value: Any) -> _Mended:
+    """An example with everything put right that needs no guess. The value itself stays."""
+    messages = value.get("messages") if isinstance(value, dict) else None
+    if not isinstance(messages, list) or _other_format(value):
+        return _Mended(value, [])
+    copies = [dict(message) if isinstance(message, dict) else message for message in messages]
+    example = {**value, "messages": copies}
+    spoken = [(index, m) for index, m in enumerate(copies) if isinstance(m, dict)]
+    changes = [change for index, m in spoken for change in _mend_message(index, m)]
+    converted = _convert_functions(example)
+    if converted is not example:
+        changes.append(_Problem("legacy_functions"))
+    return _Mended(converted, [*changes, *_mend_tools(converted), *_mend_conversation(converted)])
+
+
+def _mend_message(index: int, message: MutableMapping[str, Any]) -> Iterator[_Problem]:
+    role = message.get("role")
+    meant = _meant_role(role)
+    if meant is not None and role != meant:
+        message["role"] = meant
+        yield _Problem("role_spelling", index, (_spelt(role), meant))
+    for key in _empty_keys(message, meant):
+        del message[key]
+        yield _Problem("empty_key", index, (key,))
+    for key in [key for key in message if key not in MESSAGE_KEYS]:
+        del message[key]
+        yield _Problem("unknown_key", index, (key,))
+    weight: Any = message.get("weight")
+    if meant == "assistant" and _is_weight_of_other_type(weight):
+        message["weight"] = int(weight)
+        yield _Problem("weight_type", index, (_dump(weight),))
+    if any(_arguments_of(call) is not None for call in _listed(message.get("tool_calls"))):
+        message["tool_calls"] = list(map(_with_arguments_text, message["tool_calls"]))
+        yield _Problem("arguments_object", index)
+
+
+def _listed(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _arguments_of(call: object) -> Mapping[str, Any] | None:
+    """The arguments of a call, where they are an object."""
+    function = call.get("function") if isinstance(call, dict) else None
+    arguments = function.get("arguments") if isinstance(function, dict) else None
+    return arguments if isinstance(arguments, dict) else None
+
+
+def _with_arguments_text(call: Any) -> Any:
+    arguments = _arguments_of(call)
+    if arguments is None:
+        return call
+    return {**call, "function": {**call["function"], "arguments": _dump(arguments)}}
+
+
+def _convert_functions(example: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """An example of the legacy form with ``tools``; the same one where it can't be converted
+    as a whole."""
+    messages = example["messages"]
+    functions = example.get("functions") or []
+    mixed = example.get("tools") or any(isinstance(m, dict) and "tool_calls" in m for m in messages)
+    if mixed or not isinstance(functions, list) or not _says_functions(example):
+        return example
+    converted: list[Any] = []
+    ids = (f"call_{number}" for number in itertools.count(1))
+    for message in messages:
+        before = converted[-1] if converted else {}
+        new = _convert_message(message, before, ids) if isinstance(message, dict) else None
+        if new is None:
+            return example
+        converted.append(new)
+    rest = {key: item for key, item in example.items() if key not in _LEGACY_KEYS}
+    tools = [{"type": "function", "function": function} for function in functions]
+    return {**rest, "messages": converted, **({"tools": tools} if tools else {})}
+
+
+def _says_functions(example: Mapping[str, Any]) -> bool:
+    return bool(example.keys() & _LEGACY_KEYS) or any(
+        isinstance(message, dict) and _is_legacy(message) for message in example["messages"]
+    )
+
+
+def _convert_message(
+    message: Mapping[str, Any], before: Mapping[str, Any], ids: Iterator[str]
+) -> Mapping[str, Any] | None:
+    """A message of the legacy form, after the converted one ``before``; ``None`` where it is a
+    result of no call, or no call of a function."""
+    if not _is_legacy(message):
+        return message
+    if message["role"] == "function":
+        for call in before.get("tool_calls", ()):
+            if message.get("name") == call["function"].get("name"):
+                return {
+                    "role": "tool",
+                    "tool_call_id": call["id"],
+                    "content": message.get("content"),
+                }
+        return None
+    function = message["function_call"]
+    if not isinstance(function, dict):
+        return None
+    call = {"id": next(ids), "type": "function", "function": function}
+    rest = {key: item for key, item in message.items() if key != "function_call"}
+    return {**rest, "tool_calls": [_with_arguments_text(call)]}
+
+
+def _mend_tools(example: MutableMapping[str, Any]) -> Iterator[_Problem]:
+    for key in ("tools", "parallel_tool_calls"):
+        if key in example and example[key] is None:
+            del example[key]
+            yield _Problem("empty_key", None, (key,))
+    if _is_text_of_tools(example.get("tools")):
+        with contextlib.suppress(ValueError, RecursionError):
+            example["tools"] = _read_tools(example["tools"])
+            yield _Problem("tools_text")
+    tools = _listed(example.get("tools"))
+    for number, tool in enumerate(tools):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        empty = _empty_tool_keys(function) if isinstance(function, dict) else []
+        for key in empty:
+            yield _Problem("empty_key", None, (f"tools[{number}].function.{key}",))
+        if isinstance(function, dict) and empty:
+            filled = {key: item for key, item in function.items() if key not in empty}
+            tools = [*tools[:number], {**tool, "function": filled}, *tools[number + 1 :]]
+            example["tools"] = tools
+
+
+def _read_tools(tools: Any) -> Any:
+    tools = _read_strict(tools) if isinstance(tools, str) else tools
+    if not isinstance(tools, list):
+        raise ValueError("no array")
+    return [_read_strict(tool) if isinstance(tool, str) else tool for tool in tools]
+
+
+def _mend_conversation(example: MutableMapping[str, Any]) -> Iterator[_Problem]:
+    messages = example["messages"]
     roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
     if "assistant" in roles:
-        messages = messages[: len(roles) - roles[::-1].index("assistant")]
-    return {**{key: item for key, item in value.items() if key in LINE_KEYS}, "messages": messages}
+        kept = len(roles) - roles[::-1].index("assistant")
+        for index in range(kept, len(roles)):
+            yield _Problem("last_not_assistant", index, (roles[index],))
+        del messages[kept:]
+    for key in [key for key in example if key not in LINE_KEYS | _LEGACY_KEYS]:
+        if _outer_code(key, example[key]) == "unknown_key":
+            yield _Problem("unknown_key", None, (key,))
+            del example[key]
+        elif "system" not in roles:
+            yield _Problem("top_level_system", None, (key,))
+            messages.insert(0, {"role": "system", "content": example.pop(key)})
+            roles.append("system")
 
 
-def _mended_lines(place: str, mended: Any, size: int) -> tuple[list[str], list[str]]:
-    """The lines of an example, several where it is too long, or the codes that stand against it."""
+def _mended_lines(place: str, mended: Any, size: int) -> tuple[dict[int, str], list[str]]:
+    """The lines of an example by their keys, several where it is too long, or the codes that
+    stand against it."""
     parts = [mended]
     if any(_find_length_problems(mended["messages"], size, MAX_EXAMPLE_TOKENS)):
         named = cast("Example", {"id": place, **mended})
@@ -2463,11 +3018,11 @@ def _mended_lines(place: str, mended: Any, size: int) -> tuple[list[str], list[s
         try:
             parts = list(split_long_example(named, counter, MAX_EXAMPLE_TOKENS))
         except DataError:
-            return [], ["too_long"]
+            return {}, ["too_long"]
     try:
-        return list(map(example_line, parts)), []
+        return {_example_key(part): example_line(part) for part in parts}, []
     except ValueError:  # an infinite number, which JSON has no way to write
-        return [], ["invalid_json"]
+        return {}, ["invalid_json"]
 
 
 def _is_blank(problems: Iterable[_Problem]) -> bool:
@@ -4995,14 +5550,14 @@ def _encode_splits(
     """The encoded lines of each file, and everything that is wrong with them."""
     lines: dict[SplitName, list[bytes]] = {}
     findings: list[Finding] = []
-    seen: dict[SplitName, dict[bytes, int]] = {name: {} for name in SPLIT_NAMES}
+    seen: dict[SplitName, dict[int, int]] = {name: {} for name in SPLIT_NAMES}
     for name, examples in zip(SPLIT_NAMES, splits, strict=True):
         lines[name] = []
         for number, example in enumerate(examples, 1):
             encoded, problems = _encode_example(example)
             lines[name].append(encoded)
             trained = seen["train"] if name == "valid" else {}
-            problems += _find_repeats(number, encoded, seen[name], encoded, trained)
+            problems += _find_repeats(number, example, seen[name], trained)
             findings += [_finding(str(paths[name]), number, problem) for problem in problems]
     return lines, findings
 

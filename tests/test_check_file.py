@@ -13,7 +13,16 @@ from typing import Any, Literal
 
 import pytest
 from endpoint import Rehearsal
-from helpers import awkward_text, example, examples, posts, records, training_file, write_jsonl
+from helpers import (
+    PROJECT,
+    awkward_text,
+    example,
+    examples,
+    posts,
+    records,
+    training_file,
+    write_jsonl,
+)
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -39,11 +48,30 @@ ANSWER = {"role": "assistant", "content": "つらいですね"}
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 ASKED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 FOUND = {"role": "tool", "tool_call_id": "c1", "content": "見つかりました"}
+TOOL = {"type": "function", "function": {"name": "f"}}
 COUNTER = TokenCounter(None)
+CASES = PROJECT.parent / "shared" / "cases"
 
 
 def line(*messages: Any, **more: Any) -> bytes:
     return json.dumps({"messages": messages, **more}).encode()
+
+
+def calling(*messages: Any, tools: Any = (TOOL,)) -> bytes:
+    return line(USER, *messages, ANSWER, tools=tools)
+
+
+def asked(**more: Any) -> dict[str, Any]:
+    """A message that calls, with something else in the call."""
+    return {**ASKED, "tool_calls": [{**CALL, **more}]}
+
+
+def function(**more: Any) -> dict[str, Any]:
+    return {"function": {"name": "f", "arguments": "{}", **more}}
+
+
+def image(url: object, role: str = "user") -> dict[str, Any]:
+    return {"role": role, "content": [{"type": "image_url", "image_url": {"url": url}}]}
 
 
 def bad_file(folder: Path, raw: bytes, number: int = 3) -> Path:
@@ -79,7 +107,33 @@ IN_A_LINE: list[tuple[str, bytes, int | None]] = [
     ("missing_messages", b"{}", None),
     ("missing_messages", b'{"messages": "text"}', None),
     ("empty_messages", line(), None),
-    ("unknown_role", line({**USER, "role": "developer"}, ANSWER), 0),
+    ("unknown_key", line(USER, ANSWER, system=7), None),
+    ("top_level_system", line(USER, ANSWER, system="傾聴"), None),
+    ("top_level_system", line(USER, ANSWER, instructions="傾聴"), None),
+    ("empty_key", line({**USER, "name": None}, ANSWER), 0),
+    ("empty_key", line(USER, {**ANSWER, "weight": None}), 1),
+    ("empty_key", line(USER, {**ANSWER, "tool_calls": None}), 1),
+    ("empty_key", line(USER, {**ANSWER, "tool_calls": []}), 1),
+    ("empty_key", line({**USER, "tool_call_id": None}, ANSWER), 0),
+    ("empty_key", line(USER, ANSWER, tools=None), None),
+    ("empty_key", line(USER, ANSWER, tools=[{**TOOL, **function(parameters=None)}]), None),
+    ("preference_file", b'{"input": {}, "preferred_output": [], "non_preferred_output": []}', None),
+    ("preference_file", line(USER, chosen="<|im_end|>", rejected="b"), None),
+    ("reinforcement_file", line(USER, reference_answer="a"), None),
+    ("reinforcement_file", line(USER, ANSWER, USER, reference_answer="a"), None),
+    ("reinforcement_file", line(USER, compliant="yes"), None),
+    (
+        "batch_file",
+        b'{"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {}}',
+        None,
+    ),
+    ("role_spelling", line({**USER, "role": "developer"}, ANSWER), 0),
+    ("role_spelling", line({**USER, "role": " user"}, ANSWER), 0),
+    ("role_spelling", line({**USER, "role": "human"}, ANSWER), 0),
+    ("role_spelling", line({**USER, "role": "クライアント"}, ANSWER), 0),
+    ("role_spelling", line(USER, {**ANSWER, "role": "Assistant\u3000"}), 1),
+    ("role_spelling", line(USER, {**ANSWER, "role": "ｇｐｔ"}), 1),
+    ("unknown_role", line({**USER, "role": "narrator"}, ANSWER), 0),
     ("unknown_role", line({"content": "a"}, ANSWER), 0),
     ("unknown_role", line({"role": ["user"], "content": "a"}, ANSWER), 0),
     ("unknown_role", line({"role": {}, "content": "a"}, ANSWER), 0),
@@ -91,11 +145,60 @@ IN_A_LINE: list[tuple[str, bytes, int | None]] = [
     ("empty_content", line(USER, {**ANSWER, "content": ""}), 1),
     ("empty_content", line({**USER, "content": []}, ANSWER), 0),
     ("blank_content", line({**USER, "content": "\u3000\n"}, ANSWER), 0),
+    ("blank_content", line({**USER, "content": [{"type": "text", "text": " "}]}, ANSWER), 0),
+    ("blank_content", line(USER, {"role": "assistant", "content": " ", "weight": 0}, ANSWER), 1),
+    ("blank_content", calling({**ASKED, "content": " "}, FOUND), 1),
+    ("blank_answer", line(USER, {**ANSWER, "content": " \u3000"}), 1),
+    ("blank_answer", line(USER, {**ANSWER, "content": "\u200b \ufeff", "weight": 1}), 1),
+    ("blank_answer", line(USER, {**ANSWER, "content": [{"type": "text", "text": "\n"}]}), 1),
+    ("wrong_part", line(USER, image("https://example.com/a.png", "assistant")), 1),
+    ("wrong_part", line({"role": "system", "content": [{"type": "file"}]}, USER, ANSWER), 0),
+    ("wrong_part", line({**USER, "content": [{"type": "image", "image": "a.png"}]}, ANSWER), 0),
+    ("wrong_type", line(image(7), ANSWER), 0),
+    ("wrong_type", line({**USER, "content": [{"type": "image_url"}]}, ANSWER), 0),
+    ("local_image", line(image("C:\\a.png"), ANSWER), 0),
+    ("local_image", line(image("file:///a.png"), ANSWER), 0),
+    ("wrong_type", line(USER, ANSWER, parallel_tool_calls="no"), None),
+    ("wrong_type", line(USER, ANSWER, tools={"name": "f"}), None),
+    ("tools_text", line(USER, ANSWER, tools=json.dumps([TOOL])), None),
+    ("tools_text", line(USER, ANSWER, tools=[json.dumps(TOOL)]), None),
+    ("bad_tool", line(USER, ANSWER, tools=[{"name": "f"}]), None),
+    ("bad_tool", line(USER, ANSWER, tools=[{**TOOL, "type": "custom"}]), None),
+    ("bad_tool", line(USER, ANSWER, tools=[{"function": TOOL["function"]}]), None),
+    ("bad_tool", line(USER, ANSWER, tools=[{**TOOL, **function(name="天気")}]), None),
+    ("bad_tool", line(USER, ANSWER, tools=[{**TOOL, **function(name="a" * 65)}]), None),
+    ("bad_tool", line(USER, ANSWER, tools=[{**TOOL, **function(parameters="{}")}]), None),
+    ("bad_tool_call", calling({**ASKED, "tool_calls": ["f"]}), 1),
+    ("bad_tool_call", calling(asked(type="custom"), FOUND), 1),
+    ("bad_tool_call", calling(asked(id=None)), 1),
+    ("bad_tool_call", calling(asked(**function(name=None)), FOUND), 1),
+    ("bad_tool_call", calling(asked(**function(arguments=None)), FOUND), 1),
+    ("bad_tool_call", calling(asked(**function(arguments="{'a': 1}")), FOUND), 1),
+    ("bad_tool_call", calling(asked(**function(arguments='{"a": NaN}')), FOUND), 1),
+    ("bad_tool_call", calling({**ASKED, "tool_calls": [CALL, CALL]}, FOUND), 1),
+    ("wrong_type", calling({**ASKED, "tool_calls": {}, "content": "a"}), 1),
+    ("wrong_type", calling({**USER, "tool_calls": [CALL]}), 1),
+    ("arguments_object", calling(asked(**function(arguments={"a": 1})), FOUND), 1),
+    ("unknown_tool", calling(ASKED, FOUND, tools=[]), 1),
+    ("unknown_tool", calling(asked(**function(name="g")), FOUND), 1),
+    ("unanswered_call", calling(ASKED, USER), 1),
+    ("unanswered_call", calling({**ASKED, "tool_calls": [CALL, {**CALL, "id": "c2"}]}, FOUND), 1),
+    ("unknown_call_id", calling(FOUND), 1),
+    ("unknown_call_id", calling(ASKED, FOUND, {**FOUND, "tool_call_id": "c9"}), 3),
+    ("unknown_call_id", calling(ASKED, FOUND, ANSWER, FOUND), 4),
+    ("repeated_call_id", calling(ASKED, FOUND, FOUND), 3),
+    ("legacy_functions", line(USER, ANSWER, functions=[TOOL["function"]]), None),
+    ("legacy_functions", line(USER, {"role": "assistant", "function_call": {"name": "f"}}), 1),
+    ("legacy_functions", line(USER, {"role": "function", "name": "f", "content": "a"}, ANSWER), 1),
     ("no_trained_message", line(USER, {**ANSWER, "weight": 0}), None),
     ("last_not_assistant", line(USER, ANSWER, USER), 2),
     ("bad_weight", line({**USER, "weight": 1}, ANSWER), 0),
     ("bad_weight", line(USER, {**ANSWER, "weight": 2}), 1),
-    ("bad_weight", line(USER, {**ANSWER, "weight": True}), 1),
+    ("weight_type", line(USER, {**ANSWER, "weight": True}), 1),
+    ("weight_type", line(USER, {**ANSWER, "weight": 1.0}), 1),
+    ("weight_type", line(USER, ANSWER, {**ANSWER, "weight": 0.0}), 2),
+    ("weight_type", line(USER, {**ANSWER, "weight": "1"}), 1),
+    ("bad_weight", line(USER, {**ANSWER, "weight": 0.5}), 1),
     ("special_token", line({**USER, "content": "a<|im_start|>"}, ANSWER), None),
     ("special_token", line({**USER, "name": "<|fim_suffix|>"}, ANSWER), None),
     (
@@ -251,7 +354,14 @@ def test_all_problems_of_a_file_are_told_at_once_in_the_order_of_the_lines(
     [
         line(USER, ANSWER),
         line({"role": "system", "content": "傾聴"}, USER, {**ANSWER, "weight": 0}, USER, ANSWER),
-        line(USER, ASKED, FOUND, ANSWER, tools=[{"type": "function"}], parallel_tool_calls=False),
+        line(USER, ASKED, FOUND, ANSWER, tools=[TOOL], parallel_tool_calls=False),
+        line(USER, ASKED, tools=[TOOL]),
+        line(USER, ASKED, FOUND, {**ANSWER, "weight": 0}, USER, ASKED, FOUND, ASKED, tools=[TOOL]),
+        line(USER, ANSWER, tools=[{**TOOL, **function(parameters={}, strict=None)}]),
+        line(USER, {**ANSWER, "function_call": None, "refusal": None}),
+        line(image("https://example.com/a.png"), ANSWER),
+        line(image("data:image/png;base64,AAAA"), ANSWER),
+        line(USER, {**ANSWER, "content": "「\u3000」"}),
         line({**USER, "content": [{"type": "text", "text": "a"}]}, ANSWER),
         line({**USER, "name": "taro"}, {**ANSWER, "weight": 1}),
         line(USER, {**ANSWER, "content": "<|im_start <|im_start| > <|other|>"}),
@@ -384,7 +494,7 @@ def test_what_can_be_mended_is_mended_and_nothing_else_is_changed(tmp_path: Path
                 line(USER, {**ANSWER, "emotion": "calm"}, prompt="a"),
                 line(USER, ANSWER),
                 line({**USER, "name": "a"}, {**ANSWER, "weight": 0}, USER, ANSWER, USER, USER),
-                line({**USER, "role": "client"}, ANSWER),
+                line({**USER, "role": "narrator"}, ANSWER),
             ]
         )
     )
@@ -397,7 +507,7 @@ def test_what_can_be_mended_is_mended_and_nothing_else_is_changed(tmp_path: Path
         [{**USER, "name": "a"}, {**ANSWER, "weight": 0}, USER, ANSWER],
     ]
     assert (reject["line"], reject["codes"]) == (6, ["unknown_role"])
-    assert json.loads(reject["raw"])["messages"][0]["role"] == "client"
+    assert json.loads(reject["raw"])["messages"][0]["role"] == "narrator"
 
 
 def test_mending_never_writes_over_a_file_that_is_there(tmp_path: Path) -> None:
