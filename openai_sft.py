@@ -2410,6 +2410,8 @@ def _find_message_problems(
     yield from _find_role_problems(index, message.get("role"), role)
     for key in _empty_keys(message, role):
         yield _Problem("empty_key", index, (key,))
+    if not isinstance(message.get("name") or "", str):
+        yield _Problem("wrong_type", index, ("name",))
     weight = message.get("weight")
     if weight is not None:
         if role != "assistant":
@@ -2795,8 +2797,10 @@ def _finding(path: str, line: int | None, problem: _Problem) -> Finding:
 def fix_file(path: str | os.PathLike[str]) -> tuple[str, str, int, int]:
     """Write ``NAME.fixed.jsonl`` and ``NAME.rejects.jsonl`` beside a JSONL file.
 
-    Mended: BOM, blank lines, unknown keys, duplicate lines, what follows the last assistant
-    message, over-long conversations (split). A line that still has an error goes to the rejects
+    Mended: BOM, blank lines, unknown and empty keys, duplicate lines, what follows the last
+    assistant message, over-long conversations (split), the spelling of roles, the type of weights,
+    tools and arguments, the legacy form of functions, a system text outside the messages. What was
+    changed is logged with the number of lines. A line that still has an error goes to the rejects
     as ``{"line", "codes", "raw"}``. Returns both paths, and how many examples and rejects they
     hold. Raises :class:`DataError` rather than overwrite either.
     """
@@ -2869,6 +2873,8 @@ def _mend(value: Any) -> _Mended:
     converted = _convert_functions(example)
     if converted is not example:
         changes.append(_Problem("legacy_functions"))
+        if "function_call" in example:  # what to call, which only a request can say
+            changes.append(_Problem("unknown_key", None, ("function_call",)))
     return _Mended(converted, [*changes, *_mend_tools(converted), *_mend_conversation(converted)])
 
 
@@ -2945,7 +2951,8 @@ def _convert_message(
     result of no call, or no call of a function."""
     if not _is_legacy(message):
         return message
-    if message["role"] == "function":
+    function = message.get("function_call")
+    if message.get("role") == "function" and function is None:
         for call in before.get("tool_calls", ()):
             if message.get("name") == call["function"].get("name"):
                 return {
@@ -2954,7 +2961,6 @@ def _convert_message(
                     "content": message.get("content"),
                 }
         return None
-    function = message["function_call"]
     if not isinstance(function, dict):
         return None
     call = {"id": next(ids), "type": "function", "function": function}
