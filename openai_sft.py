@@ -73,7 +73,17 @@ import urllib.parse
 import uuid
 import weakref
 import zlib
-from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Container,
+    Generator,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import date, datetime
@@ -225,7 +235,7 @@ SplitName = Literal["train", "test", "valid"]
 Role = Literal["assistant", "user"]
 
 # Speakers whose role is known by name.
-ROLES: dict[str, Literal["assistant", "user", "system", "tool"]] = {
+ROLES: dict[str, str] = {
     **dict.fromkeys(
         ("counselor", "counsellor", "therapist", "supporter", "assistant"), "assistant"
     ),
@@ -234,7 +244,8 @@ ROLES: dict[str, Literal["assistant", "user", "system", "tool"]] = {
     **dict.fromkeys(("client", "seeker", "user", "human"), "user"),
     **dict.fromkeys(("クライアント", "クライエント", "クライアント役", "相談者"), "user"),
     **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("tool", "function"), "tool"),
+    "tool": "tool",
+    "function": "function",  # of the form before tools
 }
 
 CHAT_ROLES = frozenset({"system", "user", "assistant", "tool"})
@@ -364,6 +375,21 @@ _encode_sorted = json.JSONEncoder(ensure_ascii=False, allow_nan=False, sort_keys
 
 def _dump(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
+
+
+# What shows nothing: white space, and the characters without width.
+_UNSEEN = "\u00ad\u180e\u200b\u200c\u200d\u200e\u200f\u2060\u3164\ufeff"
+_BLANKS = "".join(filter(str.isspace, map(chr, range(0x3001)))) + _UNSEEN
+_BLANK = re.compile(f"[{re.escape(_BLANKS)}]")
+
+
+def _meant_role(role: object) -> str | None:
+    """The role that is meant by another spelling of it."""
+    if not isinstance(role, str):
+        return None
+    if role in ROLES:
+        return ROLES[role]
+    return ROLES.get(unicodedata.normalize("NFKC", role).strip(_BLANKS).casefold())
 
 
 class _Inert(logging.Filter):
@@ -656,7 +682,7 @@ class Speakers:
     def roles(self, found: Iterable[object]) -> dict[object, str | None]:
         """The role of each speaker, who stand in the order of their first turns; ``None`` where
         it can't be known."""
-        roles = {name: _known_role(name) for name in found}
+        roles = {name: _meant_role(name) for name in found}
         if not self:
             return roles
         people = [name for name, role in roles.items() if role != "system"]
@@ -669,16 +695,6 @@ class Speakers:
             else:
                 roles[name] = other if names.isdisjoint(self.user) else "user"
         return roles
-
-
-def _known_role(name: object) -> str | None:
-    """The role that a speaker's name alone tells, however it is written."""
-    if not isinstance(name, str):
-        return None
-    if name in ROLES:
-        return ROLES[name]
-    folded = unicodedata.normalize("NFKC", name).strip().casefold()
-    return ROLES.get(folded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -1318,7 +1334,7 @@ class Prepared(NamedTuple):
     loaded: Loaded | None
 
 
-# ── Problems ───────────────────────────────────────────────────────────────────────────────────
+# ── What is wrong with an example ────────────────────────────────────────────────────────────────
 
 # code: (severity, what is wrong, what to do). The texts are formatted with what was found.
 PROBLEMS: dict[str, tuple[Literal["error", "warning"], str, str]] = {
@@ -1326,9 +1342,16 @@ PROBLEMS: dict[str, tuple[Literal["error", "warning"], str, str]] = {
     "foreign_encoding": (
         "error",
         "文字コードが{0}です",
-        "UTF-8で保存し直してください（--fix でも直せます）",
+        "UTF-8で保存し直してください",
     ),
     "bom": ("error", "先頭にBOMがあります", "BOMなしのUTF-8で保存し直してください"),
+    "not_jsonl": ("error", "{0}です", "1行に1件のJSON（JSON Lines）にしてください"),
+    "other_form": ("error", "{0} の形です", "messages の形にしてください"),
+    "unknown_speaker": (
+        "error",
+        "話者が分かりません（見つかった話者: {0}）",
+        "応答を学習する話者を --assistant NAME で指定してください",
+    ),
     "trailing_comma": ("error", "行の最後に余分なコンマがあります", "コンマを削除してください"),
     "invalid_json": ("error", "JSONとして読めません（{0}）", "1行に1つのJSONを書いてください"),
     "blank_line": ("error", "空行です", "行を削除してください"),
@@ -1338,6 +1361,27 @@ PROBLEMS: dict[str, tuple[Literal["error", "warning"], str, str]] = {
         '{{"messages": [...]}} の形にしてください',
     ),
     "unknown_key": ("error", "使えないキー {0} があります", "キーを削除してください"),
+    "preference_file": (
+        "error",
+        "選好（DPO）のファイルです",
+        "教師ありの学習には使えません。messages の形に直してください",
+    ),
+    "reinforcement_file": (
+        "error",
+        "強化学習（RFT）のファイルです",
+        "教師ありの学習には使えません。assistant の答えを messages に書いてください",
+    ),
+    "batch_file": (
+        "error",
+        "バッチ（Batch API）の依頼のファイルです",
+        "学習には使えません。messages の形に直してください",
+    ),
+    "top_level_system": (
+        "error",
+        "{0} が messages の外にあります",
+        "messages の最初に system の発話として書いてください",
+    ),
+    "empty_key": ("error", "{0} が空です", "キーを削除してください"),
     "missing_messages": ("error", "messages の配列がありません", "messages を書いてください"),
     "empty_messages": ("error", "messages が空です", "発話を書くか、行を削除してください"),
     "unknown_role": (
@@ -1345,9 +1389,62 @@ PROBLEMS: dict[str, tuple[Literal["error", "warning"], str, str]] = {
         "role {0} は使えません",
         "system、user、assistant、tool のどれかにしてください",
     ),
+    "role_spelling": ("error", "role が「{0}」と書かれています", "{1} にしてください"),
     "wrong_type": ("error", "{0} の型が違います", "サービスの形式に直してください"),
     "empty_content": ("error", "content が空です", "本文を書くか、発話を削除してください"),
     "blank_content": ("warning", "content が空白だけです", "本文を書くか、削除してください"),
+    "blank_answer": (
+        "error",
+        "学習する assistant の発話が空白だけです",
+        "本文を書くか、weight を0にするか、削除してください",
+    ),
+    "wrong_part": (
+        "error",
+        "{0} の content に {1} は入れられません",
+        "画像は user の発話だけに書けます。使えるのは {2} です",
+    ),
+    "local_image": (
+        "error",
+        "画像の場所 {0} はサービスから読めません",
+        "https:// のURLか、data:image/…;base64,… にしてください",
+    ),
+    "legacy_functions": (
+        "error",
+        "古い形式（functions、function_call、role function）です",
+        "tools、tool_calls、role tool に直してください",
+    ),
+    "tools_text": (
+        "error",
+        "tools が配列ではなく、JSONの文字列です",
+        "引用符で囲まず、配列のまま書いてください",
+    ),
+    "bad_tool": ("error", "{0} が違います（{1}）", "関数の定義を直してください"),
+    "bad_tool_call": ("error", "{0} が違います（{1}）", "呼び出しを直してください"),
+    "arguments_object": (
+        "error",
+        "{0} の arguments がオブジェクトです",
+        "JSONの文字列にしてください",
+    ),
+    "unknown_tool": (
+        "error",
+        "tools にない関数 {0} を呼んでいます",
+        "tools に定義を加えるか、名前を直してください",
+    ),
+    "unanswered_call": (
+        "error",
+        "呼び出し {0} の結果（role tool）が直後にありません",
+        "結果を続けるか、呼び出しを削除してください",
+    ),
+    "unknown_call_id": (
+        "error",
+        "直前の呼び出しに tool_call_id {0} がありません",
+        "呼び出しの id に合わせてください",
+    ),
+    "repeated_call_id": (
+        "error",
+        "呼び出し {0} の結果が2つあります",
+        "1つにしてください",
+    ),
     "no_trained_message": (
         "error",
         "学習する assistant の発話がありません",
@@ -1359,6 +1456,7 @@ PROBLEMS: dict[str, tuple[Literal["error", "warning"], str, str]] = {
         "最後の assistant より後の発話を削除してください",
     ),
     "bad_weight": ("error", "weight は assistant の0か1だけです", "0か1にするか、削除してください"),
+    "weight_type": ("error", "weight が整数ではなく {0} です", "整数の0か1にしてください"),
     "special_token": (
         "error",
         "特殊トークンの文字列 {0} があります",
@@ -1383,6 +1481,560 @@ PROBLEMS: dict[str, tuple[Literal["error", "warning"], str, str]] = {
         "どちらかから除いてください。検証の損失が実際より良く見えます",
     ),
 }
+
+
+def _find_problems(example: object, line: str) -> list[_Problem]:
+    """Every problem of an example and of its line as JSON without escapes, but for its length.
+
+    The order is the reading's. A line of another kind of file has that as its only problem.
+    """
+    if other := _other_format(example):
+        return [_Problem(other)]
+    return [*_find_shape_problems(example), *_find_text_problems(line)]
+
+
+_SYSTEM_KEYS = frozenset({"system", "instructions", "system_prompt"})
+_LEGACY_KEYS = frozenset({"functions", "function_call"})
+# Keys beside an unanswered question that make no grader's line of it.
+_PLAIN_KEYS = LINE_KEYS | _SYSTEM_KEYS | _LEGACY_KEYS | {"id", "metadata"}
+
+
+def _other_format(example: object) -> str | None:
+    """The code of another kind of file that the service takes: DPO, RFT or Batch."""
+    if not isinstance(example, Mapping) or example.keys() <= LINE_KEYS:
+        return None
+    keys = example.keys()
+    if keys & {"preferred_output", "non_preferred_output"} or keys >= {"chosen", "rejected"}:
+        return "preference_file"
+    if keys >= {"custom_id", "body"}:
+        return "batch_file"
+    messages = example.get("messages")
+    if not isinstance(messages, list):
+        return None
+    roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
+    graded = "reference_answer" in keys or ("assistant" not in roles and keys - _PLAIN_KEYS)
+    return "reinforcement_file" if graded and roles[-1:] == ["user"] else None
+
+
+def _find_shape_problems(example: object) -> Iterator[_Problem]:
+    if not isinstance(example, dict):
+        yield _Problem("not_object")
+        return
+    for key, value in example.items():
+        if key not in LINE_KEYS:
+            if key not in _LEGACY_KEYS:
+                yield _Problem(_outer_code(key, value), None, (key,))
+        elif value is None and key != "messages":
+            yield _Problem("empty_key", None, (key,))
+        elif key == "parallel_tool_calls" and not isinstance(value, bool):
+            yield _Problem("wrong_type", None, (key,))
+    messages = example.get("messages")
+    if not isinstance(messages, list):
+        yield _Problem("missing_messages")
+        return
+    if not messages:
+        yield _Problem("empty_messages")
+        return
+    only_text = yield from _find_conversation_problems(messages)
+    if not only_text or len(example) > 1:
+        yield from _find_tool_problems(example)
+
+
+def _outer_code(key: str, value: object) -> str:
+    is_system = key in _SYSTEM_KEYS and isinstance(value, str) and value.strip()
+    return "top_level_system" if is_system else "unknown_key"
+
+
+def _find_conversation_problems(
+    messages: Sequence[object],
+) -> Generator[_Problem, None, bool]:
+    """Returns whether there is nothing in the messages but roles and text."""
+    trained, only_text = False, True
+    role: object = None
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict):
+            role = None
+            yield _Problem("wrong_type", index, ("発話",))
+            continue
+        role, content = message.get("role"), message.get("content")
+        plain = len(message) == 2 and type(role) is str and role in _PLAIN_ROLES
+        if plain and type(content) is str and content:
+            trained = trained or role == "assistant"
+            if not content[0].isalnum() and _is_blank_content(content):
+                yield _blank_problem(index, role, message)
+            continue
+        only_text = False
+        role = _meant_role(role)
+        yield from _find_message_problems(index, message, role)
+        trained = trained or (role == "assistant" and message.get("weight") != 0)
+    if not trained:
+        yield _Problem("no_trained_message")
+    if role != "assistant":
+        yield _Problem("last_not_assistant", len(messages) - 1)
+    return only_text
+
+
+def _blank_problem(index: int, role: object, message: Mapping[str, object]) -> _Problem:
+    trained = role == "assistant" and message.get("weight") != 0 and not message.get("tool_calls")
+    return _Problem("blank_answer" if trained else "blank_content", index)
+
+
+_PLAIN_ROLES = CHAT_ROLES - {"tool"}
+
+
+def _is_blank_content(content: object) -> bool:
+    if isinstance(content, list):
+        texts = [_text_of_part(part) for part in content]
+        return bool(texts) and all(text is not None and not text.strip(_BLANKS) for text in texts)
+    return isinstance(content, str) and content != "" and not content.strip(_BLANKS)
+
+
+def _text_of_part(part: object) -> str | None:
+    text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+    return text if isinstance(text, str) else None
+
+
+def _find_message_problems(
+    index: int, message: Mapping[str, object], role: str | None
+) -> Iterator[_Problem]:
+    """The problems of a message, of which ``role`` is meant."""
+    for key in [key for key in message if key not in MESSAGE_KEYS]:
+        yield _Problem("unknown_key", index, (key,))
+    yield from _find_role_problems(index, message.get("role"), role)
+    for key in _empty_keys(message, role):
+        yield _Problem("empty_key", index, (key,))
+    if not isinstance(message.get("name") or "", str):
+        yield _Problem("wrong_type", index, ("name",))
+    weight = message.get("weight")
+    if weight is not None:
+        if role != "assistant":
+            yield _Problem("bad_weight", index)
+        elif _is_weight_of_other_type(weight):
+            yield _Problem("weight_type", index, (_dump(weight),))
+        elif type(weight) is not int or weight not in (0, 1):
+            yield _Problem("bad_weight", index)
+    if role == "tool" and not isinstance(message.get("tool_call_id"), str):
+        yield _Problem("wrong_type", index, ("tool_call_id",))
+    yield from _find_content_problems(index, message, role)
+
+
+def _find_role_problems(index: int, role: object, meant: str | None) -> Iterator[_Problem]:
+    if meant is None:
+        yield _Problem("unknown_role", index, (role,))
+    elif role != meant:
+        yield _Problem("role_spelling", index, (_spelt(role), meant))
+
+
+def _spelt(role: object) -> str:
+    """A role with its blanks to be seen."""
+    return _BLANK.sub("␣", str(role))
+
+
+def _empty_keys(message: Mapping[str, object], role: str | None) -> list[str]:
+    """The keys that a ``Dataset`` gives to every message, and the service takes with a value."""
+    optional = ["name", "weight", *(["tool_call_id"] if role != "tool" else [])]
+    empty = [key for key in optional if key in message and message[key] is None]
+    return [*empty, "tool_calls"] if message.get("tool_calls", 0) in (None, []) else empty
+
+
+def _is_weight_of_other_type(weight: object) -> bool:
+    return (type(weight) in (bool, float) and weight in (0, 1)) or weight in ("0", "1")
+
+
+def _find_content_problems(
+    index: int, message: Mapping[str, object], role: str | None
+) -> Iterator[_Problem]:
+    content = message.get("content")
+    calls = message.get("tool_calls") if role == "assistant" else None
+    if content is None:
+        if not (calls and isinstance(calls, list)) and not _is_legacy(message):
+            yield _Problem("wrong_type", index, ("content",))
+    elif content in ("", []):
+        yield _Problem("empty_content", index)
+    elif isinstance(content, list) and all(map(_is_content_part, content)):
+        for part in content:
+            yield from _find_part_problems(index, part, role)
+    elif not isinstance(content, str):
+        yield _Problem("wrong_type", index, ("content",))
+    if _is_blank_content(content):
+        yield _blank_problem(index, role, message)
+
+
+def _is_content_part(part: object) -> bool:
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+        return False
+    return part["type"] not in ("text", "refusal") or isinstance(part.get(part["type"]), str)
+
+
+# Of the API description of POST /chat/completions: ChatCompletionRequest*MessageContentPart.
+_PART_TYPES = {
+    "system": ("text",),
+    "user": ("text", "image_url", "input_audio", "file"),
+    "assistant": ("text", "refusal"),
+    "tool": ("text",),
+}
+
+
+def _find_part_problems(
+    index: int, part: Mapping[str, object], role: str | None
+) -> Iterator[_Problem]:
+    kind = part["type"]
+    allowed = _PART_TYPES.get(role or "")
+    if allowed is not None and kind not in allowed:
+        yield _Problem("wrong_part", index, (role, kind, "、".join(allowed)))
+    elif kind == "image_url":
+        image = part.get("image_url")
+        url = image.get("url") if isinstance(image, dict) else None
+        if not isinstance(url, str):
+            yield _Problem("wrong_type", index, ("image_url",))
+        elif not url.casefold().startswith(("https://", "http://", "data:")):
+            yield _Problem("local_image", index, (url[:80],))
+
+
+def _find_tool_problems(example: Mapping[str, Any]) -> Iterator[_Problem]:
+    messages = [m if isinstance(m, dict) else {} for m in example["messages"]]
+    legacy = next((index for index, m in enumerate(messages) if _is_legacy(m)), None)
+    if legacy is not None or example.keys() & _LEGACY_KEYS:
+        yield _Problem("legacy_functions", legacy)
+        return
+    names = yield from _find_definition_problems(example.get("tools"))
+    yield from _find_call_problems(messages, names)
+
+
+def _is_legacy(message: Mapping[str, object]) -> bool:
+    is_result = _meant_role(message.get("role")) == "function"
+    return is_result or message.get("function_call") is not None
+
+
+def _find_definition_problems(
+    tools: object,
+) -> Generator[_Problem, None, frozenset[str] | None]:
+    """Returns the names of the functions, or ``None`` where they can't be known."""
+    tools = [] if tools is None else tools
+    if _is_text_of_tools(tools):
+        yield _Problem("tools_text")
+        return None
+    if not isinstance(tools, list):
+        yield _Problem("wrong_type", None, ("tools",))
+        return None
+    names = set()
+    for number, tool in enumerate(tools):
+        where = f"tools[{number}]"
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or tool.get("type") != "function":
+            shape = '{"type": "function", "function": {"name": …}} の形ではありません'
+            yield _Problem("bad_tool", None, (where, shape))
+            continue
+        if fault := _definition_fault(function):
+            yield _Problem("bad_tool", None, (where, fault))
+        for key in _empty_tool_keys(function):
+            yield _Problem("empty_key", None, (f"{where}.function.{key}",))
+        names.add(function.get("name"))
+    return frozenset(name for name in names if isinstance(name, str))
+
+
+def _is_text_of_tools(tools: object) -> bool:
+    items = tools if isinstance(tools, list) else [tools]
+    return any(isinstance(item, str) for item in items)
+
+
+def _definition_fault(function: Mapping[str, object]) -> str | None:
+    name = function.get("name")
+    if not isinstance(name, str) or not _FUNCTION_NAME.fullmatch(name):
+        return "name は英数字と _ と - の1～64文字です"
+    for key, kind in _DEFINITION_TYPES.items():
+        if function.get(key) is not None and not isinstance(function[key], kind):
+            return f"{key} の型が違います"
+    return None
+
+
+_FUNCTION_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+_DEFINITION_TYPES = {"description": str, "parameters": dict, "strict": bool}
+
+
+def _empty_tool_keys(function: Mapping[str, object]) -> list[str]:
+    optional = ("description", "parameters")  # strict may be null
+    return [key for key in optional if key in function and function[key] is None]
+
+
+def _find_call_problems(
+    messages: Sequence[Mapping[str, object]], names: frozenset[str] | None
+) -> Iterator[_Problem]:
+    """Calls and their results: each is answered once, by the messages right after it, unless it
+    ends the example."""
+    waiting: dict[str, int] = {}  # the ids without a result, and the messages they are in
+    answered: set[str] = set()
+    for index, message in enumerate(messages):
+        role, calls = _meant_role(message.get("role")), message.get("tool_calls")
+        if role == "tool":
+            yield from _find_result_problems(index, message.get("tool_call_id"), waiting, answered)
+            continue
+        for call_id, asked in waiting.items():
+            yield _Problem("unanswered_call", asked, (call_id,))
+        waiting, answered = {}, set()
+        if role == "assistant" and isinstance(calls, list):
+            for number, call in enumerate(calls):
+                where = f"tool_calls[{number}]"
+                yield from _find_call_faults(index, where, call, names)
+                if (id_ := _id_of_call(call)) in waiting:
+                    yield _Problem("bad_tool_call", index, (where, f"id {id_} が2度あります"))
+                elif id_ is not None:
+                    waiting[id_] = index
+        elif calls not in (None, []):
+            yield _Problem("wrong_type", index, ("tool_calls",))
+
+
+def _find_result_problems(
+    index: int, call_id: object, waiting: dict[str, int], answered: set[str]
+) -> Iterator[_Problem]:
+    """The problems of a result, which is taken out of ``waiting``."""
+    if not isinstance(call_id, str):
+        return  # found with its message
+    if waiting.pop(call_id, None) is not None:
+        answered.add(call_id)
+    else:
+        code = "repeated_call_id" if call_id in answered else "unknown_call_id"
+        yield _Problem(code, index, (call_id,))
+
+
+def _id_of_call(call: object) -> str | None:
+    call_id = call.get("id") if isinstance(call, dict) else None
+    return call_id if isinstance(call_id, str) else None
+
+
+def _find_call_faults(
+    index: int, where: str, call: object, names: frozenset[str] | None
+) -> Iterator[_Problem]:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(call, dict) or not isinstance(function, dict):
+        yield _Problem("bad_tool_call", index, (where, "function のオブジェクトがありません"))
+        return
+    name, arguments = function.get("name"), function.get("arguments")
+    if not isinstance(call.get("id"), str) or not call["id"]:
+        yield _Problem("bad_tool_call", index, (where, "文字列の id がありません"))
+    if call.get("type") != "function":
+        yield _Problem("bad_tool_call", index, (where, "type は function です"))
+    if not isinstance(name, str):
+        yield _Problem("bad_tool_call", index, (where, "function に name がありません"))
+    elif names is not None and name not in names:
+        yield _Problem("unknown_tool", index, (name,))
+    if isinstance(arguments, dict):
+        yield _Problem("arguments_object", index, (where,))
+    elif not isinstance(arguments, str):
+        yield _Problem("bad_tool_call", index, (where, "function に arguments がありません"))
+    elif not _is_json(arguments):
+        yield _Problem("bad_tool_call", index, (where, "arguments がJSONではありません"))
+
+
+def _is_json(text: str) -> bool:
+    try:
+        _read_strict(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _read_strict(text: str) -> Any:
+    return json.loads(text, parse_constant=_refuse_constant)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} はJSONの値ではありません")
+
+
+def _find_text_problems(line: str) -> Iterator[_Problem]:
+    if "<|" in line:
+        for token in sorted(set(SPECIAL_TOKEN.findall(line))):
+            yield _Problem("special_token", None, (token,))
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        yield _Problem("lone_surrogate")
+
+
+# code: what was done about it. The texts are formatted with what was found.
+_MENDINGS = {
+    "foreign_encoding": "文字コードを{0}からUTF-8にしました",
+    "not_jsonl": "{0}をJSON Linesにしました",
+    "other_form": "{0} の形を messages の形にしました",
+    "bom": "BOMを除きました",
+    "trailing_comma": "行の最後のコンマを除きました",
+    "blank_line": "空行を除きました",
+    "duplicate_line": "同じ内容のものを除きました",
+    "unknown_key": "使えないキー {0} を中身ごと除きました",
+    "last_not_assistant": "最後の assistant より後の発話（{0}）を除きました",
+    "top_level_system": "{0} を system の発話にしました",
+    "role_spelling": "role「{0}」を {1} にしました",
+    "weight_type": "weight {0} を整数にしました",
+    "empty_key": "空の {0} を除きました",
+    "tools_text": "文字列の tools を配列にしました",
+    "arguments_object": "オブジェクトの arguments をJSONの文字列にしました",
+    "legacy_functions": "functions と function_call を tools と tool_calls にしました",
+}
+
+
+class _Mended(NamedTuple):
+    """What :func:`_mend` made, and each change by the code of the problem it takes away."""
+
+    value: Any
+    changes: list[_Problem]
+
+
+def _mending_text(change: _Problem) -> str:
+    return _MENDINGS[change.code].format(*map(printable, change.details))
+
+
+def _mend(value: Any) -> _Mended:
+    """An example with everything put right that needs no guess. The value itself stays."""
+    messages = value.get("messages") if isinstance(value, dict) else None
+    if not isinstance(messages, list) or _other_format(value):
+        return _Mended(value, [])
+    copies = [dict(message) if isinstance(message, dict) else message for message in messages]
+    example = {**value, "messages": copies}
+    spoken = [(index, m) for index, m in enumerate(copies) if isinstance(m, dict)]
+    changes = [change for index, m in spoken for change in _mend_message(index, m)]
+    converted = _convert_functions(example)
+    if converted is not example:
+        changes.append(_Problem("legacy_functions"))
+        if "function_call" in example:  # what to call, which only a request can say
+            changes.append(_Problem("unknown_key", None, ("function_call",)))
+    return _Mended(converted, [*changes, *_mend_tools(converted), *_mend_conversation(converted)])
+
+
+def _mend_message(index: int, message: MutableMapping[str, Any]) -> Iterator[_Problem]:
+    role = message.get("role")
+    meant = _meant_role(role)
+    if meant is not None and role != meant:
+        message["role"] = meant
+        yield _Problem("role_spelling", index, (_spelt(role), meant))
+    for key in _empty_keys(message, meant):
+        del message[key]
+        yield _Problem("empty_key", index, (key,))
+    for key in [key for key in message if key not in MESSAGE_KEYS]:
+        del message[key]
+        yield _Problem("unknown_key", index, (key,))
+    weight: Any = message.get("weight")
+    if meant == "assistant" and _is_weight_of_other_type(weight):
+        message["weight"] = int(weight)
+        yield _Problem("weight_type", index, (_dump(weight),))
+    if any(_arguments_of(call) is not None for call in _listed(message.get("tool_calls"))):
+        message["tool_calls"] = list(map(_with_arguments_text, message["tool_calls"]))
+        yield _Problem("arguments_object", index)
+
+
+def _listed(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _arguments_of(call: object) -> Mapping[str, Any] | None:
+    """The arguments of a call, where they are an object."""
+    function = call.get("function") if isinstance(call, dict) else None
+    arguments = function.get("arguments") if isinstance(function, dict) else None
+    return arguments if isinstance(arguments, dict) else None
+
+
+def _with_arguments_text(call: Any) -> Any:
+    arguments = _arguments_of(call)
+    if arguments is None:
+        return call
+    return {**call, "function": {**call["function"], "arguments": _dump(arguments)}}
+
+
+def _convert_functions(example: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """An example of the legacy form with ``tools``; the same one where it can't be converted
+    as a whole."""
+    messages = example["messages"]
+    functions = example.get("functions") or []
+    mixed = example.get("tools") or any(isinstance(m, dict) and "tool_calls" in m for m in messages)
+    if mixed or not isinstance(functions, list) or not _says_functions(example):
+        return example
+    converted: list[Any] = []
+    ids = (f"call_{number}" for number in itertools.count(1))
+    for message in messages:
+        before = converted[-1] if converted else {}
+        new = _convert_message(message, before, ids) if isinstance(message, dict) else None
+        if new is None:
+            return example
+        converted.append(new)
+    rest = {key: item for key, item in example.items() if key not in _LEGACY_KEYS}
+    tools = [{"type": "function", "function": function} for function in functions]
+    return {**rest, "messages": converted, **({"tools": tools} if tools else {})}
+
+
+def _says_functions(example: Mapping[str, Any]) -> bool:
+    return bool(example.keys() & _LEGACY_KEYS) or any(
+        isinstance(message, dict) and _is_legacy(message) for message in example["messages"]
+    )
+
+
+def _convert_message(
+    message: Mapping[str, Any], before: Mapping[str, Any], ids: Iterator[str]
+) -> Mapping[str, Any] | None:
+    """A message of the legacy form, after the converted one ``before``; ``None`` where it is a
+    result of no call, or no call of a function."""
+    if not _is_legacy(message):
+        return message
+    function = message.get("function_call")
+    if message.get("role") == "function" and function is None:
+        for call in before.get("tool_calls", ()):
+            if message.get("name") == call["function"].get("name"):
+                return {
+                    "role": "tool",
+                    "tool_call_id": call["id"],
+                    "content": message.get("content"),
+                }
+        return None
+    if not isinstance(function, dict):
+        return None
+    call = {"id": next(ids), "type": "function", "function": function}
+    rest = {key: item for key, item in message.items() if key != "function_call"}
+    return {**rest, "tool_calls": [_with_arguments_text(call)]}
+
+
+def _mend_tools(example: MutableMapping[str, Any]) -> Iterator[_Problem]:
+    for key in ("tools", "parallel_tool_calls"):
+        if key in example and example[key] is None:
+            del example[key]
+            yield _Problem("empty_key", None, (key,))
+    if _is_text_of_tools(example.get("tools")):
+        with contextlib.suppress(ValueError, RecursionError):
+            example["tools"] = _read_tools(example["tools"])
+            yield _Problem("tools_text")
+    tools = _listed(example.get("tools"))
+    for number, tool in enumerate(tools):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        empty = _empty_tool_keys(function) if isinstance(function, dict) else []
+        for key in empty:
+            yield _Problem("empty_key", None, (f"tools[{number}].function.{key}",))
+        if isinstance(function, dict) and empty:
+            filled = {key: item for key, item in function.items() if key not in empty}
+            tools = [*tools[:number], {**tool, "function": filled}, *tools[number + 1 :]]
+            example["tools"] = tools
+
+
+def _read_tools(tools: Any) -> Any:
+    tools = _read_strict(tools) if isinstance(tools, str) else tools
+    if not isinstance(tools, list):
+        raise ValueError("no array")
+    return [_read_strict(tool) if isinstance(tool, str) else tool for tool in tools]
+
+
+def _mend_conversation(example: MutableMapping[str, Any]) -> Iterator[_Problem]:
+    messages = example["messages"]
+    roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
+    if "assistant" in roles:
+        kept = len(roles) - roles[::-1].index("assistant")
+        for index in range(kept, len(roles)):
+            yield _Problem("last_not_assistant", index, (roles[index],))
+        del messages[kept:]
+    for key in [key for key in example if key not in LINE_KEYS | _LEGACY_KEYS]:
+        if _outer_code(key, example[key]) == "unknown_key":
+            yield _Problem("unknown_key", None, (key,))
+            del example[key]
+        elif "system" not in roles:
+            yield _Problem("top_level_system", None, (key,))
+            messages.insert(0, {"role": "system", "content": example.pop(key)})
+            roles.append("system")
 
 
 # ── Reading: what a line is ──────────────────────────────────────────────────────────────────
@@ -1465,12 +2117,15 @@ class RecordFile:
             "csv": self._read_csv,
             "parquet": self._read_parquet,
         }
-        faults: tuple[_Problem, ...] = ()
-        if not self.encoding.startswith("utf-8") and self.encoding:
-            faults = (_Problem("foreign_encoding", None, (ENCODING_NAMES[self.encoding],)),)
         with self._telling():
-            for record in read[self.layout]():
-                yield record._replace(faults=faults + record.faults) if faults else record
+            yield from read[self.layout]()
+
+    @property
+    def faults(self) -> tuple[_Problem, ...]:
+        """What is wrong with the file as a whole, beside its layout."""
+        if not self.encoding or self.encoding.startswith("utf-8"):
+            return ()
+        return (_Problem("foreign_encoding", None, (ENCODING_NAMES[self.encoding],)),)
 
     @contextlib.contextmanager
     def _telling(self) -> Iterator[None]:
@@ -1528,7 +2183,7 @@ class RecordFile:
             for number, raw in enumerate(text, 1):
                 value, faults = _read_line(raw, damaged=self._damaged)
                 where = f"{self.path}:{number}"
-                yield Record(f"{self._stem}-{number}", where, value, number, raw, faults)
+                yield Record(f"{self.stem}-{number}", where, value, number, raw, faults)
 
     def _read_document(self) -> Iterator[Record]:
         with self._text() as file:
@@ -1547,15 +2202,15 @@ class RecordFile:
             fault = _Problem("invalid_json", None, (printable(error)[:100],))
         if fault is not None:
             line = text.count("\n", 0, at) + 1
-            yield Record(self._stem, f"{self.path}:{line}", None, line, "", (fault,))
+            yield Record(self.stem, f"{self.path}:{line}", None, line, "", (fault,))
         elif len(values) == 1:
             for name, value in _members(values[0][1]):
                 where = f"{self.path}[{name}]" if name else str(self.path)
-                yield Record(f"{self._stem}-{name}" if name else self._stem, where, value)
+                yield Record(f"{self.stem}-{name}" if name else self.stem, where, value)
         else:
             for number, (at, value) in enumerate(values, 1):
                 where = f"{self.path}:{text.count(chr(10), 0, at) + 1}"
-                yield Record(f"{self._stem}-{number}", where, value)
+                yield Record(f"{self.stem}-{number}", where, value)
 
     def _read_csv(self) -> Iterator[Record]:
         csv.field_size_limit(2**31 - 1)  # a cell may hold a whole dialogue
@@ -1564,7 +2219,7 @@ class RecordFile:
             line = 2
             for number, row in enumerate(rows, 1):
                 cells = {key: cell for key, cell in row.items() if key and cell}
-                yield Record(f"{self._stem}-{number}", f"{self.path}:{line}", cells, line)
+                yield Record(f"{self.stem}-{number}", f"{self.path}:{line}", cells, line)
                 line = rows.line_num + 1
 
     def _read_parquet(self) -> Iterator[Record]:
@@ -1577,14 +2232,15 @@ class RecordFile:
                 rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
                 for number, row in enumerate(rows, 1):
                     where = f"{self.path}:{number}"
-                    yield Record(f"{self._stem}-{number}", where, _table_row(row), number)
+                    yield Record(f"{self.stem}-{number}", where, _table_row(row), number)
         except pyarrow.ArrowException as error:
             raise DataError(
                 f"{self.path}: Parquetとして読めません（{printable(error)}）。"
             ) from error
 
     @property
-    def _stem(self) -> str:
+    def stem(self) -> str:
+        """The name without its suffixes."""
         return self._name.rpartition(".")[0] or self._name
 
 
@@ -1639,15 +2295,6 @@ def _is_utf8(line: bytes) -> bool:
     try:
         line.decode()
     except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _is_json(text: str) -> bool:
-    """Whether a line is one JSON value."""
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
         return False
     return True
 
@@ -1777,7 +2424,9 @@ def _folder_records(folder: Path) -> Iterator[Record]:
 def _file_records(path: Path) -> Iterator[Record]:
     """The records of a file; one that can't be read is one record, whose value is the error."""
     try:
-        yield from _joined(RecordFile(path))
+        file = RecordFile(path)
+        for record in _joined(file):
+            yield record._replace(faults=file.faults + record.faults) if file.faults else record
     except DataError as error:
         yield Record(path.stem, str(path), error)
 
@@ -1884,7 +2533,6 @@ def _without_none(value: Any) -> Any:
 SPEAKER_KEYS = ("role", "speaker", "from", "interlocutor_id")
 TEXT_KEYS = ("utterance", "content", "value", "text")
 DIALOGUE_IDS = ("id", "dialogue_id", "conversation_id")
-SYSTEM_KEYS = ("system", "instructions")
 
 
 class Conversation(NamedTuple):
@@ -1913,7 +2561,7 @@ class Reading:
         """The role of each speaker of a dialogue; who isn't known by name is remembered."""
         roles = self.speakers.roles(found)
         for name in roles:
-            if name not in ROLES and _known_role(name) is None:
+            if name not in ROLES and _meant_role(name) is None:
                 self.heard[printable(name)] += 1
         return roles
 
@@ -1945,15 +2593,11 @@ def _speakers_line(heard: Mapping[str, int]) -> str:
 
 
 class Form(NamedTuple):
-    """A form in which records are found, known by keys that all hold something.
-
-    ``refused`` says what a form is for that isn't training data of this kind.
-    """
+    """A form in which records are found, known by keys that all hold something."""
 
     name: str
     keys: tuple[str, ...]
     read: Callable[[Mapping[str, Any], Reading, str], Conversation]
-    refused: str = ""
 
 
 def find_form(record: object) -> Form | None:
@@ -1984,21 +2628,18 @@ def parse_dialogue(
     key = _find_key(record, DIALOGUE_IDS)
     dialogue_id = str(record[key] if key else review_en.get("evaluation_id", fallback_id))
     place = f"{source}: 対話「{printable(dialogue_id)}」"
+    if other := _other_format(record):
+        _, text, remedy = PROBLEMS[other]
+        raise OtherPurpose(f"{source}: {text}。{remedy}。")
     form = find_form(record)
     if form is None:
         raise DataError(
             f"{source}: 対話の本文（dialogue や messages など）がありません。"
             f"あるキー: {printable('、'.join(map(str, record))) or 'なし'}"
         )
-    if form.refused:
-        raise OtherPurpose(
-            f"{source}: {form.refused}のデータです（あるキー: {'、'.join(form.keys)}）。"
-            "教師あり学習のデータ（messages など）を指定してください。"
-        )
     said = form.read(record, reading, place)
     reading.forms[form.name] += 1
-    if said.chat is None:
-        _note_left_out(record, form, reading)
+    _note_left_out(record, form, reading)
     try:
         content = "\0".join(itertools.chain.from_iterable(said.turns))
         if said.chat is not None:
@@ -2060,7 +2701,7 @@ def _rows_of(record: Mapping[str, Any], key: str, place: str) -> list[Any]:
 
 def _system_of(record: Mapping[str, Any]) -> str:
     """The instruction that stands beside a conversation."""
-    texts = [record[key] for key in SYSTEM_KEYS if isinstance(record.get(key), str)]
+    texts = [record[key] for key in sorted(_SYSTEM_KEYS) if isinstance(record.get(key), str)]
     return "\n".join(filter(str.strip, texts))
 
 
@@ -2152,19 +2793,17 @@ def _read_chat(record: Mapping[str, Any], reading: Reading, place: str) -> Conve
                 f"{place}の{number}番目の role「{printable(name)}」が分かりません。"
                 f"あるキー: {printable('、'.join(map(str, record)))}。"
             )
-        if role != name:
-            reading.notes["roleの書き方を直して読みます", f"「{name}」→{role}"] += 1
+        if reading.speakers and role != _meant_role(name):
             message["role"] = role
-    chat: dict[str, Any] = {"messages": messages}
-    if record.get("tools"):
-        tools = _rows_of(record, "tools", place)
-        try:
-            chat["tools"] = [json.loads(tool) if isinstance(tool, str) else tool for tool in tools]
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{place}の tools がJSONとして読めません。") from error
-    if record.get("parallel_tool_calls") is not None:
-        chat["parallel_tool_calls"] = record["parallel_tool_calls"]
-    return Conversation(chat=chat)
+    keys = LINE_KEYS | _SYSTEM_KEYS | _LEGACY_KEYS
+    chat = {key: value for key, value in record.items() if key in keys and value is not None}
+    mended = _mend({**chat, "messages": messages})
+    tools = mended.value.get("tools", [])
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise DataError(f"{place}の tools が配列ではないか、JSONとして読めません。")
+    for text in dict.fromkeys(map(_mending_text, mended.changes)):
+        reading.notes["直して読みます", text] += 1
+    return Conversation(chat={key: item for key, item in mended.value.items() if item != []})
 
 
 # The keys that hold turns, each with the name of its form.
@@ -2177,10 +2816,6 @@ TURN_FORMS = {
     "dialog": "dialog",
 }
 FORMS = (
-    Form("Batch API", ("custom_id", "body"), _read_chat, "Batch APIの入力"),
-    Form("DPO", ("preferred_output",), _read_chat, "選好（DPO）の学習"),
-    Form("DPO", ("chosen", "rejected"), _read_chat, "選好（DPO）の学習"),
-    Form("RFT", ("messages", "reference_answer"), _read_chat, "強化学習（RFT）"),
     *(Form(name, (key,), _read_turns) for key, name in TURN_FORMS.items()),
     Form("messages", ("messages",), _read_chat),
     Form("prompt / completion", ("prompt", "completion"), _read_pair),
@@ -2189,7 +2824,15 @@ FORMS = (
 )
 # What is used besides: ids, the instruction, and what KokoroChat tells of a dialogue.
 _USED_KEYS = frozenset(
-    (*DIALOGUE_IDS, *SYSTEM_KEYS, "input", "topic", "review_by_client_jp", "review_by_client_en")
+    (
+        *DIALOGUE_IDS,
+        *LINE_KEYS,
+        *_SYSTEM_KEYS,
+        "input",
+        "topic",
+        "review_by_client_jp",
+        "review_by_client_en",
+    )
 )
 
 
@@ -2835,111 +3478,37 @@ def estimate_cost(
 # ── Checking ─────────────────────────────────────────────────────────────────────────────────
 
 
-def _find_problems(example: object, line: str) -> list[_Problem]:
-    """Every problem of an example and of its line as JSON without escapes, but for its length.
-
-    The order is the reading's.
-    """
-    return [*_find_shape_problems(example), *_find_text_problems(line)]
-
-
-def _find_shape_problems(example: object) -> Iterator[_Problem]:
-    if not isinstance(example, dict):
-        yield _Problem("not_object")
-        return
-    for key in example.keys() - LINE_KEYS:
-        yield _Problem("unknown_key", None, (key,))
-    messages = example.get("messages")
-    if not isinstance(messages, list):
-        yield _Problem("missing_messages")
-        return
-    if not messages:
-        yield _Problem("empty_messages")
-        return
-    yield from _find_conversation_problems(messages)
-
-
-def _find_conversation_problems(messages: Sequence[object]) -> Iterator[_Problem]:
-    trained = False
-    role: object = None
-    for index, message in enumerate(messages):
-        if not isinstance(message, dict):
-            role = None
-            yield _Problem("wrong_type", index, ("発話",))
-            continue
-        role = message.get("role")
-        content = message.get("content")
-        plain = type(role) is str and role in _PLAIN_ROLES and len(message) == 2
-        if not (plain and type(content) is str and content):
-            yield from _find_message_problems(index, message)
-        if type(content) is str and content.isspace():
-            yield _Problem("blank_content", index)
-        trained = trained or (role == "assistant" and message.get("weight") != 0)
-    if not trained:
-        yield _Problem("no_trained_message")
-    if role != "assistant":
-        yield _Problem("last_not_assistant", len(messages) - 1)
-
-
-_PLAIN_ROLES = CHAT_ROLES - {"tool"}
-
-
-def _find_message_problems(index: int, message: Mapping[str, Any]) -> Iterator[_Problem]:
-    for key in message.keys() - MESSAGE_KEYS:
-        yield _Problem("unknown_key", index, (key,))
-    role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str) or role not in CHAT_ROLES:
-        yield _Problem("unknown_role", index, (role,))
-    if "weight" in message and (
-        role != "assistant" or type(message["weight"]) is not int or message["weight"] not in (0, 1)
-    ):
-        yield _Problem("bad_weight", index)
-    if role == "tool" and not isinstance(message.get("tool_call_id"), str):
-        yield _Problem("wrong_type", index, ("tool_call_id",))
-    if content is None:
-        calls = message.get("tool_calls")
-        if not (role == "assistant" and isinstance(calls, list) and calls):
-            yield _Problem("wrong_type", index, ("content",))
-    elif content in ("", []):
-        yield _Problem("empty_content", index)
-    elif not isinstance(content, str) and not (
-        isinstance(content, list) and all(map(_is_content_part, content))
-    ):
-        yield _Problem("wrong_type", index, ("content",))
-
-
-def _is_content_part(part: object) -> bool:
-    return (
-        isinstance(part, dict)
-        and isinstance(part.get("type"), str)
-        and (part["type"] != "text" or isinstance(part.get("text"), str))
-    )
-
-
-def _find_text_problems(line: str) -> Iterator[_Problem]:
-    if "<|" in line:
-        for token in sorted(set(SPECIAL_TOKEN.findall(line))):
-            yield _Problem("special_token", None, (token,))
-    try:
-        line.encode()
-    except UnicodeEncodeError:
-        yield _Problem("lone_surrogate")
-
-
 def _find_repeats(
     number: int,
-    line: bytes,
-    seen: dict[bytes, int],
-    conversation: bytes,
-    trained: Mapping[bytes, int],
+    example: object,
+    seen: dict[int, int],
+    trained: Mapping[int, int],
 ) -> Iterator[_Problem]:
-    """Where a line, or its digest, stood in its file before (``seen``, to which it is added), and
-    where its conversation is in the training file (``trained``)."""
-    first = seen.setdefault(line, number)
+    """Where an example stood in its file before (``seen``, to which it is added), and where its
+    conversation is in the training file (``trained``)."""
+    first = seen.setdefault(_example_key(example), number)
     if first != number:
         yield _Problem("duplicate_line", None, (first,))
-    if shared := trained.get(conversation):
+    if trained and (shared := trained.get(_example_key(example))):
         yield _Problem("shared_conversation", None, (shared,))
+
+
+def _example_key(example: object) -> int:
+    """The same for the same conversation and tools, whatever the order of their keys; in this
+    process alone."""
+    messages = example.get("messages") if isinstance(example, dict) else None
+    if not isinstance(example, dict) or not isinstance(messages, list):
+        return hash(json.dumps(example, sort_keys=True))
+    rest = {key: example[key] for key in LINE_KEYS - {"messages"} if key in example}
+    return hash((json.dumps(rest, sort_keys=True), *map(_message_key, messages)))
+
+
+def _message_key(message: object) -> object:
+    if isinstance(message, dict) and len(message) == 2:
+        role, content = message.get("role"), message.get("content")
+        if type(role) is type(content) is str:
+            return role, content
+    return json.dumps(message, sort_keys=True)
 
 
 def _find_file_problems(count: int, needed: int, size: int, limit: int) -> Iterator[_Problem]:
@@ -2964,6 +3533,71 @@ def _find_length_problems(messages: object, size: int, limit: int) -> Iterator[_
         yield _Problem("too_long", None, (f"{tokens:,}", f"{limit:,}"))
 
 
+class _Checked(NamedTuple):
+    """A record, the example that it is or can be made, and what is wrong with it as it stands."""
+
+    record: Record
+    example: Any
+    problems: list[_Problem]
+
+
+def _check_records(file: RecordFile, reading: Reading) -> Iterator[_Checked]:
+    for record in _joined(file):
+        problems = list(record.faults)
+        example: Any = record.value
+        if example is not None:
+            form = find_form(example)
+            if form is not None and not _is_ready(example, reading.speakers):
+                example = _converted(record, form, reading, problems)
+            elif form is not None:
+                reading.forms[form.name] += 1
+            if example is not None:
+                problems += _find_problems(example, _line_of(record, example, problems))
+        yield _Checked(record, example, problems)
+
+
+def _is_ready(value: Mapping[str, Any], speakers: Speakers) -> bool:
+    """Whether a record is in the service's form already, or for another purpose."""
+    if _other_format(value) is not None:
+        return True
+    messages = value.get("messages")
+    if not isinstance(messages, list) or not speakers:
+        return isinstance(messages, list)
+    return all(isinstance(m, dict) and _meant_role(m.get("role")) is not None for m in messages)
+
+
+def _converted(
+    record: Record, form: Form, reading: Reading, problems: list[_Problem]
+) -> Mapping[str, Any] | None:
+    """The example of a record of another form, ``problems`` being added to; the record itself
+    where it can't be read, ``None`` where nobody knows who speaks."""
+    try:
+        dialogue = parse_dialogue(
+            record.value, fallback_id=record.fallback_id, source=record.where, reading=reading
+        )
+    except UnknownRole:
+        names = "、".join(reading.heard)
+        problems.append(_Problem("unknown_speaker", None, (names,)))
+        return None
+    except DataError:
+        return cast("Mapping[str, Any]", record.value)
+    problems.append(_Problem("other_form", None, (form.name,)))
+    example = to_example(dialogue) or {"messages": []}
+    return {key: item for key, item in example.items() if key != "id"}
+
+
+def _line_of(record: Record, example: object, problems: list[_Problem]) -> str:
+    """An example as one line of JSON without escapes; ``problems`` is added to where it is none."""
+    as_it_stands = example is record.value and record.raw and "\\" not in record.raw
+    if as_it_stands and "NaN" not in record.raw and "Infinity" not in record.raw:
+        return record.raw
+    try:
+        return _encode_json(example)
+    except (ValueError, RecursionError) as error:
+        problems.append(_Problem("invalid_json", None, (printable(error)[:100],)))
+        return _dump(example)
+
+
 def check_file(
     path: str | os.PathLike[str],
     *,
@@ -2971,85 +3605,97 @@ def check_file(
     compare_with: str | os.PathLike[str] | None = None,
     max_tokens: int = MAX_EXAMPLE_TOKENS,
     max_bytes: int = MAX_FILE_BYTES,
-) -> list[Finding]:
-    """Every problem of a JSONL file on disk, in the order of its lines.
+    speakers: Speakers | None = None,
+) -> FileFindings:
+    """What a data file is, and every problem that it has as a training file, line by line.
 
-    ``compare_with`` names the training file of a validation file: conversations in both are
-    found. The file is read line by line; only hashes of them stay in memory. The vocabulary is
-    needed for lines of more than ``max_tokens`` bytes alone. Raises :class:`DataError` where
-    the file can't be read.
+    The service takes JSON Lines in UTF-8 whose lines have ``messages``; another encoding,
+    container or form is a problem of its own, and what it holds is checked as it would be
+    converted (``speakers`` as for :func:`read_dialogues`). ``compare_with`` names the training
+    file of a validation file: conversations in both are found. JSON Lines are read line by line;
+    only hashes of them stay in memory. The vocabulary is needed for lines of more than
+    ``max_tokens`` bytes alone. Raises :class:`DataError` where the file can't be read.
     """
-    path = Path(path)
+    file = RecordFile(Path(path))
+    reading = Reading(speakers)
     trained = {} if compare_with is None else _conversation_lines(Path(compare_with))
-    findings: list[Finding] = []
-    seen: dict[bytes, int] = {}
+    whole = list(_find_container_problems(file))
+    found: list[Finding] = []
+    seen: dict[int, int] = {}
     count = 0
-    for number, raw, value, problems in _read_checked(path):
+    for number, (record, example, problems) in enumerate(_check_records(file, reading), 1):
         count += not _is_blank(problems)
-        if value is not None:
-            messages = value.get("messages") if isinstance(value, dict) else None
-            line = hashlib.sha256(raw.strip()).digest()
-            conversation = _conversation_digest(messages) if trained else b""
-            problems += _find_repeats(number, line, seen, conversation, trained)
-            problems += _find_length_problems(messages, len(raw), max_tokens)
-        findings += [_finding(str(path), number, problem) for problem in problems]
+        if example is not None:
+            messages = example.get("messages") if isinstance(example, dict) else None
+            problems += _find_repeats(record.line or number, example, seen, trained)
+            problems += _find_length_problems(messages, len(record.raw.encode()), max_tokens)
+        found += [_finding(record.where, record.line, problem) for problem in problems]
     needed = MIN_TRAINING_EXAMPLES if kind == "training" else 1
-    whole = _find_file_problems(count, needed, path.stat().st_size, max_bytes)
-    return findings + [_finding(str(path), None, problem) for problem in whole]
+    last = _find_file_problems(count, needed, file.path.stat().st_size, max_bytes)
+    return FileFindings(
+        [
+            *(_finding(str(path), None, problem) for problem in whole),
+            *found,
+            *(_finding(str(path), None, problem) for problem in last),
+        ],
+        file=file,
+        forms=reading.forms,
+        total=count,
+    )
 
 
-def _read_checked(path: Path) -> Iterator[tuple[int, bytes, Any, list[_Problem]]]:
-    """Yield (line number, bytes, value or ``None``, problems) of each physical line."""
-    try:
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, 1):
-                yield number, raw, *_check_line(raw, first=number == 1)
-    except OSError as error:
-        raise DataError(f"{path}: 読めません（{error.strerror}）。") from error
+def _find_container_problems(file: RecordFile) -> Iterator[_Problem]:
+    """What keeps a file as a whole from being one that the service takes."""
+    if file.layout != "lines":
+        yield _Problem("not_jsonl", None, (LAYOUT_NAMES[file.layout],))
+        if file.encoding == "utf-8-sig":
+            yield _Problem("bom")
+    yield from file.faults
 
 
-def _check_line(raw: bytes, *, first: bool) -> tuple[Any, list[_Problem]]:
-    problems: list[_Problem] = []
-    if first and raw.startswith(codecs.BOM_UTF8):
-        problems.append(_Problem("bom"))
-        raw = raw.removeprefix(codecs.BOM_UTF8)
-    try:
-        text = raw.decode()
-    except UnicodeDecodeError:
-        return None, [*problems, _Problem("encoding")]
-    if not text.strip():
-        return None, [*problems, _Problem("blank_line")]
-    try:
-        value = json.loads(text, parse_constant=_refuse_constant)
-        if "\\" in text:
-            text = json.dumps(value, ensure_ascii=False)
-    except (ValueError, RecursionError) as error:
-        return None, [*problems, _Problem("invalid_json", None, (printable(error)[:100],))]
-    return value, problems + _find_problems(value, text)
+class FileFindings(list[Finding]):
+    """The findings of a file in the order of its lines, and what the file is.
+
+    ``layout`` and ``encoding`` are those of :class:`RecordFile`; ``forms`` counts the records of
+    each form, ``total`` all that aren't blank.
+    """
+
+    def __init__(
+        self, findings: Iterable[Finding], *, file: RecordFile, forms: Mapping[str, int], total: int
+    ) -> None:
+        super().__init__(findings)
+        self.path, self.layout, self.encoding = file.path, file.layout, file.encoding
+        self.forms, self.total = dict(forms), total
+
+    @property
+    def errors(self) -> list[Finding]:
+        """Those that the service would refuse, or that would cost."""
+        return [finding for finding in self if finding.severity == "error"]
+
+    @property
+    def description(self) -> str:
+        """What the file is, in Japanese."""
+        forms = "、".join(f"{name} {n:,}件" for name, n in self.forms.items())
+        facts = [LAYOUT_NAMES[self.layout], ENCODING_NAMES.get(self.encoding, "")]
+        return "、".join([*filter(None, facts), f"{self.total:,}件（{forms or '形は不明'}）"])
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} はJSONの値ではありません")
-
-
-def _conversation_digest(messages: object) -> bytes:
-    text = json.dumps(messages, sort_keys=True)
-    return hashlib.sha256(text.encode()).digest()
-
-
-def _conversation_lines(path: Path) -> dict[bytes, int]:
+def _conversation_lines(path: Path) -> dict[int, int]:
     return {
-        _conversation_digest(value.get("messages")): number
-        for number, _, value, _ in _read_checked(path)
-        if isinstance(value, dict)
+        _example_key(example): record.line or number
+        for number, (record, example, _) in enumerate(
+            _check_records(RecordFile(path), Reading()), 1
+        )
+        if example is not None
     }
 
 
-def _finding(path: str, line: int | None, problem: _Problem) -> Finding:
+def _finding(where: str, line: int | None, problem: _Problem) -> Finding:
+    """A problem with its place; ``where`` ends with the line where there is one."""
     severity, text, remedy = PROBLEMS[problem.code]
     details = [printable(detail) for detail in problem.details]
     return Finding(
-        path=path,
+        path=where if line is None else where.removesuffix(f":{line}"),
         line=line,
         message_index=problem.message_index,
         code=problem.code,
@@ -3059,55 +3705,83 @@ def _finding(path: str, line: int | None, problem: _Problem) -> Finding:
     )
 
 
-def fix_file(path: str | os.PathLike[str]) -> tuple[str, str, int, int]:
-    """Write ``NAME.fixed.jsonl`` and ``NAME.rejects.jsonl`` beside a JSONL file.
+class Fixed(NamedTuple):
+    """What :func:`fix_file` wrote: both paths, how many examples and rejects they hold, and what
+    was changed with the number of records."""
 
-    Mended: BOM, blank lines, unknown keys, duplicate lines, what follows the last assistant
-    message, over-long conversations (split). A line that still has an error goes to the rejects
-    as ``{"line", "codes", "raw"}``. Returns both paths, and how many examples and rejects they
-    hold. Raises :class:`DataError` rather than overwrite either.
+    fixed: str
+    rejects: str
+    examples: int
+    rejected: int
+    changes: Mapping[str, int]
+
+
+def fix_file(path: str | os.PathLike[str], *, speakers: Speakers | None = None) -> Fixed:
+    """Write ``NAME.fixed.jsonl`` and ``NAME.rejects.jsonl`` beside a data file.
+
+    Mended is what needs no guess: encoding, container and form, BOM, blank lines, trailing
+    commas, unknown and empty keys, duplicate examples, what follows the last assistant message,
+    over-long conversations (split), the spelling of roles, the type of weights, tools and
+    arguments, the legacy form of functions, a system text outside the messages. A record that
+    still has an error goes to the rejects as ``{"line", "codes", "raw"}``. Raises
+    :class:`DataError` rather than overwrite either.
     """
-    path = Path(path)
-    examples: dict[str, None] = {}  # an ordered set: a repeated line is dropped
-    rejects = []
-    outputs = [path.with_name(f"{path.stem}.{name}.jsonl") for name in ("fixed", "rejects")]
+    file = RecordFile(Path(path))
+    outputs = [file.path.with_name(f"{file.stem}.{name}.jsonl") for name in ("fixed", "rejects")]
     for output in filter(Path.exists, outputs):
         raise DataError(f"{output} がすでにあります。移動するか削除してからやり直してください。")
-    for number, raw, value, problems in _read_checked(path):
-        if _is_blank(problems):
-            continue
-        mended = _mend(value)
-        if value is not None:
-            problems = _find_problems(mended, _dump(mended))
-        codes = [problem.code for problem in problems if _is_error(problem)]
-        if not codes:
-            lines, codes = _mended_lines(f"{path}:{number}", mended, len(raw))
-            examples.update(dict.fromkeys(lines))
+    examples: dict[int, str] = {}  # by their keys: a repeated example is dropped
+    changes: collections.Counter[str] = collections.Counter()
+    rejects = []
+    whole = list(_find_container_problems(file))
+    for number, (record, example, problems) in enumerate(
+        _check_records(file, Reading(speakers)), 1
+    ):
+        lines, codes, changed = _fixed_lines(record, example, problems)
+        changed += [_Problem("duplicate_line") for key in lines if key in examples]
+        for key, text in lines.items():
+            examples.setdefault(key, text)
         if codes:
-            text = raw.decode(errors="backslashreplace").rstrip("\r\n")
-            rejects.append(_encode_json({"line": number, "codes": codes, "raw": text}))
-    for output, written in zip(outputs, (examples, rejects), strict=True):
+            raw = record.raw.encode(errors="surrogateescape").decode(errors="backslashreplace")
+            raw = raw.rstrip("\r\n") or _dump(record.value)
+            rejects.append(
+                _encode_json({"line": record.line or number, "codes": codes, "raw": raw})
+            )
+        else:
+            done = {_mending_text(change) for change in (*whole, *changed)}
+            changes.update(sorted(done))
+    for output, written in zip(outputs, (examples.values(), rejects), strict=True):
         write_new_file(output, "".join(line + "\n" for line in written))
-    return str(outputs[0]), str(outputs[1]), len(examples), len(rejects)
+    return Fixed(str(outputs[0]), str(outputs[1]), len(examples), len(rejects), changes)
 
 
-def _mend(value: Any) -> Any:
-    if not isinstance(value, dict) or not isinstance(value.get("messages"), list):
-        return value
-    messages = [
-        {key: item for key, item in message.items() if key in MESSAGE_KEYS}
-        if isinstance(message, dict)
-        else message
-        for message in value["messages"]
-    ]
-    roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
-    if "assistant" in roles:
-        messages = messages[: len(roles) - roles[::-1].index("assistant")]
-    return {**{key: item for key, item in value.items() if key in LINE_KEYS}, "messages": messages}
+def _fixed_lines(
+    record: Record, example: Any, problems: list[_Problem]
+) -> tuple[dict[int, str], list[str], list[_Problem]]:
+    """The lines that a record becomes by their keys, or the codes of what stands against it; and
+    what was changed."""
+    changed = [problem for problem in problems if problem.code in _STANDING]
+    if example is not None:
+        mended = _mend(example)
+        changed += mended.changes
+        problems = _find_problems(mended.value, _dump(mended.value))
+        codes = [problem.code for problem in problems if _is_error(problem)]
+        if codes:
+            return {}, codes, []
+        size = len(_dump(mended.value).encode(errors="replace"))
+        lines, codes = _mended_lines(record.where, mended.value, size)
+        return lines, codes, changed
+    codes = [p.code for p in problems if _is_error(p) and p.code not in _STANDING]
+    return {}, codes, changed
 
 
-def _mended_lines(place: str, mended: Any, size: int) -> tuple[list[str], list[str]]:
-    """The lines of an example, several where it is too long, or the codes that stand against it."""
+# What is put right by writing an example as a line of its own.
+_STANDING = MENDED_FAULTS | {"blank_line", "other_form"}
+
+
+def _mended_lines(place: str, mended: Any, size: int) -> tuple[dict[int, str], list[str]]:
+    """The lines of an example by their keys, several where it is too long, or the codes that
+    stand against it."""
     parts = [mended]
     if any(_find_length_problems(mended["messages"], size, MAX_EXAMPLE_TOKENS)):
         named = cast("Example", {"id": place, **mended})
@@ -3115,11 +3789,11 @@ def _mended_lines(place: str, mended: Any, size: int) -> tuple[list[str], list[s
         try:
             parts = list(split_long_example(named, counter, MAX_EXAMPLE_TOKENS))
         except DataError:
-            return [], ["too_long"]
+            return {}, ["too_long"]
     try:
-        return list(map(example_line, parts)), []
+        return {_example_key(part): example_line(part) for part in parts}, []
     except ValueError:  # an infinite number, which JSON has no way to write
-        return [], ["invalid_json"]
+        return {}, ["invalid_json"]
 
 
 def _is_blank(problems: Iterable[_Problem]) -> bool:
@@ -5596,7 +6270,7 @@ class Preparation:
         written. Beside the files goes ``manifest_STAMP.json``.
         """
         paths = {name: runs.folder / f"{name}_data_{stamp}.jsonl" for name in SPLIT_NAMES}
-        lines, findings = _encode_splits(prepared.splits, paths)
+        lines, findings = _encode_splits(prepared)
         _require_no_errors(findings)
         data: dict[SplitName, DataFile] = {}
         for name, content in lines.items():
@@ -5647,22 +6321,29 @@ class Preparation:
         }
 
 
-def _encode_splits(
-    splits: Splits, paths: Mapping[SplitName, Path]
-) -> tuple[dict[SplitName, list[bytes]], list[Finding]]:
-    """The encoded lines of each file, and everything that is wrong with them."""
+def _encode_splits(prepared: Prepared) -> tuple[dict[SplitName, list[bytes]], list[Finding]]:
+    """The encoded lines of each file, and everything that is wrong with them, at the places where
+    the dialogues stand."""
     lines: dict[SplitName, list[bytes]] = {}
     findings: list[Finding] = []
-    seen: dict[SplitName, dict[bytes, int]] = {name: {} for name in SPLIT_NAMES}
-    for name, examples in zip(SPLIT_NAMES, splits, strict=True):
+    seen: dict[SplitName, dict[int, int]] = {name: {} for name in SPLIT_NAMES}
+    for index, name in enumerate(SPLIT_NAMES):
         lines[name] = []
-        for number, example in enumerate(examples, 1):
+        sources = prepared.loaded.sources[index] if prepared.loaded else {}
+        for number, example in enumerate(prepared.splits[index], 1):
             encoded, problems = _encode_example(example)
             lines[name].append(encoded)
             trained = seen["train"] if name == "valid" else {}
-            problems += _find_repeats(number, encoded, seen[name], encoded, trained)
-            findings += [_finding(str(paths[name]), number, problem) for problem in problems]
+            problems += _find_repeats(number, example, seen[name], trained)
+            where = _source_of(example["id"], sources) or f"{name}[{number}]（{example['id']}）"
+            findings += [_finding(where, _line_in(where), problem) for problem in problems]
     return lines, findings
+
+
+def _line_in(where: str) -> int | None:
+    """The line that a place ends with."""
+    line = where.rpartition(":")[2]
+    return int(line) if line.isdecimal() else None
 
 
 def _encode_example(example: Example) -> tuple[bytes, list[_Problem]]:

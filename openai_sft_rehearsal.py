@@ -101,6 +101,13 @@ MESSAGE_KEYS: Final = frozenset(
     {"role", "content", "name", "tool_calls", "tool_call_id", "refusal", "audio", "function_call"}
 )
 MESSAGE_ROLES: Final = frozenset({"system", "user", "assistant", "tool"})
+PART_TYPES: Final = {
+    "system": {"text"},
+    "user": {"text", "image_url", "input_audio", "file"},
+    "assistant": {"text", "refusal"},
+    "tool": {"text"},
+}
+FUNCTION_NAME: Final = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 UNTRAINED_ANSWER: Final = (
     "（リハーサル用の未学習モデルです。まだ何も学習していないため、相談への返答はできません。）"
@@ -264,25 +271,43 @@ def _message_problem(message: Any, keys: frozenset[str]) -> str | None:
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or role not in MESSAGE_ROLES:
         return f"unknown role {json.dumps(role)[:80]}."
-    if "weight" in message:
-        if role != "assistant":
-            return "'weight' is for assistant messages only."
-        if type(message["weight"]) is not int or message["weight"] not in (0, 1):
-            return "'weight' must be 0 or 1."
+    if why := _optional_problem(message, role):
+        return why
     if role == "tool" and not isinstance(message.get("tool_call_id"), str):
         return "a tool message needs a 'tool_call_id'."
     if content is None:
         calls = message.get("tool_calls") if role == "assistant" else None
         return None if calls and isinstance(calls, list) else "'content' is missing."
-    if isinstance(content, str) or (isinstance(content, list) and all(map(_is_part, content))):
+    if isinstance(content, str):
         return None
-    return "'content' must be a string or an array of content parts."
+    if isinstance(content, list) and all(_is_part(part, role) for part in content):
+        return None
+    return f"'content' must be a string or an array of content parts of the role {role}."
 
 
-def _is_part(part: Any) -> bool:
+def _optional_problem(message: Json, role: str) -> str | None:
+    for key in ("name", "weight", "tool_calls", "tool_call_id"):
+        if key in message and message[key] in (None, []):
+            return f"'{key}' must not be empty."
+    if not isinstance(message.get("name", ""), str):
+        return "'name' must be a string."
+    if "weight" in message and role != "assistant":
+        return "'weight' is for assistant messages only."
+    weight = message.get("weight", 1)
+    if type(weight) is not int or weight not in (0, 1):
+        return "'weight' must be 0 or 1."
+    return None
+
+
+def _is_part(part: Any, role: str) -> bool:
     if not isinstance(part, dict) or not isinstance(part.get("type"), str):
         return False
-    return part["type"] != "text" or isinstance(part.get("text"), str)
+    if part["type"] == "image_url":
+        image = part.get("image_url")
+        right = isinstance(image, dict) and isinstance(image.get("url"), str)
+    else:
+        right = part["type"] not in ("text", "refusal") or isinstance(part.get(part["type"]), str)
+    return right and part["type"] in PART_TYPES[role]
 
 
 def _text(message: Json) -> str:
@@ -330,7 +355,27 @@ def _line_problem(raw: bytes) -> str | None:
         return "a string has a lone surrogate."
     if found := SPECIAL_TOKEN.search(text):
         return f"special token text {found.group()} is not allowed."
-    return _messages_problem(record.get("messages"))
+    if not isinstance(record.get("parallel_tool_calls", True), bool):
+        return "'parallel_tool_calls' must be a boolean."
+    return _tools_problem(record.get("tools", [])) or _messages_problem(record.get("messages"))
+
+
+def _tools_problem(tools: Any) -> str | None:
+    if not isinstance(tools, list):
+        return "'tools' must be an array."
+    for index, tool in enumerate(tools):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or tool.get("type") != "function":
+            return f"tool {index}: must be of the type 'function', with a 'function'."
+        name = function.get("name")
+        if not isinstance(name, str) or not FUNCTION_NAME.fullmatch(name):
+            return f"tool {index}: 'name' does not match {FUNCTION_NAME.pattern}."
+        for key, kind in {"description": str, "parameters": dict}.items():
+            if not isinstance(function.get(key, kind()), kind):
+                return f"tool {index}: '{key}' has the wrong type."
+        if not isinstance(function.get("strict"), bool | None):
+            return f"tool {index}: 'strict' has the wrong type."
+    return None
 
 
 def _messages_problem(messages: Any) -> str | None:
@@ -345,7 +390,45 @@ def _messages_problem(messages: Any) -> str | None:
         return "there is no assistant message to train on."
     if messages[-1]["role"] != "assistant":
         return "the last message must be from the assistant."
+    return _calls_problem(messages)
+
+
+def _calls_problem(messages: list[Json]) -> str | None:
+    """What is wrong with calls and their results; a call that ends the example needs none."""
+    unanswered: list[str] = []
+    for index, message in enumerate(messages):
+        if message["role"] == "tool":
+            if message["tool_call_id"] not in unanswered:
+                return f"message {index}: 'tool_call_id' is of no unanswered call right before."
+            unanswered.remove(message["tool_call_id"])
+            continue
+        if unanswered:
+            return f"message {index}: the call '{unanswered[0]}' before it has no answer."
+        if message.get("function_call") is not None:
+            return f"message {index}: 'function_call' is no longer taken; use 'tool_calls'."
+        calls = message.get("tool_calls", [])
+        if not isinstance(calls, list) or (calls and message["role"] != "assistant"):
+            return f"message {index}: 'tool_calls' must be an array, of the assistant."
+        if not all(map(_is_call, calls)):
+            return (
+                f"message {index}: a call needs an 'id', 'function', its name and JSON arguments."
+            )
+        unanswered = [call["id"] for call in calls]
+        if len(set(unanswered)) < len(calls):
+            return f"message {index}: two calls have the same 'id'."
     return None
+
+
+def _is_call(call: Any) -> bool:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or call.get("type") != "function":
+        return False
+    try:
+        _strict_json(function["arguments"])
+        texts = (call["id"], function["name"], function["arguments"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return False
+    return call["id"] != "" and all(isinstance(text, str) for text in texts)
 
 
 # --- The models -----------------------------------------------------------------------------------
