@@ -133,6 +133,7 @@ __all__ = [
     "Case",
     "CheckItem",
     "ConfigurationError",
+    "Conversation",
     "CostEstimate",
     "DataError",
     "DataFile",
@@ -145,8 +146,10 @@ __all__ = [
     "EvaluationResults",
     "Example",
     "Figure",
+    "FileFindings",
     "Finding",
     "FineTuning",
+    "Form",
     "Intent",
     "JobFailed",
     "Journal",
@@ -154,11 +157,16 @@ __all__ = [
     "Loaded",
     "OpenAISFT",
     "OpenAISFTError",
+    "OtherPurpose",
     "Plan",
     "Pool",
     "Preparation",
     "Prepared",
     "Price",
+    "Reading",
+    "ReadingOptions",
+    "Record",
+    "RecordFile",
     "Run",
     "RunOptions",
     "RunRow",
@@ -168,6 +176,7 @@ __all__ = [
     "Selection",
     "SelectionOptions",
     "Settings",
+    "Speakers",
     "Splits",
     "Step",
     "SystemMonitor",
@@ -189,6 +198,7 @@ __all__ = [
     "estimate_cost",
     "example_line",
     "explain_api_error",
+    "find_form",
     "fix_file",
     "is_backchannel",
     "is_transient",
@@ -745,12 +755,16 @@ class Finding:
     text: str
     remedy: str
 
-    def __str__(self) -> str:
+    @property
+    def place(self) -> str:
+        """Where it is, for a message."""
         place = self.path if self.line is None else f"{self.path}:{self.line}"
-        if self.message_index is not None:
-            place += f"（messages[{self.message_index}]）"
+        message = self.message_index
+        return place if message is None else f"{place}（messages[{message}]）"
+
+    def __str__(self) -> str:
         label = "エラー" if self.severity == "error" else "注意"
-        return f"{place}: {label} [{self.code}] {self.text} → {self.remedy}"
+        return f"{self.place}: {label} [{self.code}] {self.text} → {self.remedy}"
 
 
 class _Problem(NamedTuple):
@@ -2206,11 +2220,13 @@ class RecordFile:
         elif len(values) == 1:
             for name, value in _members(values[0][1]):
                 where = f"{self.path}[{name}]" if name else str(self.path)
-                yield Record(f"{self.stem}-{name}" if name else self.stem, where, value)
+                own = f"{self.stem}-{name}" if name else self.stem
+                yield Record(own, where, value, faults=_NULL * (value is None))
         else:
             for number, (at, value) in enumerate(values, 1):
                 where = f"{self.path}:{text.count(chr(10), 0, at) + 1}"
-                yield Record(f"{self.stem}-{number}", where, value)
+                faults = _NULL * (value is None)
+                yield Record(f"{self.stem}-{number}", where, value, faults=faults)
 
     def _read_csv(self) -> Iterator[Record]:
         csv.field_size_limit(2**31 - 1)  # a cell may hold a whole dialogue
@@ -2311,6 +2327,9 @@ def _is_cut_off(line: str) -> bool:
     return False
 
 
+_NULL = (_Problem("not_object"),)  # a value that is null
+
+
 def _read_line(raw: str, *, damaged: bool) -> tuple[Any, tuple[_Problem, ...]]:
     """The value of a line of JSON, and what is wrong with how it stands."""
     text = raw.strip()
@@ -2322,7 +2341,8 @@ def _read_line(raw: str, *, damaged: bool) -> tuple[Any, tuple[_Problem, ...]]:
     if damaged and re.search("[\udc80-\udcff]", text):
         return None, (*faults, _Problem("encoding"))
     try:
-        return json.loads(text), faults
+        value = json.loads(text)
+        return value, faults + _NULL * (value is None)
     except (ValueError, RecursionError) as error:
         if text.endswith(",") and _is_json(text[:-1]):
             return json.loads(text[:-1]), (*faults, _Problem("trailing_comma"))
@@ -3551,8 +3571,8 @@ def _check_records(file: RecordFile, reading: Reading) -> Iterator[_Checked]:
                 example = _converted(record, form, reading, problems)
             elif form is not None:
                 reading.forms[form.name] += 1
-            if example is not None:
-                problems += _find_problems(example, _line_of(record, example, problems))
+            if example is not None and (line := _line_of(record, example, problems)) is not None:
+                problems += _find_problems(example, line)
         yield _Checked(record, example, problems)
 
 
@@ -3586,7 +3606,7 @@ def _converted(
     return {key: item for key, item in example.items() if key != "id"}
 
 
-def _line_of(record: Record, example: object, problems: list[_Problem]) -> str:
+def _line_of(record: Record, example: object, problems: list[_Problem]) -> str | None:
     """An example as one line of JSON without escapes; ``problems`` is added to where it is none."""
     as_it_stands = example is record.value and record.raw and "\\" not in record.raw
     if as_it_stands and "NaN" not in record.raw and "Infinity" not in record.raw:
@@ -3595,7 +3615,7 @@ def _line_of(record: Record, example: object, problems: list[_Problem]) -> str:
         return _encode_json(example)
     except (ValueError, RecursionError) as error:
         problems.append(_Problem("invalid_json", None, (printable(error)[:100],)))
-        return _dump(example)
+        return None
 
 
 def check_file(
@@ -3619,8 +3639,7 @@ def check_file(
     file = RecordFile(Path(path))
     reading = Reading(speakers)
     trained = {} if compare_with is None else _conversation_lines(Path(compare_with))
-    whole = list(_find_container_problems(file))
-    found: list[Finding] = []
+    found = [_finding(f"{path}:1", 1, problem) for problem in _find_container_problems(file)]
     seen: dict[int, int] = {}
     count = 0
     for number, (record, example, problems) in enumerate(_check_records(file, reading), 1):
@@ -3632,16 +3651,8 @@ def check_file(
         found += [_finding(record.where, record.line, problem) for problem in problems]
     needed = MIN_TRAINING_EXAMPLES if kind == "training" else 1
     last = _find_file_problems(count, needed, file.path.stat().st_size, max_bytes)
-    return FileFindings(
-        [
-            *(_finding(str(path), None, problem) for problem in whole),
-            *found,
-            *(_finding(str(path), None, problem) for problem in last),
-        ],
-        file=file,
-        forms=reading.forms,
-        total=count,
-    )
+    found += [_finding(str(path), None, problem) for problem in last]
+    return FileFindings(found, file=file, forms=reading.forms, total=count)
 
 
 def _find_container_problems(file: RecordFile) -> Iterator[_Problem]:
@@ -3705,26 +3716,18 @@ def _finding(where: str, line: int | None, problem: _Problem) -> Finding:
     )
 
 
-class Fixed(NamedTuple):
-    """What :func:`fix_file` wrote: both paths, how many examples and rejects they hold, and what
-    was changed with the number of records."""
-
-    fixed: str
-    rejects: str
-    examples: int
-    rejected: int
-    changes: Mapping[str, int]
-
-
-def fix_file(path: str | os.PathLike[str], *, speakers: Speakers | None = None) -> Fixed:
+def fix_file(
+    path: str | os.PathLike[str], *, speakers: Speakers | None = None
+) -> tuple[str, str, int, int]:
     """Write ``NAME.fixed.jsonl`` and ``NAME.rejects.jsonl`` beside a data file.
 
     Mended is what needs no guess: encoding, container and form, BOM, blank lines, trailing
     commas, unknown and empty keys, duplicate examples, what follows the last assistant message,
     over-long conversations (split), the spelling of roles, the type of weights, tools and
-    arguments, the legacy form of functions, a system text outside the messages. A record that
-    still has an error goes to the rejects as ``{"line", "codes", "raw"}``. Raises
-    :class:`DataError` rather than overwrite either.
+    arguments, the legacy form of functions, a system text outside the messages. What was changed
+    is logged with the number of records. A record that still has an error goes to the rejects as
+    ``{"line", "codes", "raw"}``. Returns both paths, and how many examples and rejects they
+    hold. Raises :class:`DataError` rather than overwrite either.
     """
     file = RecordFile(Path(path))
     outputs = [file.path.with_name(f"{file.stem}.{name}.jsonl") for name in ("fixed", "rejects")]
@@ -3752,7 +3755,9 @@ def fix_file(path: str | os.PathLike[str], *, speakers: Speakers | None = None) 
             changes.update(sorted(done))
     for output, written in zip(outputs, (examples.values(), rejects), strict=True):
         write_new_file(output, "".join(line + "\n" for line in written))
-    return Fixed(str(outputs[0]), str(outputs[1]), len(examples), len(rejects), changes)
+    for text, count in changes.items():
+        logger.warning("%s: %s（%s件）。", path, text, f"{count:,}")
+    return str(outputs[0]), str(outputs[1]), len(examples), len(rejects)
 
 
 def _fixed_lines(

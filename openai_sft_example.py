@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import logging
 import math
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -28,11 +30,14 @@ from openai_sft import (
     CostEstimate,
     Declined,
     EvaluationResults,
+    FileFindings,
+    Finding,
     OpenAISFT,
     OpenAISFTError,
     Price,
     RunOptions,
     RunRow,
+    Speakers,
     __version__,
     check_file,
     explain_api_error,
@@ -640,25 +645,81 @@ def shortened(text: str, width: int) -> str:
 
 
 def check(options: argparse.Namespace) -> int:
-    """--check-file: findings on stdout; 2 where one is an error."""
+    """--check-file: what the file is and what is wrong with it on stdout; 2 where an error is left.
+
+    With --fix it is about the file that is written.
+    """
+    speakers = Speakers(tuple(options.assistant), tuple(options.user))
     try:
-        findings = check_file(options.check_file)
-        fixed = fix_file(options.check_file) if options.fix else None
+        findings = check_file(options.check_file, speakers=speakers)
+        show_findings(findings, as_json=options.json)
+        if options.fix:
+            return fix(options, speakers)
     except OpenAISFTError as error:
         tell(f"エラー: {error}")
         return 2
     except OSError as error:
         tell(f"エラー: ファイルを書けません（{printable(error)}）。")
         return 2
-    if options.json:
+    if not options.json:
+        show(next_command(options, findings))
+    return 2 if findings.errors else 0
+
+
+def fix(options: argparse.Namespace, speakers: Speakers) -> int:
+    """--fix: write what can be put right, and check that."""
+    fixed, rejects, examples, rejected = fix_file(options.check_file, speakers=speakers)
+    tell(f"直したファイル: {fixed}（{examples:,}件）、直せないもの: {rejects}（{rejected:,}件）")
+    left = check_file(fixed)
+    for finding in left.errors:
+        tell(str(finding))
+    if not (left.errors or options.json):
+        show(["次は: " + command("--data-only", "--dataset", fixed)])
+    return 2 if left.errors else 0
+
+
+SHOWN_OF_A_KIND = 5
+
+
+def show_findings(findings: FileFindings, *, as_json: bool) -> None:
+    """What a file is, then its findings by their kinds: errors first, the first lines of each."""
+    if as_json:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale
         show([json.dumps([asdict(f) for f in findings], ensure_ascii=False, indent=2)])
+        return
+    show([f"{printable(findings.path)}: {findings.description}"])
+    kinds: dict[str, list[Finding]] = {}
+    for finding in sorted(findings, key=lambda finding: finding.severity):
+        kinds.setdefault(finding.code, []).append(finding)
+    for code, found in kinds.items():
+        label = "エラー" if found[0].severity == "error" else "注意"
+        show(["", f"{label} [{code}] {len(found):,}件 → {found[0].remedy}"])
+        show(f"  {finding.place}: {finding.text}" for finding in found[:SHOWN_OF_A_KIND])
+        if len(found) > SHOWN_OF_A_KIND:
+            show([f"  ほか{len(found) - SHOWN_OF_A_KIND:,}件"])
+    errors = len(findings.errors)
+    total = f"エラー{errors:,}件、注意{len(findings) - errors:,}件"
+    show(["", total if findings else "問題はありません。"])
+
+
+def next_command(options: argparse.Namespace, findings: FileFindings) -> Iterator[str]:
+    """What to do after the check."""
+    codes = {finding.code for finding in findings.errors}
+    if "unknown_speaker" in codes:
+        yield "次は: " + command("--check-file", options.check_file, "--assistant", "NAME")
+    elif codes == {"too_few_examples"}:
+        yield "次は: 学習例を増やしてください。"
+    elif codes:
+        flags = [f for name in options.assistant for f in ("--assistant", name)]
+        yield "次は: " + command("--check-file", options.check_file, *flags, "--fix")
     else:
-        show(str(finding) for finding in findings)
-        if not findings:
-            show([f"{options.check_file}: 問題はありません。"])
-    if fixed:
-        tell(f"直したファイル: {fixed[0]}（{fixed[2]}件）、直せない行: {fixed[1]}（{fixed[3]}件）")
-    return 2 if any(finding.severity == "error" for finding in findings) else 0
+        yield "次は: " + command("--data-only", "--dataset", options.check_file)
+
+
+def command(*arguments: str) -> str:
+    """A command line to copy."""
+    return printable("openai-sft " + shlex.join(arguments))
 
 
 def price_from(options: argparse.Namespace) -> Price | None:

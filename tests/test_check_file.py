@@ -99,6 +99,15 @@ IN_A_LINE: list[tuple[str, bytes, int | None]] = [
     ("invalid_json", b'{"messages": [', None),
     ("invalid_json", line(USER, ANSWER, tools=[float("nan")]), None),
     ("invalid_json", b"[" * 100_000, None),
+    ("trailing_comma", line(USER, ANSWER) + b",", None),
+    ("other_form", b'{"prompt": "a", "completion": "b"}', None),
+    ("other_form", b'{"conversations": [{"from": "gpt", "value": "b"}]}', None),
+    (
+        "other_form",
+        b'{"messages": "[{\\"role\\": \\"assistant\\", \\"content\\": \\"b\\"}]"}',
+        None,
+    ),
+    ("unknown_speaker", b'{"dialogue": [{"role": "A", "utterance": "b"}]}', None),
     ("blank_line", b" \t\r", None),
     ("not_object", b"[]", None),
     ("not_object", b"null", None),
@@ -325,7 +334,14 @@ def test_a_conversation_in_training_and_validation_is_a_warning_that_names_its_l
 
 
 def test_every_problem_there_is_has_a_test_above() -> None:
-    apart = {"too_long", "too_few_examples", "file_too_large", "duplicate_line"}
+    apart = {
+        "not_jsonl",
+        "foreign_encoding",
+        "too_long",
+        "too_few_examples",
+        "file_too_large",
+        "duplicate_line",
+    }
 
     assert {code for code, *_ in IN_A_LINE} | apart | {"shared_conversation"} == set(PROBLEMS)
 
@@ -706,7 +722,7 @@ def test_what_needs_no_guess_is_mended_and_said(
 
     assert (kept, lost) == (12, 0)
     assert json.loads(Path(fixed).read_bytes().splitlines()[2]) == json.loads(mended)
-    assert "（1行）" in told
+    assert "（1件）" in told
     assert errors(check_file(path)) != []
     assert check_file(fixed) == []
 
@@ -875,11 +891,11 @@ def test_what_cannot_be_checked_or_written_is_one_line(
     ],
     ids=lambda bad: str(bad)[:40].encode("ascii", "replace").decode(),
 )
-def test_what_the_service_would_refuse_is_told_with_its_line_and_never_saved(
+def test_what_the_service_would_refuse_is_told_with_its_place_and_never_saved(
     clean_environment: Path, bad: dict[str, Any]
 ) -> None:
     sft = OpenAISFT(offline=True, output_dir="out", verbose=False)
-    with pytest.raises(DataError, match=r"valid_data_\d+_\d+\.jsonl:2"):
+    with pytest.raises(DataError, match=r"valid\[2\]（x）"):
         sft.save_all_datasets(examples(10), examples(1), [*examples(1), {"id": "x", **bad}])
 
     assert [path for path in Path("out").rglob("*") if "data" in path.name] == []
