@@ -1359,7 +1359,11 @@ PROBLEMS: dict[str, tuple[Literal["error", "warning"], str, str]] = {
         "UTF-8で保存し直してください",
     ),
     "bom": ("error", "先頭にBOMがあります", "BOMなしのUTF-8で保存し直してください"),
-    "not_jsonl": ("error", "{0}です", "1行に1件のJSON（JSON Lines）にしてください"),
+    "not_jsonl": (
+        "error",
+        "{0}のファイルで、1行に1件のJSON（JSON Lines）ではありません",
+        "JSON Linesにしてください",
+    ),
     "other_form": ("error", "{0} の形です", "messages の形にしてください"),
     "unknown_speaker": (
         "error",
@@ -2781,8 +2785,9 @@ def _read_pair(record: Mapping[str, Any], reading: Reading, place: str) -> Conve
     """A question and its answer, each a text or (TRL) a list of messages."""
     form = cast("Form", find_form(record))
     question, answer = (record[key] for key in form.keys)
-    if isinstance(question, list) and isinstance(answer, list):
-        return _read_chat({**record, "messages": [*question, *answer]}, reading, place)
+    if all(isinstance(said, list) or str(said).startswith("[{") for said in (question, answer)):
+        messages = [turn for key in form.keys for turn in _rows_of(record, key, place)]
+        return _read_chat({**record, "messages": messages}, reading, place)
     more = record.get("input") if "instruction" in form.keys else None
     texts = (question, more or "", answer)
     if not all(isinstance(text, str) for text in texts):
@@ -3602,7 +3607,7 @@ def _converted(
     except DataError:
         return cast("Mapping[str, Any]", record.value)
     problems.append(_Problem("other_form", None, (form.name,)))
-    example = to_example(dialogue) or {"messages": []}
+    example: Mapping[str, Any] = to_example(dialogue) or {"messages": []}
     return {key: item for key, item in example.items() if key != "id"}
 
 
