@@ -314,8 +314,11 @@ MESSAGE_KEYS = frozenset(
     {"role", "content", "name", "weight", "tool_calls", "tool_call_id"}
     | {"refusal", "audio", "function_call"}
 )
+# The special tokens of tiktoken's o200k_base and o200k_harmony, those for filling in the middle,
+# and the markers of chats.
 SPECIAL_TOKEN = re.compile(
-    r"<\|(?:im_start|im_end|im_sep|endoftext|endofprompt|fim_prefix|fim_middle|fim_suffix)\|>"
+    r"<\|(?:im_(?:start|end|sep)|endof(?:text|prompt|system)|fim_(?:prefix|middle|suffix)"
+    r"|startoftext|return|constrain|channel|start|end|message|call|reserved_[0-9]+)\|>"
 )
 
 TERMINAL_STATUSES = frozenset({"succeeded", "failed", "cancelled"})
@@ -327,6 +330,9 @@ KNOWN_STATUSES = TERMINAL_STATUSES | frozenset(
 # messages of 5,989 dialogues; 0.2279 to 0.2284 on samples of 600), and 0.2 to 0.25 on English.
 TOKENS_PER_BYTE = 0.228
 VOCABULARY = "o200k_base"
+# Older tiktoken overflows its stack on a million characters of one class in a row, and all do on
+# blanks. 65,536 is a multiple of the blanks and line ends that make one token.
+LONG_RUN = 65_536
 
 # https://platform.openai.com/docs/deprecations, read 2026-11-22.
 CLOSED_TO_NEW_SINCE = "2026-05-07"  # organisations that never fine-tuned
@@ -776,15 +782,24 @@ class _Problem(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Tokens of one conversation as one example, and as one example an assistant's turn."""
+    """Tokens of one conversation as one example, and as one example an assistant's turn.
+
+    ``tools`` says that some are those of tools, which only a formula tells; those of ``images``
+    are unknown and in no figure.
+    """
 
     total: int
     per_turn_format: int
+    tools: bool = False
+    images: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class TokenStats:
-    """Tokens of a file: their sum, and how they are spread over its conversations."""
+    """Tokens of a file: their sum, and how they are spread over its conversations.
+
+    ``tools`` and ``images``: see :class:`Tokens`.
+    """
 
     total: int
     p5: int
@@ -792,6 +807,24 @@ class TokenStats:
     p95: int
     max: int
     per_turn_format: int
+    tools: bool = False
+    images: int = 0
+
+
+TOOLS_ESTIMATED = ("tools",)
+
+
+class _Count(NamedTuple):
+    """Tokens together, and how much they are worth.
+
+    ``exact`` is False without the vocabulary; the tokens of what ``estimated`` names are no more
+    than a formula's, and those of ``images`` are unknown and not among them.
+    """
+
+    tokens: int
+    exact: bool
+    estimated: tuple[str, ...] = ()
+    images: int = 0
 
 
 class Splits(NamedTuple):
@@ -859,10 +892,17 @@ class CostEstimate:
     price: Price | None
     price_source: str
     unpriced: tuple[str, ...] = ()
+    estimated: tuple[str, ...] = ()
+    images: int = 0
 
     @property
     def most_usd(self) -> float | None:
-        """:attr:`total_usd`, or with ``auto`` what the most epochs that a job may take cost."""
+        """:attr:`total_usd`, or with ``auto`` what the most epochs that a job may take cost.
+
+        ``None`` with images: their tokens are unknown and in no other figure.
+        """
+        if self.images:
+            return None
         if self.epochs != "auto" or self.price is None or self.training_tokens is None:
             return self.total_usd
         if self.evaluation_usd is None:
@@ -903,6 +943,16 @@ class CostEstimate:
                 f" = {money(self.evaluation_usd)}"
             )
         lines.append(f"合計: {money(self.total_usd)}")
+        if self.estimated:
+            lines.append(
+                f"{'、'.join(self.estimated)} のトークン数は、公開されている式と"
+                "JSONの文字列による推定です。"
+            )
+        if self.images:
+            lines.append(
+                f"画像（延べ{self.images:,}枚）のトークン数は分からないため、"
+                "上のトークン数と料金に含まれていません。"
+            )
         lines += [
             f"{model} の単価は不明です。--price-training などで指定できます。"
             for model in self.unpriced
@@ -1269,11 +1319,22 @@ class Plan:
 
 @dataclass(frozen=True)
 class DataFile:
-    """One written data file: the sha256 of its bytes, its examples and, once counted, tokens."""
+    """One written data file: the sha256 of its bytes, its examples and, once counted, tokens.
+
+    ``tools`` and ``images``: see :class:`Tokens`.
+    """
 
     sha256: str
     examples: int
     tokens: int | None = None
+    tools: bool = False
+    images: int = 0
+
+    def count(self, *, exact: bool) -> _Count | None:
+        """The tokens as they were counted, with the vocabulary (``exact``) or without."""
+        if self.tokens is None:
+            return None
+        return _Count(self.tokens, exact, TOOLS_ESTIMATED if self.tools else (), self.images)
 
 
 UploadPart = Literal["training", "validation"]
@@ -3206,22 +3267,24 @@ def read_examples(path: str | os.PathLike[str]) -> list[Example]:
     return examples
 
 
-def _is_over(limit: int, counter: TokenCounter, messages: Sequence[Message], about: int) -> bool:
-    """Whether messages pass the limit; they are counted where their ``about`` rounded summands
+def _is_over(
+    limit: int, counter: TokenCounter, messages: Sequence[Message], tools: object, about: int
+) -> bool:
+    """Whether an example passes the limit; it is counted where its ``about`` rounded summands
     leave it open."""
     if abs(about - limit) > len(messages):
         return about > limit
-    return counter.count(messages).total > limit
+    return counter.count(messages, tools).total > limit
 
 
 def split_long_example(example: Example, counter: TokenCounter, limit: int) -> list[Example]:
     """Cut a conversation of more than ``limit`` tokens into consecutive examples.
 
     Cuts stand only between an assistant's message and the user's next; leading system messages
-    are repeated. Ids gain ``/1``, ``/2``… A part with nothing to train (``weight`` 0) is left
-    out and logged. Raises :class:`DataError` where one exchange alone is too long.
+    and the tools are repeated. Ids gain ``/1``, ``/2``… A part with nothing to train (``weight``
+    0) is left out and logged. Raises :class:`DataError` where one exchange alone is too long.
     """
-    messages = example["messages"]
+    messages, tools = example["messages"], example.get("tools")
     head = list(itertools.takewhile(lambda message: message["role"] == "system", messages))
     exchanges: list[list[Message]] = []
     for message in messages[len(head) :]:
@@ -3235,16 +3298,19 @@ def split_long_example(example: Example, counter: TokenCounter, limit: int) -> l
     parts: list[list[Message]] = []
     size = 0  # of the part so far, summed up: nothing is counted anew with every exchange
     for exchange in exchanges:
-        tokens = counter.count(exchange).total - 3  # of which an example has them once
-        if not parts or _is_over(limit, counter, [*head, *parts[-1], *exchange], size + tokens):
+        own = counter.count(exchange).total - 3  # of which an example has them once
+        joined = [*head, *(parts[-1] if parts else []), *exchange]
+        if not parts or _is_over(limit, counter, joined, tools, size + own):
             parts.append([])
-            size = counter.count(head).total
-            if _is_over(limit, counter, [*head, *exchange], size + tokens):
+            size = counter.count(head, tools).total
+            if _is_over(limit, counter, [*head, *exchange], tools, size + own):
+                with_tools = "と tools " if tools else ""
                 raise DataError(
-                    f"対話「{example['id']}」には1回のやりとりだけで{limit:,}トークンを超える"
-                    "部分があり、分割できません。除くには --long-examples drop を指定してください。"
+                    f"対話「{example['id']}」には1回のやりとり{with_tools}だけで{limit:,}トークンを"
+                    "超える部分があり、分割できません。除くには --long-examples drop を指定して"
+                    "ください。"
                 )
-        size += tokens
+        size += own
         parts[-1].extend(exchange)
     trained = [
         part
@@ -3303,8 +3369,9 @@ class TokenCounter:
     """Counts the tokens of conversations as the service bills them.
 
     3 a message plus its role and content, 1 more for a name, 3 more an example (OpenAI
-    Cookbook, ``Chat_finetuning_data_prep``); tool calls are counted as their JSON text.
-    ``exact`` is False without the vocabulary: text is then estimated from its UTF-8 length.
+    Cookbook, ``Chat_finetuning_data_prep``); tool calls are counted as their JSON text, tools by
+    the Cookbook's formula for them, images not at all. ``exact`` is False without the
+    vocabulary: text is then estimated from its UTF-8 length.
     """
 
     SEPARATOR = "<|endoftext|>"
@@ -3313,31 +3380,39 @@ class TokenCounter:
         self._encoding = encoding
         self.exact = encoding is not None
 
-    def count(self, messages: Sequence[Message]) -> Tokens:
+    def count(self, messages: Sequence[Message], tools: object = None) -> Tokens:
         """Tokens of one conversation as a training example."""
-        return self.count_many([messages])[0]
+        return self.count_many([(messages, tools)])[0]
 
-    def count_many(self, conversations: Iterable[Sequence[Message]]) -> list[Tokens]:
-        """Tokens of several conversations, with one call of the tokeniser for all."""
+    def count_many(self, examples: Iterable[tuple[Sequence[Message], object]]) -> list[Tokens]:
+        """Tokens of several conversations, each with its tools, with one call of the tokeniser
+        for all."""
         texts: list[str] = []
         layouts: list[list[tuple[int, int, bool]]] = []
-        for messages in conversations:
-            overhead = 3
-            layout = []  # of each message: texts up to its end, tokens besides, whose it is
+        others: list[tuple[bool, int]] = []
+        for messages, tools in examples:
+            own, besides = _billed_tools(tools)
+            texts += own
+            overhead = 3 + besides
+            # Of the tools and of each message: texts up to its end, tokens besides, whose it is.
+            layout = [(len(texts), overhead, False)]
+            images = 0
             for message in messages:
-                own, names = _billed_texts(message)
+                own, besides, pictures = _billed_texts(message)
                 texts += own
-                overhead += 4 + names  # 3 a message, its role is one token, and 1 for a name
+                overhead += 4 + besides  # 3 a message, and its role is one token
+                images += pictures
                 layout.append((len(texts), overhead, message.get("role") == "assistant"))
             layouts.append(layout)
+            others.append((bool(tools), images))
         ends = [0, *self._text_ends(texts)]
         counts = []
         before = 0
-        for layout in layouts:
+        for layout, (with_tools, images) in zip(layouts, others, strict=True):
             sizes = [ends[last] - before + extra for last, extra, _ in layout]
             turns = [size for size, (_, _, trained) in zip(sizes, layout, strict=True) if trained]
-            counts.append(Tokens(sizes[-1] if sizes else 3, sum(turns)))
-            before = ends[layout[-1][0]] if layout else before
+            counts.append(Tokens(sizes[-1], sum(turns), with_tools, images))
+            before = ends[layout[-1][0]]
         return counts
 
     def count_texts(self, texts: Sequence[str]) -> int:
@@ -3352,10 +3427,12 @@ class TokenCounter:
             bytes_so_far = itertools.accumulate(len(text.encode()) for text in texts)
             return [round(TOKENS_PER_BYTE * count) for count in bytes_so_far]
         # One call for all, for a call costs more than a short text; a special token never
-        # merges with its neighbours. Text that holds one itself is counted one by one.
+        # merges with its neighbours. Text that holds one itself, or a run too long for the
+        # tokeniser, is counted one by one.
         joined = self.SEPARATOR.join(texts)
-        if joined.count(self.SEPARATOR) != len(texts) - 1:
-            counts = (len(self._encoding.encode_ordinary(text)) for text in texts)
+        if joined.count(self.SEPARATOR) != len(texts) - 1 or max(map(len, texts)) > LONG_RUN:
+            encode = self._encoding.encode_ordinary
+            counts = (sum(len(encode(piece)) for piece in _cut_runs(text)) for text in texts)
             return list(itertools.accumulate(counts))
         tokens = self._encoding.encode_to_numpy(
             joined, allowed_special={self.SEPARATOR}, disallowed_special=()
@@ -3364,25 +3441,140 @@ class TokenCounter:
         return [end - index for index, end in enumerate([*separators, len(tokens)])]
 
 
-def _billed_texts(message: Message) -> tuple[list[str], int]:
-    """The texts of a message that are billed, and how many names are among them."""
+_RUN = re.compile(rf"(?<!\s)\s{{{LONG_RUN},}}|(?<!\S)\S{{{LONG_RUN},}}")
+
+
+def _cut_runs(text: str) -> Iterator[str]:
+    """``text``, cut where blanks or other characters stand in a row for too long."""
+    cuts = [0]
+    for run in _RUN.finditer(text):
+        cuts += range(run.start() + LONG_RUN, run.end(), LONG_RUN)
+    for start, end in itertools.pairwise([*cuts, len(text)]):
+        yield text[start:end]
+
+
+def _billed_texts(message: Message) -> tuple[list[str], int, int]:
+    """The texts of a message that are billed, the tokens of a name besides, and its images."""
     content = message.get("content")
     if len(message) == 2 and type(content) is str:
-        return [content], 0
-    texts = [v for k, v in message.items() if isinstance(v, str) and k != "role"]
-    texts += [_dump(value) for value in message.values() if isinstance(value, list | dict)]
-    return texts, int("name" in message)
+        return [content], 0, 0
+    texts: list[str] = []
+    images = 0
+    for key, value in message.items():
+        if key == "content" and isinstance(value, list):
+            said = [part for part in value if not _is_image(part)]
+            images = len(value) - len(said)
+            texts += map(_part_text, said)
+        elif key != "role" and isinstance(value, str | list | dict):
+            texts.append(_text_of(value))
+    return texts, int("name" in message), images
 
 
-def _count_examples(examples: Iterable[Example]) -> tuple[int, bool]:
-    """Tokens of some examples together, and whether they are exact."""
+def _is_image(part: object) -> bool:
+    return isinstance(part, dict) and part.get("type") in ("image_url", "image", "input_image")
+
+
+def _part_text(part: object) -> str:
+    """A part of a content: its text, or the JSON text of anything else."""
+    if isinstance(part, dict) and part.get("type") == "text":
+        return _text_of(part.get("text"))
+    return _text_of(part)
+
+
+def _text_of(value: object) -> str:
+    return value if isinstance(value, str) else _dump(value)
+
+
+# OpenAI Cookbook, "How to count tokens with tiktoken", num_tokens_for_tools for gpt-4o and
+# gpt-4o-mini: tokens of each function, of its properties, of each property, of an enum and of
+# its items, and of the tools together.
+FUNCTION_TOKENS, PROPERTIES_TOKENS, PROPERTY_TOKENS = 7, 3, 3
+ENUM_TOKENS, ENUM_ITEM_TOKENS, TOOLS_TOKENS = -3, 3, 12
+
+
+def _billed_tools(tools: object) -> tuple[list[str], int]:
+    """The texts of tools that are billed, and the tokens besides, by the Cookbook's formula.
+
+    What the formula doesn't know is billed as its JSON text: nothing is free.
+    """
+    if not tools:
+        return [], 0
+    if not isinstance(tools, list):
+        return [_text_of(tools)], TOOLS_TOKENS
+    texts: list[str] = []
+    besides = TOOLS_TOKENS
+    for tool in tools:
+        function = tool.get("function") if isinstance(tool, dict) else None
+        besides += FUNCTION_TOKENS
+        if not isinstance(function, dict):
+            texts.append(_text_of(tool))
+            continue
+        texts.append(f"{_text_of(function.get('name', ''))}:{_description(function)}")
+        texts += _unknown(tool, "type", "function")
+        texts += _unknown(function, "name", "description", "parameters", "strict")
+        own, more = _billed_parameters(function.get("parameters"))
+        texts += own
+        besides += more
+    return texts, besides
+
+
+def _billed_parameters(parameters: object) -> tuple[list[str], int]:
+    if not parameters:
+        return [], 0
+    properties = parameters.get("properties") if isinstance(parameters, dict) else None
+    if not isinstance(parameters, dict) or not isinstance(properties, dict):
+        return [_text_of(parameters)], 0
+    ignored = ("type", "properties", "required", "additionalProperties")
+    texts, besides = _unknown(parameters, *ignored), PROPERTIES_TOKENS if properties else 0
+    for name, schema in properties.items():
+        besides += PROPERTY_TOKENS
+        if not isinstance(schema, dict):
+            texts.append(f"{name}:{_text_of(schema)}")
+            continue
+        texts.append(f"{name}:{_text_of(schema.get('type', ''))}:{_description(schema)}")
+        choices = schema.get("enum")
+        known = ["type", "description"]
+        if isinstance(choices, list) and choices and all(isinstance(c, str) for c in choices):
+            known.append("enum")
+            texts += choices
+            besides += ENUM_TOKENS + ENUM_ITEM_TOKENS * len(choices)
+        texts += _unknown(schema, *known)
+    return texts, besides
+
+
+def _unknown(schema: Mapping[str, Any], *known: str) -> list[str]:
+    """The JSON text of what else a mapping has, if anything."""
+    rest = {key: value for key, value in schema.items() if key not in known}
+    return [_dump(rest)] if rest else []
+
+
+def _description(schema: Mapping[str, Any]) -> str:
+    """A description as the formula takes it: without its last full stop."""
+    text = schema.get("description")
+    return "" if text is None else _text_of(text).removesuffix(".")
+
+
+def _count_examples(examples: Iterable[Example]) -> _Count:
+    """Tokens of some examples together."""
     counter = TokenCounter(load_vocabulary())
-    counts = counter.count_many(example["messages"] for example in examples)
-    return sum(count.total for count in counts), counter.exact
+    return _sum_up(counter.count_many(map(_counted_parts, examples)), counter)
+
+
+def _counted_parts(example: Example) -> tuple[Sequence[Message], object]:
+    return example["messages"], example.get("tools")
+
+
+def _sum_up(counts: Sequence[Tokens], counter: TokenCounter) -> _Count:
+    return _Count(
+        sum(count.total for count in counts),
+        counter.exact,
+        TOOLS_ESTIMATED if any(count.tools for count in counts) else (),
+        sum(count.images for count in counts),
+    )
 
 
 def _count_splits(splits: Splits) -> tuple[dict[SplitName, TokenStats], bool]:
-    """Tokens of each split on threads, and whether they are exact.
+    """Tokens of each split on threads, and whether the vocabulary was there.
 
     Threads do, for the tokeniser works outside the interpreter's lock; a chunk of conversations
     a call, for the end of each call has to wait for that lock.
@@ -3391,10 +3583,10 @@ def _count_splits(splits: Splits) -> tuple[dict[SplitName, TokenStats], bool]:
     stats: dict[SplitName, TokenStats] = {}
     with ThreadPoolExecutor(thread_name_prefix="openai-sft-tokens") as executor:
         for name, examples in zip(SPLIT_NAMES, splits, strict=True):
-            conversations = [example["messages"] for example in examples]
+            parts = list(map(_counted_parts, examples))
             chunks = [
-                conversations[start : start + COUNTED_AT_ONCE]
-                for start in range(0, len(conversations), COUNTED_AT_ONCE)
+                parts[start : start + COUNTED_AT_ONCE]
+                for start in range(0, len(parts), COUNTED_AT_ONCE)
             ]
             counts = itertools.chain.from_iterable(executor.map(counter.count_many, chunks))
             stats[name] = token_stats(list(counts))
@@ -3411,6 +3603,8 @@ def token_stats(tokens: Sequence[Tokens]) -> TokenStats:
         p95=percentile(sizes, 95),
         max=sizes[-1] if sizes else 0,
         per_turn_format=sum(count.per_turn_format for count in tokens),
+        tools=any(count.tools for count in tokens),
+        images=sum(count.images for count in tokens),
     )
 
 
@@ -3453,14 +3647,16 @@ def estimate_cost(
     price: Price | None = None,
     yen_per_dollar: float = DEFAULT_YEN_PER_DOLLAR,
     exact_tokens: bool = True,
+    estimated: Sequence[str] = (),
+    images: int = 0,
 ) -> CostEstimate:
     """Price a run: training tokens × epochs × price, plus the evaluation at the tuned rate.
 
     With ``baseline`` the same questions are asked of that model too, at its own rate.
-
     ``epochs=None`` prices an evaluation alone; ``"auto"`` leaves the training price unknown,
     for the service chooses. Prices: ``price``, else :data:`PRICES`, dated
-    :data:`PRICES_AS_OF`; where there is none, dollars are ``None``.
+    :data:`PRICES_AS_OF`; where there is none, dollars are ``None``. ``estimated`` names what is
+    counted by a formula alone, ``images`` how many aren't counted at all.
     """
     given = price is not None
     source = "指定された単価" if given else f"{PRICES_SOURCE}（{PRICES_AS_OF}時点）"
@@ -3492,7 +3688,9 @@ def estimate_cost(
         training_usd=training,
         evaluation_usd=evaluation,
         yen_per_dollar=yen_per_dollar,
-        exact_tokens=exact_tokens,
+        exact_tokens=exact_tokens and not estimated,
+        estimated=tuple(dict.fromkeys(estimated)),
+        images=images,
         baseline=baseline,
         price=price,
         price_source=source,
@@ -3544,16 +3742,17 @@ def _find_file_problems(count: int, needed: int, size: int, limit: int) -> Itera
         yield _Problem("file_too_large", None, details)
 
 
-def _find_length_problems(messages: object, size: int, limit: int) -> Iterator[_Problem]:
-    """``too_long``, for the ``messages`` of a line of ``size`` bytes.
+def _find_length_problems(example: object, size: int, limit: int) -> Iterator[_Problem]:
+    """``too_long``, for an example whose line has ``size`` bytes.
 
     No token is shorter than a byte, so that only lines over ``limit`` need the vocabulary.
     """
-    if size <= limit or not isinstance(messages, list):
+    if size <= limit or not isinstance(example, dict):
         return
-    if not all(isinstance(message, dict) for message in messages):
+    messages = example.get("messages")
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         return
-    tokens = TokenCounter(load_vocabulary()).count(messages).total
+    tokens = TokenCounter(load_vocabulary()).count(messages, example.get("tools")).total
     if tokens > limit:
         yield _Problem("too_long", None, (f"{tokens:,}", f"{limit:,}"))
 
@@ -3650,9 +3849,9 @@ def check_file(
     for number, (record, example, problems) in enumerate(_check_records(file, reading), 1):
         count += not _is_blank(problems)
         if example is not None:
-            messages = example.get("messages") if isinstance(example, dict) else None
             problems += _find_repeats(record.line or number, example, seen, trained)
-            problems += _find_length_problems(messages, len(record.raw.encode()), max_tokens)
+            size = len((record.raw or _dump(example)).encode(errors="replace"))
+            problems += _find_length_problems(example, size, max_tokens)
         found += [_finding(record.where, record.line, problem) for problem in problems]
     needed = MIN_TRAINING_EXAMPLES if kind == "training" else 1
     last = _find_file_problems(count, needed, file.path.stat().st_size, max_bytes)
@@ -3793,7 +3992,7 @@ def _mended_lines(place: str, mended: Any, size: int) -> tuple[dict[int, str], l
     """The lines of an example by their keys, several where it is too long, or the codes that
     stand against it."""
     parts = [mended]
-    if any(_find_length_problems(mended["messages"], size, MAX_EXAMPLE_TOKENS)):
+    if any(_find_length_problems(mended, size, MAX_EXAMPLE_TOKENS)):
         named = cast("Example", {"id": place, **mended})
         counter = TokenCounter(load_vocabulary())
         try:
@@ -3840,8 +4039,9 @@ def choose_cases(
     """Draw turns to answer from across the dialogues, at most ``max_cases`` (0 or ``None``: all).
 
     ``turns`` of a dialogue are asked: that many by a seeded choice, the ``"last"`` or ``"all"``
-    of the assistant's turns that follow a user's; the last turn of the dialogue, which is nearly
-    always a farewell, is left out where there is another. No dialogue gives its second case
+    of the assistant's turns that answer a user's or a tool's and are trained on (``weight``); the
+    last turn of the dialogue, which is nearly always a farewell, is left out where there is
+    another. No dialogue gives its second case
     before each has given its first. A case's id is the dialogue's id and the turn's index in
     ``messages``; the draws depend on the seed and the id alone, so that two runs meet on the
     same cases. Raises :class:`ConfigurationError` for a value out of range.
@@ -3871,7 +4071,8 @@ def _turns_to_ask(messages: Sequence[Message]) -> list[int]:
         for index, message in enumerate(messages)
         if index
         and message["role"] == "assistant"
-        and messages[index - 1]["role"] == "user"
+        and messages[index - 1]["role"] in ("user", "tool")
+        and message.get("weight") != 0
         and isinstance(message.get("content"), str)
         and message["content"].strip()
     ]
@@ -3896,18 +4097,33 @@ def _case(example: Example, index: int) -> Case:
 
 
 def _choose_for(splits: Splits, asking: Asking) -> dict[str, list[Case]]:
-    """The cases of the test and the validation data."""
+    """The cases of the test and the validation data; data that give none are told."""
     choose = functools.partial(
         choose_cases, max_cases=asking.max_test_cases, seed=asking.seed, turns=asking.eval_turns
     )
-    return {"test": choose(splits.test), "valid": choose(splits.valid)}
+    chosen = {"test": choose(splits.test), "valid": choose(splits.valid)}
+    for name, examples in (("test", splits.test), ("valid", splits.valid)):
+        if examples and not chosen[name]:
+            logger.warning(
+                "%sデータ（%d件）には評価に使える応答がありません。user か tool の発話に続く、"
+                "本文のある assistant の発話（weight 0 を除く）が1つもないため、評価しません。",
+                SPLIT_LABELS[name],
+                len(examples),
+            )
+    return chosen
 
 
-def _count_cases(cases: Iterable[Case]) -> tuple[int, int, bool]:
-    """Tokens of the questions and of the real answers, and whether they are exact."""
+def _count_cases(cases: Iterable[Case], request: Mapping[str, Any]) -> tuple[_Count, int]:
+    """Tokens of the questions, with what of ``request`` goes with each, and of the real
+    answers."""
     counter, cases = TokenCounter(load_vocabulary()), list(cases)
-    asked = sum(count.total for count in counter.count_many(case.input for case in cases))
-    return asked, counter.count_texts([case.reference for case in cases]), counter.exact
+    asked = _sum_up(counter.count_many((case.input, case.tools) for case in cases), counter)
+    if cases and request:
+        asked = asked._replace(
+            tokens=asked.tokens + len(cases) * counter.count_texts([_dump(request)]),
+            estimated=(*asked.estimated, *request),
+        )
+    return asked, counter.count_texts([case.reference for case in cases])
 
 
 # ── Scoring ──────────────────────────────────────────────────────────────────────────────────
@@ -5134,20 +5350,19 @@ class Runs:
                     same.append(upload.file_id)
         return others, same
 
-    def tokens_sent(self, run: Run, file_id: str) -> tuple[int | None, bool]:
-        """Tokens of the training file sent as ``file_id``, ``None`` where nothing tells, and
-        whether they are exact."""
+    def tokens_sent(self, run: Run, file_id: str) -> _Count | None:
+        """Tokens of the training file sent as ``file_id``, ``None`` where nothing tells."""
         for known in (run, *self):
             for upload in known.uploads.values():
-                train = known.data.get("train")
+                train: DataFile | None = known.data.get("train")
                 if upload.file_id != file_id:
                     continue
                 if train and train.sha256 == upload.sha256 and train.tokens is not None:
-                    return train.tokens, bool(known.exact_tokens)
+                    return train.count(exact=bool(known.exact_tokens))
                 path = Path(upload.path) if upload.path else None
                 if path and path.is_file() and _sha256_of(path) == upload.sha256:
                     return _count_examples(read_examples(path))
-        return None, True
+        return None
 
     def claim_stamp(self) -> str:
         """Claim a stamp of now, or of the next second that is free, by its lock file."""
@@ -6001,11 +6216,12 @@ class Ledger:
     def ahead(self, left: Mapping[str, Sequence[Case]]) -> CostEstimate:
         """The price of asking each model its cases; the first model is the evaluated one."""
         evaluated, *rivals = left
-        counts = {model: _count_cases(cases) for model, cases in left.items()}
-        rates = {m: self.rates(m, evaluated) for m, (tokens, *_) in counts.items() if tokens}
+        request = TASKS[self._settings.task].request
+        counts = {model: _count_cases(cases, request) for model, cases in left.items()}
+        rates = {m: self.rates(m, evaluated) for m, (asked, _) in counts.items() if asked.tokens}
         unpriced = tuple(model for model, known in rates.items() if known is None)
         dollars = sum(
-            (counts[model][0] * known[0] + counts[model][1] * known[1]) / 1e6
+            (counts[model][0].tokens * known[0] + counts[model][1] * known[1]) / 1e6
             for model, known in rates.items()
             if known is not None
         )
@@ -6016,11 +6232,13 @@ class Ledger:
             None,
             model=evaluated,
             baseline=rivals[0] if rivals and same else None,
-            evaluation_input_tokens=sum(count[0] for count in counted),
-            evaluation_output_tokens=sum(count[1] for count in counted),
+            evaluation_input_tokens=sum(asked.tokens for asked, _ in counted),
+            evaluation_output_tokens=sum(answered for _, answered in counted),
             price=self._settings.price,
             yen_per_dollar=self._settings.yen_per_dollar,
-            exact_tokens=all(count[2] for count in counted),
+            exact_tokens=all(asked.exact for asked, _ in counted),
+            estimated=[name for asked, _ in counted for name in asked.estimated],
+            images=sum(asked.images for asked, _ in counted),
         )
         return replace(estimate, evaluation_usd=None if unpriced else dollars, unpriced=unpriced)
 
@@ -6059,6 +6277,11 @@ class Ledger:
         limit, most = self._settings.max_cost_usd, estimate.most_usd
         if limit is None:
             return
+        if estimate.images:
+            raise BudgetError(
+                f"画像{estimate.images:,}枚のトークン数が不明で、上限 ${limit:,.4f} を守れるか判断"
+                "できないため中止しました。画像を除くか、--max-cost-usd を外してください。"
+            )
         if most is None:
             unpriced = "、".join(map(printable, estimate.unpriced))
             reason = f"{unpriced} の単価が不明で" if unpriced else "学習のトークン数が不明で"
@@ -6246,15 +6469,18 @@ class Preparation:
         return examples
 
     def _fit_length(self, example: Example) -> list[Example]:
-        messages = example["messages"]
-        # No token is shorter than a byte, and no character takes more than four.
-        size = sum(len(text) for message in messages for text in _billed_texts(message)[0])
-        if 4 * size + 4 * len(messages) + 3 <= MAX_EXAMPLE_TOKENS:
+        messages, tools = example["messages"], example.get("tools")
+        texts, besides = _billed_tools(tools)
+        for message in messages:
+            texts += _billed_texts(message)[0]
+        # No token is shorter than a byte, and no character takes more than four; a message's
+        # name is one more.
+        if 4 * sum(map(len, texts)) + besides + 5 * len(messages) + 3 <= MAX_EXAMPLE_TOKENS:
             return [example]
         counter = TokenCounter(load_vocabulary())
         # An estimate may be off by some percent: keep a distance.
         limit = MAX_EXAMPLE_TOKENS if counter.exact else MAX_EXAMPLE_TOKENS * 9 // 10
-        tokens = counter.count(messages).total
+        tokens = counter.count(messages, tools).total
         if tokens <= limit:
             return [example]
         place = f"対話「{example['id']}」は{tokens:,}トークンで、上限{limit:,}を超えています"
@@ -6288,8 +6514,12 @@ class Preparation:
             digest = hashlib.sha256()
             for encoded in content:
                 digest.update(encoded)
-            total = tokens[name].total if tokens else None
-            data[name] = DataFile(digest.hexdigest(), len(content), total)
+            data[name] = DataFile(digest.hexdigest(), len(content))
+            if tokens is not None:
+                stats = tokens[name]
+                data[name] = replace(
+                    data[name], tokens=stats.total, tools=stats.tools, images=stats.images
+                )
             logger.info("保存しました: %s（%s件）", paths[name], f"{len(content):,}")
         manifest_path = runs.folder / f"manifest_{stamp}.json"
         manifest = self._manifest(prepared, paths, data)
@@ -6471,14 +6701,16 @@ class FineTuning:
 
     def _price(self, training: Training, file_id: str) -> CostEstimate:
         """What training alone costs on the file that was sent as ``file_id``."""
-        tokens, exact = self._runs.tokens_sent(self._run, file_id)
+        counted = self._runs.tokens_sent(self._run, file_id)
         return estimate_cost(
-            tokens,
+            counted.tokens if counted else None,
             training.epochs,
             model=self._settings.model,
             price=self._settings.price,
             yen_per_dollar=self._settings.yen_per_dollar,
-            exact_tokens=exact,
+            exact_tokens=counted is None or counted.exact,
+            estimated=counted.estimated if counted else (),
+            images=counted.images if counted else 0,
         )
 
     def _count(self, intent: Intent, change: int) -> None:
@@ -6954,7 +7186,9 @@ class Evaluation:
             answer = self._endpoint.ask(model_id, lambda: pool.attempt(create))
             response["usage"] = _usage(answer)
             response["finish_reason"], response["output"] = _read_answer(answer)
-            response["usage"] = response["usage"] or _estimated_usage(case, response["output"])
+            response["usage"] = response["usage"] or _estimated_usage(
+                case, response["output"], self._task.request
+            )
             if fault := self._task.find_fault(response["output"]):
                 response["invalid"] = fault
         except (openai.APIError, BrokenAnswer) as error:
@@ -7120,14 +7354,10 @@ def _usage(completion: Any) -> Mapping[str, Any] | None:
     return usage if told else None
 
 
-def _estimated_usage(case: Case, output: str) -> Mapping[str, Any]:
+def _estimated_usage(case: Case, output: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
     """What an answer takes whose tokens the service doesn't tell."""
-    counter = TokenCounter(load_vocabulary())
-    return {
-        "prompt_tokens": counter.count(case.input).total,
-        "completion_tokens": counter.count_texts([output]),
-        "estimated": True,
-    }
+    asked, answered = _count_cases([replace(case, reference=output)], request)
+    return {"prompt_tokens": asked.tokens, "completion_tokens": answered, "estimated": True}
 
 
 def _read_answer(completion: Any) -> tuple[str, str]:
@@ -7679,13 +7909,14 @@ class OpenAISFT:
         """Load, split, convert and write the three files, and price them. Needs no key."""
         training = Training(epochs, "auto", seed=seed)
         filters, asking = _read_options(options, max_test_cases, seed)
-        _, splits, tokens = self._make_data("data", Selection(max_samples, seed, **filters))
+        run, splits, tokens = self._make_data("data", Selection(max_samples, seed, **filters))
+        counted = run.data["train"].count(exact=bool(run.exact_tokens))
         loaded = self._loads[-1]
         return DataSummary(
             examples={name: len(part) for name, part in zip(SPLIT_NAMES, splits, strict=True)},
             tokens=tokens,
             files=self.files,
-            estimate=_estimate_run(self.settings, splits, training, tokens["train"].total, asking),
+            estimate=_estimate_run(self.settings, splits, training, counted, asking),
             removed=loaded.removed,
             leakage=loaded.leakage,
         )
@@ -7846,19 +8077,23 @@ class OpenAISFT:
         Tokens that aren't given are counted in ``splits.train``. The evaluation's answers are
         taken to be as long as the real ones.
         """
-        if training_tokens is None and epochs is not None:
-            training_tokens, _ = _count_examples(splits.train)
+        counted = None
+        if epochs is not None:
+            counted = _count_examples(splits.train)
+            if training_tokens is not None:
+                counted = counted._replace(tokens=training_tokens)
         asking = Asking(max_test_cases, seed, eval_turns, baseline)
         training = None if epochs is None else Training(epochs)
-        return _estimate_run(self.settings, splits, training, training_tokens, asking, model)
+        return _estimate_run(self.settings, splits, training, counted, asking, model)
 
     # Training ------------------------------------------------------------------------------
 
     def _price_run(self, run: Run, splits: Splits) -> None:
         """Show what the whole run costs and pass both doors."""
-        plan, tokens = run.known("plan"), run.data["train"].tokens
+        plan, train = run.known("plan"), run.data["train"]
+        counted = train.count(exact=bool(run.exact_tokens))
         settings = self.settings.working_as(run.settings)
-        estimate = _estimate_run(settings, splits, plan.training, tokens, plan.asking)
+        estimate = _estimate_run(settings, splits, plan.training, counted, plan.asking)
         self._ledger(run).require(estimate, "training", "evaluation")
 
     def upload_training_file(self, path: str | os.PathLike[str]) -> str:
@@ -8125,25 +8360,28 @@ def _estimate_run(
     settings: Settings,
     splits: Splits,
     training: Training | None,
-    training_tokens: int | None,
+    trained: _Count | None,
     asking: Asking,
     model: str | None = None,
 ) -> CostEstimate:
-    """Price training, if any, and the evaluation of what comes of it."""
+    """Price training, if any, on what is ``trained``, and the evaluation of what comes of it."""
     cases = itertools.chain(*_choose_for(splits, asking).values())
-    input_tokens, output_tokens, exact = _count_cases(cases)
+    asked, answered = _count_cases(cases, TASKS[settings.task].request)
+    counted = [asked, *filter(None, [trained])]
     model = model or settings.model
     baseline = asking.baseline_of(model, settings.model)
     return estimate_cost(
-        training_tokens,
+        trained.tokens if trained else None,
         training.epochs if training else None,
         model=model,
         baseline=None if training is None and baseline == model else baseline,
-        evaluation_input_tokens=input_tokens,
-        evaluation_output_tokens=output_tokens,
+        evaluation_input_tokens=asked.tokens,
+        evaluation_output_tokens=answered,
         price=settings.price,
         yen_per_dollar=settings.yen_per_dollar,
-        exact_tokens=exact,
+        exact_tokens=all(count.exact for count in counted),
+        estimated=[name for count in counted for name in count.estimated],
+        images=sum(count.images for count in counted),
     )
 
 

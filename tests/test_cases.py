@@ -20,13 +20,15 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(clean_environment: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    """The command line in an empty folder: exit code, stdout, stderr."""
+def run(
+    clean_environment: Path, capsys: pytest.CaptureFixture[str], log: Callable[[], list[str]]
+) -> Run:
+    """The command line in an empty folder: exit code, stdout, stderr and the log."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
         code = main(list(arguments))
         told = capsys.readouterr()
-        return code, told.out, told.err
+        return code, told.out, "\n".join([*log(), told.err])
 
     return run
 
@@ -175,7 +177,7 @@ def test_what_needs_a_guess_is_found_at_its_line_and_rejected(
 
     assert found == [(2, REFUSED[name])]
 
-    _, _, err = run("--check-file", name, "--fix")
+    run("--check-file", name, "--fix")
     rejects = clean_environment / name.replace(".jsonl", ".rejects.jsonl")
     (reject,) = map(json.loads, rejects.read_text("utf-8").splitlines())
 

@@ -249,6 +249,8 @@ def test_a_problem_is_named_with_its_line_and_message(
     [
         *("im_start", "im_end", "im_sep", "endoftext", "endofprompt"),
         *("fim_prefix", "fim_middle", "fim_suffix"),
+        *("endofsystem", "startoftext", "start", "end", "message", "channel", "constrain"),
+        *("return", "call", "reserved_200013"),
     ],
 )
 def test_every_special_token_is_named_wherever_it_stands(tmp_path: Path, name: str) -> None:
@@ -258,6 +260,47 @@ def test_every_special_token_is_named_wherever_it_stands(tmp_path: Path, name: s
 
     assert (finding.code, finding.line) == ("special_token", 3)
     assert token in finding.text
+
+
+def test_the_vocabularies_own_special_tokens_are_all_known(
+    tmp_path: Path, vocabulary: Path
+) -> None:
+    from tiktoken import get_encoding
+
+    names = {*get_encoding("o200k_base").special_tokens_set}
+    names |= get_encoding("o200k_harmony").special_tokens_set
+    findings = check_file(bad_file(tmp_path, line(USER, {**ANSWER, "content": " ".join(names)})))
+
+    assert {found.code for found in findings} == {"special_token"}
+    assert len(findings) == len(names) > 1000
+
+
+@pytest.mark.parametrize(
+    "text", ["<|笑|>", "<|ENDOFTEXT|>", "<|other|>", "< |end| >", "<||>", "|>"]
+)
+def test_what_only_looks_like_a_special_token_is_none(tmp_path: Path, text: str) -> None:
+    assert check_file(bad_file(tmp_path, line(USER, {**ANSWER, "content": text}))) == []
+
+
+def test_tools_count_towards_the_limit_of_an_example(tmp_path: Path) -> None:
+    described = "条件を指定してください。" * 6000
+    tools = [{"type": "function", "function": {"name": "f", "description": described}}]
+    one = {"messages": [USER, ANSWER] * 2}
+    counter = TokenCounter(load_vocabulary())
+    each = counter.count([], tools).total
+    path = bad_file(tmp_path, json.dumps({**one, "tools": tools}).encode())
+    example: Any = {"id": "a", "tools": tools, "messages": [USER, ANSWER] * 3000}
+    sft = OpenAISFT(offline=True, long_examples="drop", verbose=False)
+    parts = split_long_example(example, counter, each + 300)
+
+    assert each < MAX_EXAMPLE_TOKENS
+    assert [found.code for found in check_file(path, max_tokens=each)] == ["too_long"]
+    assert check_file(path, max_tokens=each + 100) == []
+    assert sft.prepare_dataset([example]) == []
+    assert sft.prepare_dataset([{**example, "tools": []}]) != []
+    assert all(part["tools"] == tools for part in parts)
+    assert all(counter.count(part["messages"], tools).total <= each + 300 for part in parts)
+    assert sum(len(part["messages"]) for part in parts) == 6000
 
 
 def test_an_example_over_the_limit_of_tokens_is_found_and_one_at_the_limit_is_not(
@@ -333,17 +376,13 @@ def test_a_conversation_in_training_and_validation_is_a_warning_that_names_its_l
     assert "7行目" in finding.text
 
 
-def test_every_problem_there_is_has_a_test_above() -> None:
-    apart = {
-        "not_jsonl",
-        "foreign_encoding",
-        "too_long",
-        "too_few_examples",
-        "file_too_large",
-        "duplicate_line",
-    }
+REPEATS = {"duplicate_line", "shared_conversation"}
 
-    assert {code for code, *_ in IN_A_LINE} | apart | {"shared_conversation"} == set(PROBLEMS)
+
+def test_every_problem_there_is_has_a_test_above() -> None:
+    apart = {"not_jsonl", "foreign_encoding", "too_long", "too_few_examples", "file_too_large"}
+
+    assert {code for code, *_ in IN_A_LINE} | apart | REPEATS == set(PROBLEMS)
 
 
 def test_all_problems_of_a_file_are_told_at_once_in_the_order_of_the_lines(

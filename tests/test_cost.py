@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import tiktoken
-from helpers import PROJECT, awkward_text, record, records, write_jsonl
+from helpers import PROJECT, awkward_text, read_json, record, records, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -97,6 +97,193 @@ def test_what_a_tool_is_called_with_is_paid_for_as_its_json_text(encoding: Any) 
     text = json.dumps(calls, ensure_ascii=False)
 
     assert TokenCounter(encoding).count(said).total == 3 + 3 + 1 + len(encoding.encode(text))
+
+
+WEATHER: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "get_current_weather",
+        "description": "Get the current weather in a given location",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "location": {
+                    "type": "string",
+                    "description": "The city and state, e.g. San Francisco, CA",
+                },
+                "unit": {
+                    "type": "string",
+                    "description": "The unit of temperature to return",
+                    "enum": ["celsius", "fahrenheit"],
+                },
+            },
+            "required": ["location"],
+        },
+    },
+}
+QUESTION = [
+    {
+        "role": "system",
+        "content": "You are a helpful assistant that can answer to questions about the weather.",
+    },
+    {"role": "user", "content": "What's the weather like in San Francisco?"},
+]
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text("aあ."),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab"), inner, max_size=3),
+    max_leaves=6,
+)
+schemas = st.fixed_dictionaries(
+    {},
+    optional={
+        "type": st.sampled_from(["string", "object", ["string", "null"]]) | json_values,
+        "description": st.text("aあ.") | json_values,
+        "enum": st.lists(st.text("aあ")) | json_values,
+        "items": json_values,
+        "properties": json_values,
+    },
+)
+tools_of_all_kinds = (
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "type": st.just("function"),
+            "function": st.fixed_dictionaries(
+                {},
+                optional={
+                    "name": st.text("ab_") | json_values,
+                    "description": st.text("aあ.") | json_values,
+                    "parameters": st.fixed_dictionaries(
+                        {"properties": st.dictionaries(st.text("ab"), schemas, max_size=3)},
+                        optional={"required": json_values, "$defs": json_values},
+                    )
+                    | json_values,
+                },
+            )
+            | json_values,
+        },
+    )
+    | json_values
+)
+
+
+def test_the_cookbooks_own_example_of_tools_has_its_101_tokens(encoding: Any) -> None:
+    assert TokenCounter(encoding).count(QUESTION, [WEATHER]).total == 101
+    assert TokenCounter(encoding).count(QUESTION, [WEATHER]).tools
+    assert not TokenCounter(encoding).count(QUESTION, []).tools
+
+
+@given(st.lists(tools_of_all_kinds, max_size=4), tools_of_all_kinds, st.booleans())
+def test_one_more_tool_never_makes_an_example_shorter_whatever_it_looks_like(
+    tools: list[Any], more: Any, exact: bool
+) -> None:
+    counter = TokenCounter(tiktoken.get_encoding("o200k_base") if exact else None)
+    before = counter.count(QUESTION, tools).total
+
+    assert counter.count(QUESTION, [*tools, more]).total >= before + 7
+
+
+@given(st.lists(tools_of_all_kinds, min_size=1, max_size=4))
+def test_several_tools_are_the_sum_of_each(tools: list[Any]) -> None:
+    counter = TokenCounter(tiktoken.get_encoding("o200k_base"))
+    none = counter.count(QUESTION).total
+    alone = [counter.count(QUESTION, [tool]).total - none - 12 for tool in tools]
+
+    assert counter.count(QUESTION, tools).total == none + 12 + sum(alone)
+
+
+@pytest.mark.parametrize(
+    ("where", "what"),
+    [
+        ((), {"strictness": "とても長い説明"}),
+        (("function",), {"returns": {"type": "string", "description": "とても長い説明"}}),
+        (("function", "parameters"), {"$defs": {"住所": {"description": "とても長い説明"}}}),
+        (
+            ("function", "parameters", "properties"),
+            {"address": {"type": "object", "properties": {"町": {"description": "長い説明"}}}},
+        ),
+        (
+            ("function", "parameters", "properties", "unit"),
+            {"items": {"type": "string", "enum": ["とても", "長い"]}},
+        ),
+        (("function", "parameters", "properties", "unit"), {"enum": [1, 2, 3, None, 4, 5, 6]}),
+        (("function", "parameters", "properties"), {"bare": True}),
+    ],
+    ids=["tool", "function", "parameters", "nested", "array", "numbers", "no schema"],
+)
+def test_nothing_of_a_tool_is_free(
+    encoding: Any, where: tuple[str, ...], what: dict[str, Any]
+) -> None:
+    tool = json.loads(json.dumps(WEATHER))
+    part = tool
+    for key in where:
+        part = part[key]
+    replaced = {key: part.pop(key) for key in what if key in part}
+    before = TokenCounter(encoding).count(QUESTION, [tool]).total
+    part |= what
+    after = TokenCounter(encoding).count(QUESTION, [tool]).total
+    text = json.dumps(what, ensure_ascii=False)
+
+    assert not replaced or list(replaced) == ["enum"]
+    assert after - before >= 0.5 * len(encoding.encode(text))
+
+
+@pytest.mark.parametrize(
+    "tools",
+    ["[]とても長い文字列", {"type": "function"}, [None], [[]], ["text"], [{"function": "f"}]],
+)
+def test_tools_of_no_known_form_are_paid_for_as_their_json_text(encoding: Any, tools: Any) -> None:
+    inner = tools[0] if isinstance(tools, list) else tools
+    text = inner if isinstance(inner, str) else json.dumps(inner, ensure_ascii=False)
+    each = 7 if isinstance(tools, list) else 0
+    counter = TokenCounter(encoding)
+
+    assert counter.count(QUESTION, tools).total == counter.count(QUESTION).total + 12 + each + len(
+        encoding.encode(text)
+    )
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "iVBORw0K" * 9000}}
+
+
+def test_an_image_is_never_counted_as_its_text_and_that_is_said(encoding: Any) -> None:
+    asked = {"type": "text", "text": "これは何ですか。"}
+    answer = {"role": "assistant", "content": "猫です。"}
+    plain = [{"role": "user", "content": asked["text"]}, answer]
+    said = [{"role": "user", "content": [asked, IMAGE, {**IMAGE, "type": "image"}]}, answer]
+    count = TokenCounter(encoding).count(said)
+    sft = OpenAISFT(offline=True, model=MINI)
+    train = [{"id": f"{n}", "messages": said} for n in range(10)]
+    cost = sft.estimate(Splits(train, train[:3], []), 2)
+
+    assert (count.total, count.images) == (TokenCounter(encoding).count(plain).total, 2)
+    assert cost.training_tokens == 10 * count.total
+    assert cost.images == 26
+    assert cost.most_usd is None
+    assert any("画像（延べ26枚）" in line and "含まれていません" in line for line in cost.lines())
+
+
+@pytest.mark.parametrize("text", [" ", "\n", "あ", "a", "\t", "\u3000", "\r\n", "-"])
+def test_a_million_characters_in_a_row_are_counted_to_a_few_tokens(
+    encoding: Any, text: str
+) -> None:
+    counter = TokenCounter(encoding)
+    part = len(encoding.encode_ordinary(text * 65_536))
+    whole = counter.count_texts([f"はい{text * 1_000_000}はい", "はい"])
+
+    assert whole == pytest.approx(part * 1_000_000 / 65_536, abs=20 + part / 1000)
+
+
+@given(st.lists(awkward_text, min_size=1, max_size=4), st.integers(0, 3))
+def test_a_long_run_does_not_change_how_the_texts_beside_it_are_counted(
+    texts: list[str], place: int
+) -> None:
+    counter = TokenCounter(tiktoken.get_encoding("o200k_base"))
+    long = "a " * 40_000
+    with_it = [*texts[:place], long, *texts[place:]]
+
+    assert counter.count_texts(with_it) == counter.count_texts(texts) + counter.count_texts([long])
 
 
 def test_the_vocabulary_is_that_of_4o_mini_and_its_count_is_called_exact(encoding: Any) -> None:
@@ -387,6 +574,30 @@ def test_only_the_training_split_is_paid_for_as_training(encoding: Any) -> None:
         len(encoding.encode_ordinary(case.reference)) for case in cases
     )
     assert cost.exact_tokens
+
+
+def test_tools_are_paid_for_in_every_example_and_that_is_called_an_estimate(
+    dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = [{"messages": one["messages"], "tools": [WEATHER]} for one in examples_of(records(20))]
+    source = write_jsonl(dataset.parent / "tools.jsonl", said)
+    with_tools = OpenAISFT(offline=True, dataset=str(source), output_dir="a", verbose=False)
+    summary = with_tools.prepare_data(epochs=3)
+    cost = summary.estimate
+    written = read_examples(summary.files["train"])
+    counter = TokenCounter(load_vocabulary())
+    plain = total(counter, [one["messages"] for one in written])
+    each = counter.count([], [WEATHER]).total - 3
+    again = with_tools.estimate(Splits(written, [], []), 3)
+
+    assert each > 50
+    assert cost.training_tokens == plain + each * len(written) == again.training_tokens
+    assert cost.training_usd == pytest.approx(cost.training_tokens * 3 * 3e-6)
+    assert not cost.exact_tokens
+    assert cost.evaluation_input_tokens > each * 2
+    assert any("トークン（推定） × 3エポック" in line for line in summary.lines())
+    assert any("tools のトークン数は" in line and "推定" in line for line in summary.lines())
+    assert read_json(summary.files["record"])["data"]["train"]["tools"] is True
 
 
 def test_a_system_prompt_is_paid_for_in_every_example(encoding: Any) -> None:

@@ -249,6 +249,29 @@ def test_the_most_that_epochs_left_to_the_service_may_cost_includes_the_evaluati
     assert auto.most_usd == fifty.most_usd == fifty.total_usd == 150 + 1.5 * answered
 
 
+IMAGE = {"type": "image_url", "image_url": {"url": "https://example.com/cat.png"}}
+
+
+def test_no_limit_can_be_kept_with_images_and_nothing_is_sent(
+    make_sft: MakeSFT, endpoint: Rehearsal, clean_environment: Path
+) -> None:
+    said = examples(12)
+    for one in said:
+        one["messages"][0]["content"] = [{"type": "text", "text": "これは？"}, IMAGE]
+    source = write_jsonl(
+        clean_environment / "seen.jsonl", [{"messages": one["messages"]} for one in said]
+    )
+    with (
+        make_sft(dataset=str(source), max_cost_usd=1000) as sft,
+        pytest.raises(BudgetError, match=r"画像\d+枚のトークン数が不明"),
+    ):
+        sft.run_full_pipeline(**SHORT)
+    with pytest.raises(BudgetError, match=r"画像\d+枚のトークン数が不明"):
+        make_sft(max_cost_usd=1000).evaluate_model_comprehensive(BASE, said, [])
+
+    assert posts(endpoint) == []
+
+
 # ── The estimate ─────────────────────────────────────────────────────────────────────────────
 
 

@@ -107,6 +107,70 @@ def test_fewer_cases_are_the_first_of_more(
     )
 
 
+def test_an_answer_that_is_not_trained_on_is_context_and_never_a_reference() -> None:
+    said = [
+        {"role": "user", "content": "質問"},
+        {"role": "assistant", "content": "悪い応答", "weight": 0},
+        {"role": "user", "content": "もう一度"},
+        {"role": "assistant", "content": "良い応答", "weight": 1},
+    ]
+    (case,) = choose_cases([{"id": "a", "messages": said}], max_cases=None, turns="all")
+
+    assert case.reference == "良い応答"
+    assert [message["content"] for message in case.input] == ["質問", "悪い応答", "もう一度"]
+    assert not any("weight" in message for message in case.input)
+
+
+def with_a_tool(name: str) -> dict[str, Any]:
+    function = {"name": "weather", "arguments": "{}"}
+    said = [
+        {"role": "user", "content": "天気は？"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "c1", "type": "function", "function": function}],
+        },
+        {"role": "tool", "tool_call_id": "c1", "content": "晴れ"},
+        {"role": "assistant", "content": "晴れです。"},
+    ]
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    return {"id": name, "messages": said, "tools": tools}
+
+
+def test_what_is_said_after_a_tool_is_asked_with_the_tools(
+    make_sft: MakeSFT, endpoint: Rehearsal
+) -> None:
+    made = with_a_tool("a")
+    results = make_sft().evaluate_model_comprehensive(MODEL, [made], [])
+    (request,) = (exchange.request for exchange in posts(endpoint, CHAT))
+    (response,) = results["test_evaluation"]["responses"]
+
+    assert request["messages"] == made["messages"][:3]
+    assert request["tools"] == made["tools"]
+    assert (response["case_id"], response["reference"]) == ("a:3", "晴れです。")
+
+
+def test_data_that_give_no_case_are_told_before_anything_is_asked(
+    make_sft: MakeSFT, endpoint: Rehearsal, log: Callable[[], list[str]]
+) -> None:
+    calls_alone = {**with_a_tool("a"), "messages": with_a_tool("a")["messages"][:2]}
+    told: list[str] = []
+
+    def confirm(_: object) -> bool:
+        told.extend(line for line in log() if "評価に使える応答がありません" in line)
+        assert posts(endpoint) == []
+        return True
+
+    sft = make_sft(confirm=confirm)
+    results = sft.evaluate_model_comprehensive(MODEL, examples(2), [calls_alone])
+
+    assert len(told) == 1
+    assert told[0].startswith("検証データ（1件）")
+    assert "assistant" in told[0]
+    assert results["summary"]["valid_cases_evaluated"] == 0
+    assert results["summary"]["test_cases_evaluated"] == 2
+
+
 @pytest.mark.parametrize("everything", [0, None, 1000])
 def test_zero_or_none_asks_every_dialogue(everything: int | None) -> None:
     assert len(choose_cases(examples(30), max_cases=everything)) == 30

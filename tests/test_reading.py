@@ -57,7 +57,8 @@ def without_system(said: Said) -> Said:
 
 
 def beside(said: Said, key: str = "system") -> dict[str, str]:
-    return dict([(key, text) for role, text in said if role == "system"])
+    texts = [text for role, text in said if role == "system"]
+    return {key: texts[0]} if texts else {}
 
 
 # Each way in which people write a conversation, as a record.

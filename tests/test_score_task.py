@@ -43,11 +43,14 @@ from openai_sft import (
     EvaluationFailed,
     EvaluationResults,
     OpenAISFT,
+    Splits,
+    TokenCounter,
     agreement,
     check_file,
     choose_cases,
     compare_figures,
     example_line,
+    load_vocabulary,
     make_score_figures,
     mean_scores,
     parse_dialogue,
@@ -427,6 +430,27 @@ def test_a_question_asks_for_the_twenty_scores_as_strict_json_and_does_not_tell_
     assert not validator.is_valid(dict.fromkeys(ITEMS[1:], 3))
     for one in asked:
         assert [message["role"] for message in one["messages"]] == ["system", "user"]
+
+
+def test_the_schema_that_goes_with_each_question_is_in_the_estimate(
+    make_sft: MakeSFT, endpoint: Rehearsal
+) -> None:
+    data = rated_examples(6)
+    estimates = {}
+    for task in ("score", "response"):
+        sft = OpenAISFT(offline=True, task=task, model=MODEL, verbose=False)
+        estimates[task] = sft.estimate(Splits(data, data[:2], []), None)
+    make_sft(task="score").evaluate_model_comprehensive(MODEL, data[:1], [], train_data=data)
+    (asked,) = posts(endpoint, CHAT)
+    schema = written({"response_format": asked.request["response_format"]})
+    each = TokenCounter(load_vocabulary()).count_texts([schema])
+    tokens = {task: one.evaluation_input_tokens for task, one in estimates.items()}
+
+    assert each > 300
+    assert tokens["score"] == tokens["response"] + 2 * each
+    assert any("response_format のトークン数は" in line for line in estimates["score"].lines())
+    assert not estimates["score"].exact_tokens
+    assert estimates["response"].exact_tokens
 
 
 def test_openais_own_description_finds_nothing_wrong_with_what_was_sent(finished: Finished) -> None:
