@@ -1505,7 +1505,7 @@ PROBLEMS: dict[str, tuple[Literal["error", "warning"], str, str]] = {
         "JSONの文字列にしてください",
     ),
     "unknown_tool": (
-        "error",
+        "warning",
         "tools にない関数 {0} を呼んでいます",
         "tools に定義を加えるか、名前を直してください",
     ),
@@ -2602,9 +2602,9 @@ def _reason(error: Exception) -> str:
 
 
 def _table_row(row: dict[str, Any]) -> dict[str, Any]:
-    """A row whose tools have no parameters of other rows' tools: a table gives every struct all
-    keys of its column."""
-    return {**row, "tools": _without_none(row["tools"])} if row.get("tools") else row
+    """A row without what other rows have: a table gives every struct in a list all keys of its
+    column."""
+    return {key: _without_none(v) if isinstance(v, list) else v for key, v in row.items()}
 
 
 def _without_none(value: Any) -> Any:

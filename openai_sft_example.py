@@ -645,37 +645,29 @@ def shortened(text: str, width: int) -> str:
 
 
 def check(options: argparse.Namespace) -> int:
-    """--check-file: what the file is and what is wrong with it on stdout; 2 where an error is left.
-
-    With --fix it is about the file that is written.
-    """
+    """--check-file: what the file is and what is wrong with it on stdout; 2 where an error is left,
+    also after --fix."""
     speakers = Speakers(tuple(options.assistant), tuple(options.user))
     try:
         findings = check_file(options.check_file, speakers=speakers)
-        show_findings(findings, as_json=options.json)
-        if options.fix:
-            return fix(options, speakers)
+        fixed = fix_file(options.check_file, speakers=speakers) if options.fix else None
+        left = check_file(fixed[0]) if fixed else findings
     except OpenAISFTError as error:
         tell(f"エラー: {error}")
         return 2
     except OSError as error:
         tell(f"エラー: ファイルを書けません（{printable(error)}）。")
         return 2
+    show_findings(findings, as_json=options.json)
+    rejected = 0
+    if fixed:
+        path, rejects, examples, rejected = fixed
+        tell(f"直したファイル: {path}（{examples:,}件）、直せないもの: {rejects}（{rejected:,}件）")
+        for finding in left.errors:
+            tell(f"直したファイルにも残る問題: {finding}")
     if not options.json:
-        show(next_command(options, findings))
-    return 2 if findings.errors else 0
-
-
-def fix(options: argparse.Namespace, speakers: Speakers) -> int:
-    """--fix: write what can be put right, and check that."""
-    fixed, rejects, examples, rejected = fix_file(options.check_file, speakers=speakers)
-    tell(f"直したファイル: {fixed}（{examples:,}件）、直せないもの: {rejects}（{rejected:,}件）")
-    left = check_file(fixed)
-    for finding in left.errors:
-        tell(str(finding))
-    if not (left.errors or options.json):
-        show(["次は: " + command("--data-only", "--dataset", fixed)])
-    return 2 if left.errors else 0
+        show(next_command(options, left))
+    return 2 if left.errors or rejected else 0
 
 
 SHOWN_OF_A_KIND = 5
@@ -704,17 +696,17 @@ def show_findings(findings: FileFindings, *, as_json: bool) -> None:
 
 
 def next_command(options: argparse.Namespace, findings: FileFindings) -> Iterator[str]:
-    """What to do after the check."""
+    """What to do after the check, or after the file was mended."""
     codes = {finding.code for finding in findings.errors}
     if "unknown_speaker" in codes:
         yield "次は: " + command("--check-file", options.check_file, "--assistant", "NAME")
     elif codes == {"too_few_examples"}:
         yield "次は: 学習例を増やしてください。"
-    elif codes:
+    elif codes and not options.fix:
         flags = [f for name in options.assistant for f in ("--assistant", name)]
         yield "次は: " + command("--check-file", options.check_file, *flags, "--fix")
-    else:
-        yield "次は: " + command("--data-only", "--dataset", options.check_file)
+    elif not codes:
+        yield "次は: " + command("--data-only", "--dataset", str(findings.path))
 
 
 def command(*arguments: str) -> str:

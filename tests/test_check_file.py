@@ -865,7 +865,15 @@ def test_a_good_file_is_said_to_be_good_without_a_key(
 ) -> None:
     path = training_file(tmp_path)
 
-    assert cli(path) == (0, f"{path}: 問題はありません。\n", "")
+    code, out, err = cli(path)
+
+    assert (code, err) == (0, "")
+    assert out.splitlines() == [
+        f"{path}: JSON Lines、UTF-8、12件（messages 12件）",
+        "",
+        "問題はありません。",
+        f"次は: openai-sft --data-only --dataset {path}",
+    ]
     assert cli(path, "--json") == (0, "[]\n", "")
 
 
