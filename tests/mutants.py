@@ -864,8 +864,8 @@ DATA = (
     ),
     Mutant(
         "a call may go without its result",
-        "        waiting, answered = {}, set()\n",
-        "        waiting.clear()\n",
+        'yield _Problem("unanswered_call", asked, (call_id,))',
+        "pass",
         "test_check_file.py::test_a_problem_is_named_with_its_line_and_message",
     ),
     Mutant(
