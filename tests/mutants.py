@@ -911,6 +911,18 @@ DATA = (
         "test_check_file.py::test_what_can_be_mended_is_mended_and_nothing_else_is_changed",
     ),
     Mutant(
+        "a call may go without its result",
+        'yield _Problem("unanswered_call", asked, (call_id,))',
+        "pass",
+        "test_check_file.py::test_a_problem_is_named_with_its_line_and_message",
+    ),
+    Mutant(
+        "a graded line may have its answer",
+        'if graded and roles[-1:] == ["user"]',
+        "if graded",
+        "test_check_file.py::test_a_problem_is_named_with_its_line_and_message",
+    ),
+    Mutant(
         "a special token is found in the text alone",
         "[*_find_shape_problems(example), *_find_text_problems(line)]",
         "[*_find_shape_problems(example)]",

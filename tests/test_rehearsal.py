@@ -433,6 +433,17 @@ SPECIAL = (
     *("fim_prefix", "fim_middle", "fim_suffix"),
 )
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+TOOL = {"type": "function", "function": {"name": "f"}}
+RESULT = {"role": "tool", "tool_call_id": "c", "content": "t"}
+
+
+def call(**more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "tool_calls": [CALL | more]}
+
+
+def image(role: str, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": [{"type": "image_url", **more}]}
+
 
 BAD_LINES: dict[str, bytes] = {
     "not UTF-8": "相談".encode("cp932"),
@@ -469,6 +480,40 @@ BAD_LINES: dict[str, bytes] = {
             "weight true": messages(USER, ANSWER | {"weight": True}),
             "weight 1.0": messages(USER, ANSWER | {"weight": 1.0}),
             "a user's weight": messages(USER | {"weight": 1}, ANSWER),
+            "a name of null": messages(USER | {"name": None}, ANSWER),
+            "a name that is no text": messages(USER | {"name": 1}, ANSWER),
+            "calls of null": messages(USER, ANSWER | {"tool_calls": None}),
+            "an assistant's image": messages(image("assistant", image_url={"url": "https://a"})),
+            "an image without a place": messages(image("user", image_url={}), ANSWER),
+            "tools of null": messages(USER, ANSWER, tools=None),
+            "tools as text": messages(USER, ANSWER, tools="[]"),
+            "a bare function": messages(USER, ANSWER, tools=[TOOL["function"]]),
+            "a tool of no name": messages(USER, ANSWER, tools=[TOOL | {"function": {}}]),
+            "a tool's wrong name": messages(
+                USER, ANSWER, tools=[TOOL | {"function": {"name": "f g"}}]
+            ),
+            "parameters as text": messages(
+                USER, ANSWER, tools=[TOOL | {"function": {"name": "f", "parameters": "{}"}}]
+            ),
+            "a strict that is no boolean": messages(
+                USER, ANSWER, tools=[TOOL | {"function": {"name": "f", "strict": 1}}]
+            ),
+            "parallel calls of null": messages(USER, ANSWER, parallel_tool_calls=None),
+            "a call without id": messages(USER, call(id=None)),
+            "a call of another type": messages(USER, call(type="custom")),
+            "arguments that are no text": messages(
+                USER, call(function={"name": "f", "arguments": {}})
+            ),
+            "arguments that are no JSON": messages(
+                USER, call(function={"name": "f", "arguments": "{"})
+            ),
+            "one id twice": messages(USER, {"role": "assistant", "tool_calls": [CALL, CALL]}),
+            "a user's call": messages(USER | {"tool_calls": [CALL]}, ANSWER),
+            "an unanswered call": messages(USER, call(), USER, ANSWER),
+            "a result of no call": messages(USER, RESULT, ANSWER),
+            "a second result": messages(USER, call(), RESULT, RESULT, ANSWER),
+            "a late result": messages(USER, call(), ANSWER, RESULT, ANSWER),
+            "a function_call": messages(USER, ANSWER | {"function_call": {"name": "f"}}),
             **{
                 f"the special token {token}": messages(USER | {"content": f"a<|{token}|>"}, ANSWER)
                 for token in SPECIAL
@@ -503,9 +548,16 @@ def test_the_files_the_service_takes_are_taken() -> None:
         tools=[],
         parallel_tool_calls=False,
     )
+    ends_with_call = messages(
+        image("user", image_url={"url": "https://a"}),
+        ANSWER | {"function_call": None},
+        call(),
+        tools=[TOOL | {"function": {"name": "f", "parameters": {}, "strict": None}}],
+    )
     twice = b'{"messages": 1, "messages": [{"role": "assistant", "content": "last wins"}]}\n'
 
     assert judge_training_file(jsonl(tool_call) * 9 + twice, purpose="training") is None
+    assert judge_training_file(jsonl(ends_with_call), purpose="validation") is None
     assert judge_training_file(examples(10).rstrip(b"\n"), purpose="training") is None
     assert judge_training_file(jsonl(tool_call, ANSWER)[:-1], purpose="training") is not None
 
@@ -534,19 +586,25 @@ def test_no_file_makes_the_judgement_fail(data: bytes) -> None:
         lambda inner: (
             st.lists(inner, max_size=3)
             | st.dictionaries(
-                st.sampled_from(["role", "content", "weight", "tool_calls", "type", "text"]),
+                st.sampled_from(
+                    ["role", "content", "weight", "tool_calls", "type", "text", "function", "name"]
+                ),
                 inner,
                 max_size=4,
             )
         ),
     )
 )
-def test_no_message_makes_the_judgement_fail(message: Any) -> None:
-    line = json.dumps(messages(message, ANSWER)).encode()
+def test_no_message_tool_or_call_makes_the_judgement_fail(value: Any) -> None:
+    calling = {"role": "assistant", "tool_calls": [value]}
+    for record in (
+        messages(value, ANSWER),
+        messages(USER, calling),
+        messages(USER, ANSWER, tools=[value]),
+    ):
+        problem = judge_training_file(json.dumps(record).encode(), purpose="validation")
 
-    problem = judge_training_file(line, purpose="validation")
-
-    assert problem is None or problem.line == 1
+        assert problem is None or problem.line == 1
 
 
 @pytest.mark.parametrize(
