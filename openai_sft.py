@@ -652,11 +652,13 @@ class SelectionOptions(TypedDict, total=False):
 class ReadingOptions(TypedDict, total=False):
     """How a data set is read, as keywords of :class:`OpenAISFT`.
 
-    ``config`` is a configuration of a Hub data set. ``assistant`` and ``user`` are
-    :class:`Speakers`: a name or several. ``resplit`` draws 8:1:1 where a data set is published
-    in splits. ``skip_unreadable`` goes past whatever can't be read, more than 1 % too.
+    ``revision`` and ``config`` pin a Hub data set and its configuration. ``assistant`` and
+    ``user`` are :class:`Speakers`: a name or several. ``resplit`` draws 8:1:1 where a data set
+    is published in splits. ``skip_unreadable`` goes past whatever can't be read, more than 1 %
+    too.
     """
 
+    revision: str | None
     config: str | None
     assistant: str | Sequence[str]
     user: str | Sequence[str]
@@ -2116,7 +2118,356 @@ def _mend_conversation(example: MutableMapping[str, Any]) -> Iterator[_Problem]:
             roles.append("system")
 
 
-# ── Reading: what a line is ──────────────────────────────────────────────────────────────────
+# ── Reading: what a record says ──────────────────────────────────────────────────────────────────
+
+SPEAKER_KEYS = ("role", "speaker", "from", "interlocutor_id")
+TEXT_KEYS = ("utterance", "content", "value", "text")
+DIALOGUE_IDS = ("id", "dialogue_id", "conversation_id")
+
+
+def _is_turn_row(value: Any) -> bool:
+    """Whether a record is one turn of a dialogue."""
+    return (
+        isinstance(value, Mapping)
+        and _find_key(value, SPEAKER_KEYS) is not None
+        and isinstance(value.get(_find_key(value, TEXT_KEYS)), str)
+        and find_form(value) is None
+    )
+
+
+def _find_key(turn: Mapping[str, Any], keys: Sequence[str]) -> str | None:
+    return next((key for key in keys if turn.get(key) is not None), None)
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
+
+
+class Conversation(NamedTuple):
+    """What a record says: turns, or a chat in the service's form; and the instruction above it."""
+
+    turns: tuple[tuple[Role, str], ...] = ()
+    chat: dict[str, Any] | None = None
+    system: str | None = None
+
+
+class Reading:
+    """How the records of one source are read, and what there is to say of all of them after.
+
+    ``forms`` counts the records of each form, ``notes`` what was left out or read otherwise than
+    it was written, by what is said of it and its name; ``heard`` counts the dialogues of each
+    speaker who isn't known by name.
+    """
+
+    def __init__(self, speakers: Speakers | None = None) -> None:
+        self.speakers = speakers or Speakers()
+        self.forms: collections.Counter[str] = collections.Counter()
+        self.notes: collections.Counter[tuple[str, str]] = collections.Counter()
+        self.heard: collections.Counter[str] = collections.Counter()
+
+    def roles(self, found: Iterable[object]) -> dict[object, str | None]:
+        """The role of each speaker of a dialogue; who isn't known by name is remembered."""
+        roles = self.speakers.roles(found)
+        for name in roles:
+            if name not in ROLES and _meant_role(name) is None:
+                self.heard[printable(name)] += 1
+        return roles
+
+    def require_speakers(self) -> None:
+        """Raise :class:`UnknownRole` where a name that was given belongs to nobody."""
+        given = {*self.speakers.assistant, *self.speakers.user} - {"first", "second"}
+        if missing := given - self.heard.keys() - ROLES.keys():
+            raise UnknownRole(
+                f"「{'、'.join(sorted(missing))}」という話者はデータにありません。"
+                f"{_speakers_line(self.heard)}"
+            )
+
+    def tell(self) -> None:
+        """Log what was read, and once each what was left out or changed."""
+        for form, count in self.forms.items():
+            logger.info("読んだ形: %s（%s件）", form, f"{count:,}")
+        for (said, name), count in self.notes.items():
+            logger.warning("%s: %s（%s件）", said, name, f"{count:,}")
+
+
+def _speakers_line(heard: Mapping[str, int]) -> str:
+    shown = "、".join(f"{name}（{count:,}件）" for name, count in list(heard.items())[:10])
+    more = "、ほか" if len(heard) > 10 else ""
+    return (
+        f"見つかった話者: {shown or 'なし'}{more}。応答を学習する話者を "
+        "--assistant NAME（対話ごとに先に話す人なら first、次に話す人なら second）か、"
+        "相手を --user NAME で指定してください。"
+    )
+
+
+class Form(NamedTuple):
+    """A form in which records are found, known by keys that all hold something."""
+
+    name: str
+    keys: tuple[str, ...]
+    read: Callable[[Mapping[str, Any], Reading, str], Conversation]
+
+
+def find_form(record: object) -> Form | None:
+    """The first of :data:`FORMS` that a record has, ``None`` for none."""
+    if not isinstance(record, Mapping):
+        return None
+    return next(
+        (form for form in FORMS if all(record.get(key) is not None for key in form.keys)), None
+    )
+
+
+def parse_dialogue(
+    record: object, *, fallback_id: str, source: str, reading: Reading | None = None
+) -> Dialogue:
+    """Make a :class:`Dialogue` of one raw record; :func:`dialogue_row` is its inverse.
+
+    The record has one of :data:`FORMS`, or is a list of turns. The id is the record's ``id``,
+    ``dialogue_id`` or ``conversation_id``, else KokoroChat's ``evaluation_id``, else
+    ``fallback_id``. What there is to say of all records is counted in ``reading``. Raises
+    :class:`DataError`, and :class:`UnknownRole` for a speaker whose role can't be known.
+    """
+    reading = reading or Reading()
+    if isinstance(record, list):
+        record = {"dialogue": record}
+    if not isinstance(record, Mapping):
+        raise DataError(f"{source}: 対話はJSONオブジェクトでなければなりません。")
+    review_en = _mapping(record, "review_by_client_en", source)
+    key = _find_key(record, DIALOGUE_IDS)
+    dialogue_id = str(record[key] if key else review_en.get("evaluation_id", fallback_id))
+    place = f"{source}: 対話「{printable(dialogue_id)}」"
+    if other := _other_format(record):
+        _, text, remedy = PROBLEMS[other]
+        raise OtherPurpose(f"{source}: {text}。{remedy}。")
+    form = find_form(record)
+    if form is None:
+        raise DataError(
+            f"{source}: 対話の本文（dialogue や messages など）がありません。"
+            f"あるキー: {printable('、'.join(map(str, record))) or 'なし'}"
+        )
+    said = form.read(record, reading, place)
+    reading.forms[form.name] += 1
+    _note_left_out(record, form, reading)
+    try:
+        content = "\0".join(itertools.chain.from_iterable(said.turns))
+        if said.chat is not None:
+            content = _encode_sorted(said.chat)
+        if said.system:
+            content = f"{said.system}\0\0{content}"
+        digest = hashlib.sha256(content.encode()).hexdigest()
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            f"{place}にUTF-8で表せない文字（対になっていないサロゲートやNaN）が含まれています。"
+        ) from error
+    return Dialogue(
+        id=dialogue_id,
+        source=source,
+        turns=said.turns,
+        digest=digest,
+        topic=_mapping(record, "topic", source),
+        review_jp=_mapping(record, "review_by_client_jp", source),
+        review_en=review_en,
+        chat=said.chat,
+        system=said.system,
+    )
+
+
+def _note_left_out(record: Mapping[str, Any], form: Form, reading: Reading) -> None:
+    """Count the texts of a record that no file will hold."""
+    for key in record.keys() - _USED_KEYS - set(form.keys):
+        if isinstance(record[key], str):
+            reading.notes["学習データに使わない項目", printable(key)] += 1
+
+
+def _mapping(record: Mapping[str, Any], key: str, source: str) -> Mapping[str, Any]:
+    value = record.get(key)
+    if value is None:
+        return {}
+    if isinstance(value, str) and key == "topic":
+        return {"main_jp": value}
+    if not isinstance(value, Mapping):
+        raise DataError(f"{source}: {key} はオブジェクトでなければなりません。")
+    # The Hub's conversion makes datetimes of what the files hold as text.
+    return {k: v.isoformat() if isinstance(v, datetime) else v for k, v in value.items()}
+
+
+def _rows_of(record: Mapping[str, Any], key: str, place: str) -> list[Any]:
+    """A list under ``key``, also as JSON text, or as a table of columns (Parquet, a Dataset)."""
+    value = record[key]
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{place}の {key} がJSONの配列として読めません。") from error
+    if isinstance(value, Mapping) and value and all(isinstance(v, list) for v in value.values()):
+        rows = itertools.zip_longest(*value.values())
+        value = [_without_none(dict(zip(value, row, strict=True))) for row in rows]
+    if not isinstance(value, list):
+        raise DataError(f"{place}の {key} は配列でなければなりません。")
+    return value
+
+
+def _system_of(record: Mapping[str, Any]) -> str:
+    """The instruction that stands beside a conversation."""
+    texts = [record[key] for key in sorted(_SYSTEM_KEYS) if isinstance(record.get(key), str)]
+    return "\n".join(filter(str.strip, texts))
+
+
+def _read_turns(record: Mapping[str, Any], reading: Reading, place: str) -> Conversation:
+    key = next(key for key in TURN_FORMS if record.get(key) is not None)
+    turns = _rows_of(record, key, place)
+    opening = turns[0] if turns and isinstance(turns[0], Mapping) else {}
+    name_key = _find_key(opening, SPEAKER_KEYS) or SPEAKER_KEYS[0]
+    text_key = _find_key(opening, TEXT_KEYS) or TEXT_KEYS[0]
+    if key != "dialogue" and (name_key, text_key) == ("role", "content"):
+        return _read_chat({**record, "messages": turns}, reading, place)
+    number = 0
+    try:
+        names = []
+        for number, turn in enumerate(turns, 1):  # noqa: B007  # the error tells it
+            names.append((turn[name_key], turn[text_key]))
+        number = next((n for n, (_, text) in enumerate(names, 1) if type(text) is not str), 0)
+        if number:
+            raise TypeError
+        roles = reading.roles(dict.fromkeys(name for name, _ in names))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{place}の{number}番目の発話に文字列の {name_key} と {text_key} がありません"
+            f"（あるキー: {printable('、'.join(map(str, opening))) or 'なし'}）。"
+        ) from error
+    if not _TURN_ROLES.issuperset(roles.values()):
+        number = next(n for n, (name, _) in enumerate(names, 1) if roles[name] not in _TURN_ROLES)
+        name = printable(names[number - 1][0])
+        raise UnknownRole(
+            f"{place}の{number}番目の発話の話者（{name_key}）「{name}」が分かりません。"
+            f"あるキー: {printable('、'.join(map(str, record)))}。"
+        )
+    if "assistant" not in roles.values() and _system_answers(names, roles):
+        roles = {name: "user" if role == "user" else "assistant" for name, role in roles.items()}
+    said = [(roles[name], text) for name, text in names if text and not text.isspace()]
+    instructions = [text for role, text in said if role == "system"]
+    if instructions:
+        said = [turn for turn in said if turn[0] != "system"]
+    return Conversation(
+        turns=cast("tuple[tuple[Role, str], ...]", tuple(said)),
+        system="\n".join(filter(None, (_system_of(record), *instructions))) or None,
+    )
+
+
+_TURN_ROLES = frozenset({"system", "user", "assistant"})
+
+
+def _system_answers(
+    turns: Sequence[tuple[object, str]], roles: Mapping[object, str | None]
+) -> bool:
+    """Whether a speaker called SYSTEM answers the user, as in data sets of task dialogues."""
+    spoken = [roles[name] for name, _ in turns]
+    return "user" in spoken and "system" in spoken[spoken.index("user") :]
+
+
+def _read_pair(record: Mapping[str, Any], reading: Reading, place: str) -> Conversation:
+    """A question and its answer, each a text or (TRL) a list of messages."""
+    form = cast("Form", find_form(record))
+    question, answer = (record[key] for key in form.keys)
+    if all(isinstance(said, list) or str(said).startswith("[{") for said in (question, answer)):
+        messages = [turn for key in form.keys for turn in _rows_of(record, key, place)]
+        return _read_chat({**record, "messages": messages}, reading, place)
+    more = record.get("input") if "instruction" in form.keys else None
+    texts = (question, more or "", answer)
+    if not all(isinstance(text, str) for text in texts):
+        raise DataError(f"{place}の {'、'.join(form.keys)} は文字列でなければなりません。")
+    asked = "\n".join(filter(str.strip, texts[:2]))
+    turns: tuple[tuple[Role, str], ...] = (("user", asked), ("assistant", answer))
+    said = tuple(turn for turn in turns if turn[1].strip())
+    return Conversation(turns=said, system=_system_of(record) or None)
+
+
+def _read_chat(record: Mapping[str, Any], reading: Reading, place: str) -> Conversation:
+    messages = []
+    for number, message in enumerate(_rows_of(record, "messages", place), 1):
+        # A Dataset holds as JSON text what has no column's type.
+        try:
+            read = json.loads(message) if isinstance(message, str) else _without_none(message)
+        except (ValueError, RecursionError):
+            read = None
+        if not isinstance(read, Mapping):
+            raise DataError(f"{place}の{number}番目が発話の形ではありません。")
+        messages.append(dict(read))
+    names = [message.get("role") for message in messages]
+    roles = reading.roles(dict.fromkeys(name for name in names if isinstance(name, str)))
+    for number, (name, message) in enumerate(zip(names, messages, strict=True), 1):
+        role = roles.get(name) if isinstance(name, str) else None
+        if role is None:
+            raise UnknownRole(
+                f"{place}の{number}番目の role「{printable(name)}」が分かりません。"
+                f"あるキー: {printable('、'.join(map(str, record)))}。"
+            )
+        if reading.speakers and role != _meant_role(name):
+            message["role"] = role
+    keys = LINE_KEYS | _SYSTEM_KEYS | _LEGACY_KEYS
+    chat = {key: value for key, value in record.items() if key in keys and value is not None}
+    mended = _mend({**chat, "messages": messages})
+    tools = mended.value.get("tools", [])
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise DataError(f"{place}の tools が配列ではないか、JSONとして読めません。")
+    for text in dict.fromkeys(map(_mending_text, mended.changes)):
+        reading.notes["直して読みます", text] += 1
+    return Conversation(chat={key: item for key, item in mended.value.items() if item != []})
+
+
+# The keys that hold turns, each with the name of its form.
+TURN_FORMS = {
+    "dialogue": "dialogue（KokoroChatの形）",
+    "utterances": "utterances",
+    "turns": "turns",
+    "conversations": "conversations（ShareGPTの形）",
+    "conversation": "conversation",
+    "dialog": "dialog",
+}
+FORMS = (
+    *(Form(name, (key,), _read_turns) for key, name in TURN_FORMS.items()),
+    Form("messages", ("messages",), _read_chat),
+    Form("prompt / completion", ("prompt", "completion"), _read_pair),
+    Form("instruction / output（Alpacaの形）", ("instruction", "output"), _read_pair),
+    Form("question / answer", ("question", "answer"), _read_pair),
+)
+# What is used besides: ids, the instruction, and what KokoroChat tells of a dialogue.
+_USED_KEYS = frozenset(
+    (
+        *DIALOGUE_IDS,
+        *LINE_KEYS,
+        *_SYSTEM_KEYS,
+        "input",
+        "topic",
+        "review_by_client_jp",
+        "review_by_client_en",
+    )
+)
+
+
+def dialogue_row(dialogue: Dialogue) -> dict[str, Any]:
+    """The row of a ``Dataset`` for ``dialogue``; :func:`parse_dialogue` reads it back."""
+    if dialogue.chat is not None:
+        tools = [_encode_json(tool) for tool in dialogue.chat.get("tools", ())]
+        messages = dialogue.chat["messages"]
+        if not all(set(m) <= {"role", "content", "name", "weight"} for m in messages) or not all(
+            isinstance(m.get("content"), str) for m in messages
+        ):
+            messages = [_encode_json(message) for message in messages]
+        return {"id": dialogue.id, **dialogue.chat, "messages": messages, "tools": tools}
+    return {
+        "id": dialogue.id,
+        **({"system": dialogue.system} if dialogue.system else {}),
+        "dialogue": [{"role": role, "utterance": text} for role, text in dialogue.turns],
+        "topic": dict(dialogue.topic),
+        "review_by_client_jp": dict(dialogue.review_jp),
+        "review_by_client_en": dict(dialogue.review_en),
+    }
+
+
+# ── Reading: what a source holds ─────────────────────────────────────────────────────────────────
 
 # The names under which data sets publish their splits.
 PARTS: dict[str, SplitName] = {
@@ -2461,20 +2812,6 @@ def _joined(records: Iterable[Record]) -> Iterator[Record]:
         yield opening._replace(value={"dialogue": turns, **({"id": name} if key else {})})
 
 
-def _is_turn_row(value: Any) -> bool:
-    """Whether a record is one turn of a dialogue."""
-    return (
-        isinstance(value, Mapping)
-        and _find_key(value, SPEAKER_KEYS) is not None
-        and isinstance(value.get(_find_key(value, TEXT_KEYS)), str)
-        and find_form(value) is None
-    )
-
-
-def _find_key(turn: Mapping[str, Any], keys: Sequence[str]) -> str | None:
-    return next((key for key in keys if turn.get(key) is not None), None)
-
-
 def _records(source: str, revision: str | None) -> Iterator[Record]:
     path = Path(source).expanduser()
     if path.is_dir():
@@ -2601,325 +2938,10 @@ def _reason(error: Exception) -> str:
     return f"{type(told).__name__}: {printable(told)[:300]}"
 
 
-def _table_row(row: dict[str, Any]) -> dict[str, Any]:
+def _table_row(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """A row without what other rows have: a table gives every struct in a list all keys of its
     column."""
     return {key: _without_none(v) if isinstance(v, list) else v for key, v in row.items()}
-
-
-def _without_none(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, list) else value
-
-
-# ── Reading: what it says ────────────────────────────────────────────────────────────────────
-
-SPEAKER_KEYS = ("role", "speaker", "from", "interlocutor_id")
-TEXT_KEYS = ("utterance", "content", "value", "text")
-DIALOGUE_IDS = ("id", "dialogue_id", "conversation_id")
-
-
-class Conversation(NamedTuple):
-    """What a record says: turns, or a chat in the service's form; and the instruction above it."""
-
-    turns: tuple[tuple[Role, str], ...] = ()
-    chat: dict[str, Any] | None = None
-    system: str | None = None
-
-
-class Reading:
-    """How the records of one source are read, and what there is to say of all of them after.
-
-    ``forms`` counts the records of each form, ``notes`` what was left out or read otherwise than
-    it was written, by what is said of it and its name; ``heard`` counts the dialogues of each
-    speaker who isn't known by name.
-    """
-
-    def __init__(self, speakers: Speakers | None = None) -> None:
-        self.speakers = speakers or Speakers()
-        self.forms: collections.Counter[str] = collections.Counter()
-        self.notes: collections.Counter[tuple[str, str]] = collections.Counter()
-        self.heard: collections.Counter[str] = collections.Counter()
-
-    def roles(self, found: Iterable[object]) -> dict[object, str | None]:
-        """The role of each speaker of a dialogue; who isn't known by name is remembered."""
-        roles = self.speakers.roles(found)
-        for name in roles:
-            if name not in ROLES and _meant_role(name) is None:
-                self.heard[printable(name)] += 1
-        return roles
-
-    def require_speakers(self) -> None:
-        """Raise :class:`UnknownRole` where a name that was given belongs to nobody."""
-        given = {*self.speakers.assistant, *self.speakers.user} - {"first", "second"}
-        if missing := given - self.heard.keys() - ROLES.keys():
-            raise UnknownRole(
-                f"「{'、'.join(sorted(missing))}」という話者はデータにありません。"
-                f"{_speakers_line(self.heard)}"
-            )
-
-    def tell(self) -> None:
-        """Log what was read, and once each what was left out or changed."""
-        for form, count in self.forms.items():
-            logger.info("読んだ形: %s（%s件）", form, f"{count:,}")
-        for (said, name), count in self.notes.items():
-            logger.warning("%s: %s（%s件）", said, name, f"{count:,}")
-
-
-def _speakers_line(heard: Mapping[str, int]) -> str:
-    shown = "、".join(f"{name}（{count:,}件）" for name, count in list(heard.items())[:10])
-    more = "、ほか" if len(heard) > 10 else ""
-    return (
-        f"見つかった話者: {shown or 'なし'}{more}。応答を学習する話者を "
-        "--assistant NAME（対話ごとに先に話す人なら first、次に話す人なら second）か、"
-        "相手を --user NAME で指定してください。"
-    )
-
-
-class Form(NamedTuple):
-    """A form in which records are found, known by keys that all hold something."""
-
-    name: str
-    keys: tuple[str, ...]
-    read: Callable[[Mapping[str, Any], Reading, str], Conversation]
-
-
-def find_form(record: object) -> Form | None:
-    """The first of :data:`FORMS` that a record has, ``None`` for none."""
-    if not isinstance(record, Mapping):
-        return None
-    return next(
-        (form for form in FORMS if all(record.get(key) is not None for key in form.keys)), None
-    )
-
-
-def parse_dialogue(
-    record: object, *, fallback_id: str, source: str, reading: Reading | None = None
-) -> Dialogue:
-    """Make a :class:`Dialogue` of one raw record; :func:`dialogue_row` is its inverse.
-
-    The record has one of :data:`FORMS`, or is a list of turns. The id is the record's ``id``,
-    ``dialogue_id`` or ``conversation_id``, else KokoroChat's ``evaluation_id``, else
-    ``fallback_id``. What there is to say of all records is counted in ``reading``. Raises
-    :class:`DataError`, and :class:`UnknownRole` for a speaker whose role can't be known.
-    """
-    reading = reading or Reading()
-    if isinstance(record, list):
-        record = {"dialogue": record}
-    if not isinstance(record, Mapping):
-        raise DataError(f"{source}: 対話はJSONオブジェクトでなければなりません。")
-    review_en = _mapping(record, "review_by_client_en", source)
-    key = _find_key(record, DIALOGUE_IDS)
-    dialogue_id = str(record[key] if key else review_en.get("evaluation_id", fallback_id))
-    place = f"{source}: 対話「{printable(dialogue_id)}」"
-    if other := _other_format(record):
-        _, text, remedy = PROBLEMS[other]
-        raise OtherPurpose(f"{source}: {text}。{remedy}。")
-    form = find_form(record)
-    if form is None:
-        raise DataError(
-            f"{source}: 対話の本文（dialogue や messages など）がありません。"
-            f"あるキー: {printable('、'.join(map(str, record))) or 'なし'}"
-        )
-    said = form.read(record, reading, place)
-    reading.forms[form.name] += 1
-    _note_left_out(record, form, reading)
-    try:
-        content = "\0".join(itertools.chain.from_iterable(said.turns))
-        if said.chat is not None:
-            content = _encode_sorted(said.chat)
-        if said.system:
-            content = f"{said.system}\0\0{content}"
-        digest = hashlib.sha256(content.encode()).hexdigest()
-    except (ValueError, TypeError) as error:
-        raise DataError(
-            f"{place}にUTF-8で表せない文字（対になっていないサロゲートやNaN）が含まれています。"
-        ) from error
-    return Dialogue(
-        id=dialogue_id,
-        source=source,
-        turns=said.turns,
-        digest=digest,
-        topic=_mapping(record, "topic", source),
-        review_jp=_mapping(record, "review_by_client_jp", source),
-        review_en=review_en,
-        chat=said.chat,
-        system=said.system,
-    )
-
-
-def _note_left_out(record: Mapping[str, Any], form: Form, reading: Reading) -> None:
-    """Count the texts of a record that no file will hold."""
-    for key in record.keys() - _USED_KEYS - set(form.keys):
-        if isinstance(record[key], str):
-            reading.notes["学習データに使わない項目", printable(key)] += 1
-
-
-def _mapping(record: Mapping[str, Any], key: str, source: str) -> Mapping[str, Any]:
-    value = record.get(key)
-    if value is None:
-        return {}
-    if isinstance(value, str) and key == "topic":
-        return {"main_jp": value}
-    if not isinstance(value, Mapping):
-        raise DataError(f"{source}: {key} はオブジェクトでなければなりません。")
-    # The Hub's conversion makes datetimes of what the files hold as text.
-    return {k: v.isoformat() if isinstance(v, datetime) else v for k, v in value.items()}
-
-
-def _rows_of(record: Mapping[str, Any], key: str, place: str) -> list[Any]:
-    """A list under ``key``, also as JSON text, or as a table of columns (Parquet, a Dataset)."""
-    value = record[key]
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{place}の {key} がJSONの配列として読めません。") from error
-    if isinstance(value, Mapping) and value and all(isinstance(v, list) for v in value.values()):
-        rows = itertools.zip_longest(*value.values())
-        value = [_without_none(dict(zip(value, row, strict=True))) for row in rows]
-    if not isinstance(value, list):
-        raise DataError(f"{place}の {key} は配列でなければなりません。")
-    return value
-
-
-def _system_of(record: Mapping[str, Any]) -> str:
-    """The instruction that stands beside a conversation."""
-    texts = [record[key] for key in sorted(_SYSTEM_KEYS) if isinstance(record.get(key), str)]
-    return "\n".join(filter(str.strip, texts))
-
-
-def _read_turns(record: Mapping[str, Any], reading: Reading, place: str) -> Conversation:
-    key = next(key for key in TURN_FORMS if record.get(key) is not None)
-    turns = _rows_of(record, key, place)
-    opening = turns[0] if turns and isinstance(turns[0], Mapping) else {}
-    name_key = _find_key(opening, SPEAKER_KEYS) or SPEAKER_KEYS[0]
-    text_key = _find_key(opening, TEXT_KEYS) or TEXT_KEYS[0]
-    if key != "dialogue" and (name_key, text_key) == ("role", "content"):
-        return _read_chat({**record, "messages": turns}, reading, place)
-    number = 0
-    try:
-        names = []
-        for number, turn in enumerate(turns, 1):  # noqa: B007  # the error tells it
-            names.append((turn[name_key], turn[text_key]))
-        number = next((n for n, (_, text) in enumerate(names, 1) if type(text) is not str), 0)
-        if number:
-            raise TypeError
-        roles = reading.roles(dict.fromkeys(name for name, _ in names))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{place}の{number}番目の発話に文字列の {name_key} と {text_key} がありません"
-            f"（あるキー: {printable('、'.join(map(str, opening))) or 'なし'}）。"
-        ) from error
-    if not _TURN_ROLES.issuperset(roles.values()):
-        number = next(n for n, (name, _) in enumerate(names, 1) if roles[name] not in _TURN_ROLES)
-        name = printable(names[number - 1][0])
-        raise UnknownRole(
-            f"{place}の{number}番目の発話の話者（{name_key}）「{name}」が分かりません。"
-            f"あるキー: {printable('、'.join(map(str, record)))}。"
-        )
-    if "assistant" not in roles.values() and _system_answers(names, roles):
-        roles = {name: "user" if role == "user" else "assistant" for name, role in roles.items()}
-    said = [(roles[name], text) for name, text in names if text and not text.isspace()]
-    instructions = [text for role, text in said if role == "system"]
-    if instructions:
-        said = [turn for turn in said if turn[0] != "system"]
-    return Conversation(
-        turns=cast("tuple[tuple[Role, str], ...]", tuple(said)),
-        system="\n".join(filter(None, (_system_of(record), *instructions))) or None,
-    )
-
-
-_TURN_ROLES = frozenset({"system", "user", "assistant"})
-
-
-def _system_answers(
-    turns: Sequence[tuple[object, str]], roles: Mapping[object, str | None]
-) -> bool:
-    """Whether a speaker called SYSTEM answers the user, as in data sets of task dialogues."""
-    spoken = [roles[name] for name, _ in turns]
-    return "user" in spoken and "system" in spoken[spoken.index("user") :]
-
-
-def _read_pair(record: Mapping[str, Any], reading: Reading, place: str) -> Conversation:
-    """A question and its answer, each a text or (TRL) a list of messages."""
-    form = cast("Form", find_form(record))
-    question, answer = (record[key] for key in form.keys)
-    if all(isinstance(said, list) or str(said).startswith("[{") for said in (question, answer)):
-        messages = [turn for key in form.keys for turn in _rows_of(record, key, place)]
-        return _read_chat({**record, "messages": messages}, reading, place)
-    more = record.get("input") if "instruction" in form.keys else None
-    texts = (question, more or "", answer)
-    if not all(isinstance(text, str) for text in texts):
-        raise DataError(f"{place}の {'、'.join(form.keys)} は文字列でなければなりません。")
-    asked = "\n".join(filter(str.strip, texts[:2]))
-    turns: tuple[tuple[Role, str], ...] = (("user", asked), ("assistant", answer))
-    said = tuple(turn for turn in turns if turn[1].strip())
-    return Conversation(turns=said, system=_system_of(record) or None)
-
-
-def _read_chat(record: Mapping[str, Any], reading: Reading, place: str) -> Conversation:
-    messages = []
-    for number, message in enumerate(_rows_of(record, "messages", place), 1):
-        # A Dataset holds as JSON text what has no column's type.
-        try:
-            read = json.loads(message) if isinstance(message, str) else _without_none(message)
-        except (ValueError, RecursionError):
-            read = None
-        if not isinstance(read, Mapping):
-            raise DataError(f"{place}の{number}番目が発話の形ではありません。")
-        messages.append(dict(read))
-    names = [message.get("role") for message in messages]
-    roles = reading.roles(dict.fromkeys(name for name in names if isinstance(name, str)))
-    for number, (name, message) in enumerate(zip(names, messages, strict=True), 1):
-        role = roles.get(name) if isinstance(name, str) else None
-        if role is None:
-            raise UnknownRole(
-                f"{place}の{number}番目の role「{printable(name)}」が分かりません。"
-                f"あるキー: {printable('、'.join(map(str, record)))}。"
-            )
-        if reading.speakers and role != _meant_role(name):
-            message["role"] = role
-    keys = LINE_KEYS | _SYSTEM_KEYS | _LEGACY_KEYS
-    chat = {key: value for key, value in record.items() if key in keys and value is not None}
-    mended = _mend({**chat, "messages": messages})
-    tools = mended.value.get("tools", [])
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise DataError(f"{place}の tools が配列ではないか、JSONとして読めません。")
-    for text in dict.fromkeys(map(_mending_text, mended.changes)):
-        reading.notes["直して読みます", text] += 1
-    return Conversation(chat={key: item for key, item in mended.value.items() if item != []})
-
-
-# The keys that hold turns, each with the name of its form.
-TURN_FORMS = {
-    "dialogue": "dialogue（KokoroChatの形）",
-    "utterances": "utterances",
-    "turns": "turns",
-    "conversations": "conversations（ShareGPTの形）",
-    "conversation": "conversation",
-    "dialog": "dialog",
-}
-FORMS = (
-    *(Form(name, (key,), _read_turns) for key, name in TURN_FORMS.items()),
-    Form("messages", ("messages",), _read_chat),
-    Form("prompt / completion", ("prompt", "completion"), _read_pair),
-    Form("instruction / output（Alpacaの形）", ("instruction", "output"), _read_pair),
-    Form("question / answer", ("question", "answer"), _read_pair),
-)
-# What is used besides: ids, the instruction, and what KokoroChat tells of a dialogue.
-_USED_KEYS = frozenset(
-    (
-        *DIALOGUE_IDS,
-        *LINE_KEYS,
-        *_SYSTEM_KEYS,
-        "input",
-        "topic",
-        "review_by_client_jp",
-        "review_by_client_en",
-    )
-)
 
 
 def read_dialogues(
@@ -3028,26 +3050,6 @@ def _gc_paused() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def dialogue_row(dialogue: Dialogue) -> dict[str, Any]:
-    """The row of a ``Dataset`` for ``dialogue``; :func:`parse_dialogue` reads it back."""
-    if dialogue.chat is not None:
-        tools = [_encode_json(tool) for tool in dialogue.chat.get("tools", ())]
-        messages = dialogue.chat["messages"]
-        if not all(set(m) <= {"role", "content", "name", "weight"} for m in messages) or not all(
-            isinstance(m.get("content"), str) for m in messages
-        ):
-            messages = [_encode_json(message) for message in messages]
-        return {"id": dialogue.id, **dialogue.chat, "messages": messages, "tools": tools}
-    return {
-        "id": dialogue.id,
-        **({"system": dialogue.system} if dialogue.system else {}),
-        "dialogue": [{"role": role, "utterance": text} for role, text in dialogue.turns],
-        "topic": dict(dialogue.topic),
-        "review_by_client_jp": dict(dialogue.review_jp),
-        "review_by_client_en": dict(dialogue.review_en),
-    }
 
 
 # ── Choosing and splitting ───────────────────────────────────────────────────────────────────
@@ -7569,7 +7571,7 @@ class OpenAISFT:
     and never change. Nothing is sent anywhere and no file is written before a method needs it.
 
     ``task`` is ``"response"`` (answer as the counsellor; the default) or ``"score"`` (predict
-    the client's 20 feedback scores). ``revision`` pins a Hub data set. ``long_examples`` says
+    the client's 20 feedback scores). ``long_examples`` says
     what becomes of a conversation over the service's limit of tokens: ``split`` at a turn,
     ``drop`` or ``refuse`` (DataError).
     ``price`` replaces the price table. ``client`` is a ready ``openai.OpenAI``.
@@ -7601,7 +7603,6 @@ class OpenAISFT:
         rehearse: bool = False,
         verbose: bool = True,
         task: TaskName | None = None,
-        revision: str | None = None,
         system_prompt: str | None = None,
         long_examples: LongExamples = "split",
         price: Price | None = None,
@@ -7622,7 +7623,6 @@ class OpenAISFT:
             rehearse=rehearse,
             verbose=verbose,
             task=task or "response",
-            revision=revision,
             system_prompt=system_prompt,
             long_examples=long_examples,
             price=price,
@@ -7633,7 +7633,6 @@ class OpenAISFT:
                 base_url=base_url,
                 dataset=dataset,
                 task=task,
-                revision=revision,
                 system_prompt=system_prompt,
                 **reading,
             ),
@@ -8432,7 +8431,7 @@ def _resolve_reading(options: ReadingOptions) -> dict[str, Any]:
     for name, values in names.items():
         for value in values:
             _require_filled(**{name: value})
-    _require_filled(config=options.get("config"))
+    _require_filled(revision=options.get("revision"), config=options.get("config"))
     return {**options, **names}
 
 
@@ -8490,7 +8489,7 @@ def _scored_train_data(runs: Runs, model_id: str, given: Sequence[Example]) -> S
 def _require_same_split(run: Run, given: Mapping[str, Any], settings: Settings) -> None:
     """Raise :class:`ConfigurationError` where what is given would change a run's split."""
     recorded = {**asdict(run.settings), **asdict(run.known("selection"))}
-    names = ("dataset", "task", "revision", "system_prompt", *ReadingOptions.__annotations__)
+    names = ("dataset", "task", "system_prompt", *ReadingOptions.__annotations__)
     asked = {**given, **{n: getattr(settings, n) for n in names if n in settings.given}}
     changed = [
         f"{name}: 記録 {recorded.get(name)} → 指定 {value}"
