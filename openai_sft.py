@@ -316,6 +316,7 @@ CREATION_SECONDS = 180.0  # a service has been seen to take 75 s for a job
 LOOK_SECONDS = 15.0
 ANSWER_SECONDS = 600.0
 CONNECT_SECONDS = 10.0
+HUB_SECONDS = 30.0  # until the Hub's first answer; what it sends then may take any time
 FIRST_CONTACT_SECONDS = 5.0  # for what won't mend itself, where nothing has answered yet
 SPARE_SECONDS = 60.0  # for an answer that can be done without
 MAX_PAGES = 100
@@ -1227,13 +1228,19 @@ class Prepared(NamedTuple):
 
 
 def read_dialogues(
-    source: str, *, revision: str | None = None, each: Callable[[Dialogue], None] | None = None
+    source: str,
+    *,
+    revision: str | None = None,
+    each: Callable[[Dialogue], None] | None = None,
+    hub_timeout: float = HUB_SECONDS,
 ) -> list[Dialogue]:
     """Read every dialogue of ``source``: a folder, a JSON/JSONL/Parquet file, or a Hub name.
 
     A folder is read as the released KokoroChat is: every ``.json``, ``.jsonl`` and ``.parquet``
     file in it. A name that is no path is fetched from the Hub at ``revision``, all its splits.
     ``each`` is given every dialogue as it is read, before ids that are shared are told apart.
+    A Hub that says nothing for ``hub_timeout`` seconds is asked no more: what was fetched from it
+    before serves, if anything.
 
     A file, line or row that can't be read or isn't a dialogue is named in the log and left out.
     Raises :class:`DataError` where these are more than 1 %, or where there is no dialogue, and
@@ -1242,7 +1249,7 @@ def read_dialogues(
     dialogues: list[Dialogue] = []
     unreadable: list[DataError] = []
     with _gc_paused():
-        for parsed in _parse_records(_records(source, revision)):
+        for parsed in _parse_records(_records(source, revision, hub_timeout)):
             if isinstance(parsed, DataError):
                 unreadable.append(parsed)
                 continue
@@ -1309,7 +1316,7 @@ def _with_unique_ids(dialogues: list[Dialogue]) -> list[Dialogue]:
 SourceRecord = tuple[str, str, object]
 
 
-def _records(source: str, revision: str | None) -> Iterator[SourceRecord]:
+def _records(source: str, revision: str | None, hub_timeout: float) -> Iterator[SourceRecord]:
     path = Path(source).expanduser()
     if path.is_dir():
         return _folder_records(path)
@@ -1320,7 +1327,7 @@ def _records(source: str, revision: str | None) -> Iterator[SourceRecord]:
             f"データがありません: {source}。フォルダー、JSON・JSONL・Parquetファイル、"
             f"またはHugging Face Hubの名前（例: {DEFAULT_DATASET}）を指定してください。"
         )
-    return _hub_records(source, revision)
+    return _hub_records(source, revision, hub_timeout)
 
 
 def _folder_records(folder: Path) -> Iterator[SourceRecord]:
@@ -1396,7 +1403,7 @@ def _parquet_records(path: Path) -> Iterator[SourceRecord]:
         raise DataError(f"{path}: Parquetとして読めません（{printable(error)}）。") from error
 
 
-def _hub_records(name: str, revision: str | None) -> Iterator[SourceRecord]:
+def _hub_records(name: str, revision: str | None, timeout: float) -> Iterator[SourceRecord]:
     """Records of a Hub data set by the first of three ways that works.
 
     ``load_dataset`` fails on KokoroChat's JSON, whose review fields are null in most files and
@@ -1406,50 +1413,96 @@ def _hub_records(name: str, revision: str | None) -> Iterator[SourceRecord]:
     import datasets
     import huggingface_hub
 
+    # Its package asks a Hub that says nothing six times, and then goes on to the next file.
+    with _telling_when_late("Hugging Face Hub からの応答がまだありません。"):
+        silent = isinstance(_hub_failure(name, revision, timeout), TimeoutError)
+    unreachable = silent
     failures = []
-    unreachable = False
     for attempt in [revision] if revision else [None, "refs/convert/parquet"]:
         label = f"load_dataset(revision={attempt})" if attempt else "load_dataset"
         # Without a cache of its own, an attempt that fails is given what another one has built.
         cache = Path(datasets.config.HF_DATASETS_CACHE, "openai_sft", *(attempt or "").split("/"))
-        if unreachable and not cache.exists():
-            continue  # each try takes half a minute to give up
+        late = _telling_when_late("Hugging Face Hub からの応答がまだありません。")
         try:
-            with _telling_when_late("Hugging Face Hub からの応答がまだありません。"):
+            with late, _offline(enabled=unreachable):
                 loaded = datasets.load_dataset(
                     name, revision=attempt, cache_dir=str(cache) if attempt else None
                 )
         except Exception as error:  # noqa: BLE001  # builders raise anything; all are told
             failures.append(f"{label}: {_reason(error)}")
             logger.info("%s では読めません。次の方法を試します。", failures[-1])
-            unreachable = isinstance(error, ConnectionError)
+            unreachable = unreachable or isinstance(error, ConnectionError)
             continue
         for split, rows in loaded.items():
             for number, row in enumerate(rows):
                 yield f"{split}-{number}", f"{name}:{split}[{number}]", row
         return
     try:
-        folder = huggingface_hub.snapshot_download(
-            name, repo_type="dataset", revision=revision, allow_patterns=["*.json", "*.jsonl"]
-        )
-        root = Path(folder)
-        files = sorted(p for p in root.rglob("*.json*") if _is_data_file(p.relative_to(root)))
-        records = [
-            (id_, where.replace(folder, f"{name}:", 1).replace(":/", ":", 1), record)
-            for id_, where, record in itertools.chain.from_iterable(map(_file_records, files))
-        ]
-        if not any(
-            isinstance(r, Mapping) and ("dialogue" in r or "messages" in r) for *_, r in records
-        ):
-            raise FileNotFoundError("対話のJSONファイルがありません")
+        records = _hub_files(name, revision, offline=unreachable)
     except (OSError, ValueError, RuntimeError) as error:
         failures.append(f"JSONファイル: {_reason(error)}")
+        if silent:
+            raise DataError(
+                f"Hugging Face Hub（{huggingface_hub.constants.ENDPOINT}）が{timeout:g}秒以内に"
+                f"応答せず、{name} は手元にも保存されていません。ネットワークとプロキシの設定を"
+                "確かめるか、ダウンロードしたフォルダーを --dataset で指定してください。"
+            ) from error
         raise DataError(
             f"データセット {name} を読み込めません。試した方法と理由: {' / '.join(failures)}。"
             "ネットワークと名前を確かめるか、ダウンロードしたフォルダーを --dataset で"
             "指定してください。"
         ) from error
     yield from records
+
+
+def _hub_files(name: str, revision: str | None, *, offline: bool) -> list[SourceRecord]:
+    """Records of the JSON files of a Hub data set; of those that are kept here if ``offline``."""
+    import huggingface_hub
+
+    folder = huggingface_hub.snapshot_download(
+        name,
+        repo_type="dataset",
+        revision=revision,
+        allow_patterns=["*.json", "*.jsonl"],
+        local_files_only=offline,
+    )
+    root = Path(folder)
+    files = sorted(p for p in root.rglob("*.json*") if _is_data_file(p.relative_to(root)))
+    records = [
+        (id_, where.replace(folder, f"{name}:", 1).replace(":/", ":", 1), record)
+        for id_, where, record in itertools.chain.from_iterable(map(_file_records, files))
+    ]
+    if not any(
+        isinstance(r, Mapping) and ("dialogue" in r or "messages" in r) for *_, r in records
+    ):
+        raise FileNotFoundError("対話のJSONファイルがありません")
+    return records
+
+
+def _hub_failure(name: str, revision: str | None, timeout: float) -> Exception | None:
+    """Why the Hub doesn't tell of a data set; TimeoutError where it says nothing in time."""
+    import huggingface_hub
+
+    # Longer than the wait, so that silence is always told as the same error.
+    ask = functools.partial(huggingface_hub.HfApi().dataset_info, timeout=2 * timeout)
+    try:
+        _within(timeout, lambda: ask(name, revision=revision))
+    except Exception as error:  # noqa: BLE001  # of whichever HTTP library the Hub's package uses
+        return error
+    return None
+
+
+@contextlib.contextmanager
+def _offline(*, enabled: bool) -> Iterator[None]:
+    """Within, ``datasets`` asks the Hub nothing and loads what it has kept."""
+    import datasets
+
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = before or enabled
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
 
 
 @contextlib.contextmanager
@@ -1462,6 +1515,29 @@ def _telling_when_late(line: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+def _within(seconds: float, request: Callable[[], T]) -> T:
+    """``request()``; raises TimeoutError after so many seconds, however slowly its answer drips
+    in: the time-outs of a client only bound the silence between two pieces."""
+    if seconds == math.inf:
+        return request()
+    answers: queue.SimpleQueue[T | BaseException] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            answers.put(request())
+        except BaseException as error:  # noqa: BLE001  # raised again where it is awaited
+            answers.put(error)
+
+    threading.Thread(target=work, name="openai-sft-look", daemon=True).start()
+    try:
+        answer = answers.get(timeout=max(0.05, seconds))
+    except queue.Empty:
+        raise TimeoutError(f"{seconds:g}秒以内に応答がありません") from None
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer
 
 
 def _reason(error: Exception) -> str:
@@ -1885,32 +1961,23 @@ def split_long_example(example: Example, counter: TokenCounter, limit: int) -> l
 def load_vocabulary(timeout: float = 20.0) -> Any | None:
     """tiktoken's ``o200k_base``, or ``None`` when it can't be had within ``timeout`` seconds.
 
-    tiktoken fetches the vocabulary on first use, without a time-out of its own; a daemon thread
-    keeps that from hanging the program. The outcome is kept for the life of the process.
+    tiktoken fetches the vocabulary on first use, without a time-out of its own. The outcome is
+    kept for the life of the process.
     """
-    outcome: list[Any] = []
+    try:
+        import tiktoken
 
-    def fetch() -> None:
-        try:
-            import tiktoken
-
-            outcome.append(tiktoken.get_encoding(VOCABULARY))
-        except (ImportError, OSError, ValueError) as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=fetch, name="openai-sft-vocabulary", daemon=True)
-    thread.start()
-    with _telling_when_late(f"tiktokenの語彙がまだ届きません（最大{timeout:g}秒待ちます）。"):
-        thread.join(timeout)
-    if not outcome or isinstance(outcome[0], Exception):
+        with _telling_when_late(f"tiktokenの語彙がまだ届きません（最大{timeout:g}秒待ちます）。"):
+            return _within(timeout, lambda: tiktoken.get_encoding(VOCABULARY))
+    except (ImportError, OSError, ValueError) as error:
+        late = isinstance(error, TimeoutError)
         logger.warning(
             "tiktokenの語彙 %s を取得できないため、トークン数は推定です（%s）。"
             "TIKTOKEN_CACHE_DIR に語彙ファイルを置くとオフラインでも正確に数えられます。",
             VOCABULARY,
-            type(outcome[0]).__name__ if outcome else f"{timeout:g}秒で打ち切り",
+            f"{timeout:g}秒で打ち切り" if late else type(error).__name__,
         )
         return None
-    return outcome[0]
 
 
 class TokenCounter:
@@ -4221,6 +4288,8 @@ class Endpoint:
                 raise error.__cause__ from None
             self._reached = self._reached or not isinstance(error, _openai().APIConnectionError)
             failure = error
+        except TimeoutError:  # of :func:`_within`
+            failure = BrokenAnswer("エンドポイントの応答が時間内に終わりません。")
         except (json.JSONDecodeError, AttributeError, TypeError):
             # What the SDK makes of JSON that isn't the API's.
             failure = BrokenAnswer("エンドポイントの応答が途中で切れたか、壊れています。")
@@ -4564,29 +4633,6 @@ def _openai() -> ModuleType:
     import openai
 
     return openai
-
-
-def _within(seconds: float, request: Callable[[], T]) -> T:
-    """``request()``, given up after so many seconds, however slowly its answer drips in: the
-    time-outs of a client only bound the silence between two pieces."""
-    if seconds == math.inf:
-        return request()
-    answers: queue.SimpleQueue[T | BaseException] = queue.SimpleQueue()
-
-    def work() -> None:
-        try:
-            answers.put(request())
-        except BaseException as error:  # noqa: BLE001  # raised again where it is awaited
-            answers.put(error)
-
-    threading.Thread(target=work, name="openai-sft-look", daemon=True).start()
-    try:
-        answer = answers.get(timeout=max(0.05, seconds))
-    except queue.Empty:
-        raise BrokenAnswer("エンドポイントの応答が時間内に終わりません。") from None
-    if isinstance(answer, BaseException):
-        raise answer
-    return answer
 
 
 def _require_shape(answer: object, needs: str | None) -> None:
@@ -5916,16 +5962,11 @@ def _check_data(settings: Settings) -> Iterator[CheckItem]:
     if _looks_like_path(name):
         yield CheckItem("データ", "fail", f"{name} がありません", "--dataset を確認してください")
         return
-    import huggingface_hub
-
-    try:
-        huggingface_hub.HfApi().dataset_info(
-            name, revision=settings.revision, timeout=FIRST_CONTACT_SECONDS
-        )
-    except Exception as error:  # noqa: BLE001  # of whichever HTTP library the Hub's package uses
+    failure = _hub_failure(name, settings.revision, FIRST_CONTACT_SECONDS)
+    if failure is not None:
+        text = f"Hubの {name} を確かめられません（{_reason(failure)}）"
         remedy = "名前とネットワークを確かめるか、フォルダーを --dataset で指定してください"
-        yield CheckItem("データ", "warn", f"Hubの {name} を確かめられません", remedy)
-        logger.debug("Hub: %s", _reason(error))
+        yield CheckItem("データ", "warn", text, remedy)
         return
     yield CheckItem("データ", "ok", f"Hubの {name} があります")
 

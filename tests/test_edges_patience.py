@@ -723,15 +723,20 @@ def test_a_line_says_within_five_seconds_what_can_not_be_reached(
     assert unreachable[missing].soon(*words), unreachable[missing].lines
 
 
-def test_the_check_looks_at_the_hub_too(
-    endpoint: Rehearsal, clean_environment: Path, vocabulary: Path
+@pytest.mark.parametrize(
+    ("hub", "reason"), [("refusing", "Connect"), ("silent", "TimeoutError: 5秒")]
+)
+def test_the_check_looks_at_the_hub_too_and_says_why_it_knows_nothing(
+    endpoint: Rehearsal, clean_environment: Path, vocabulary: Path, hub: str, reason: str
 ) -> None:
     """In a process of its own, for where the Hub is was settled when it was imported."""
-    with socket.socket() as refusing:
-        refusing.bind(("127.0.0.1", 0))
+    with socket.socket() as port:
+        port.bind(("127.0.0.1", 0))
+        if hub == "silent":
+            port.listen()
         environment = {
             "OPENAI_API_KEY": KEY,
-            "HF_ENDPOINT": f"http://127.0.0.1:{refusing.getsockname()[1]}",
+            "HF_ENDPOINT": f"http://127.0.0.1:{port.getsockname()[1]}",
             "HF_HOME": str(clean_environment / "hub"),
         }
         command = [sys.executable, str(PROJECT / "openai_sft_example.py"), "--check", "--json"]
@@ -744,7 +749,8 @@ def test_the_check_looks_at_the_hub_too(
         )
     found = [item for item in json.loads(done.stdout) if "KokoroChat" in item["text"]]
 
-    assert [item["level"] in ("warn", "fail") for item in found] == [True]
+    assert [item["level"] for item in found] == ["warn"]
+    assert reason in found[0]["text"]
     assert found[0]["remedy"]
 
 
