@@ -131,6 +131,7 @@ __all__ = [
     "Evaluation",
     "EvaluationFailed",
     "EvaluationResults",
+    "EventsRead",
     "Example",
     "Figure",
     "Finding",
@@ -4059,7 +4060,7 @@ class _TrainingBar:
                 if isinstance(data.get(key), int | float)
             }
             self._bar.set_postfix(losses, refresh=False)
-            self._bar.update(step - self._bar.n)
+            self._bar.update(max(0, step - self._bar.n))  # not back, for what was read late
 
     def close(self) -> None:
         if self._bar is not None:
@@ -4093,6 +4094,14 @@ class _ProgressReader(io.FileIO):
 
 
 # ── The endpoint ─────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class EventsRead:
+    """What was read of a job's events: their ids, and the requests for the pages missed."""
+
+    ids: set[str] = field(default_factory=set)
+    missed: list[Callable[[], Any]] = field(default_factory=list)
 
 
 class Endpoint:
@@ -4522,32 +4531,61 @@ class Endpoint:
         return self.call(retrieve, needs="status", patience=patience)
 
     def poll(
-        self, job_id: str, seen: set[str], *, until: float
+        self, job_id: str, read: EventsRead, *, until: float
     ) -> tuple[FineTuningJob, list[FineTuningJobEvent]]:
-        """One look at a job: how it stands, and its events that are not in ``seen``, oldest
-        first. Failures are waited out ``until`` a moment of the timer."""
+        """One look at a job: how it stands, and its events that were not ``read``, oldest first.
+
+        Failures are waited out ``until`` a moment of the timer. A page that can't be had even so
+        is asked for again at the next look, whose events then begin with those of that page.
+        """
         retrieve = functools.partial(self.client.fine_tuning.jobs.retrieve, job_id)
         retrieve = functools.partial(_within, until - self._timer(), retrieve)
-        told = "ジョブの状態を取得できません。回復するまで待ちます"
-        job = self.call(retrieve, needs="status", patience=until - self._timer(), told=told)
+        job = self.call(
+            retrieve,
+            needs="status",
+            patience=until - self._timer(),
+            told="ジョブの状態を取得できません。回復するまで待ちます",
+        )
         list_events = self.client.fine_tuning.jobs.list_events
+        newest: Callable[[], Any] = functools.partial(list_events, job_id, limit=100)
+        known, missed = set(read.ids), list[Callable[[], Any]]()
         fresh: list[FineTuningJobEvent] = []
-        more: Callable[[], Any] = functools.partial(list_events, job_id, limit=100)
-        for _ in range(MAX_PAGES):  # newest first, in pages
-            patience = until - self._timer()
-            if patience <= 0 and fresh:
-                break
-            page = self.optional("イベント", more, needs="data", patience=patience, told=told)
+        for more in (*read.missed, newest):
+            again = more is not newest
+            events, unread = self._events(more, known, until, again=again)
+            known.update(event.id for event in events)
+            fresh += events
+            missed += unread
+        read.ids, read.missed = known, missed
+        return job, fresh
+
+    def _events(
+        self, more: Callable[[], Any], known: Container[str], until: float, *, again: bool
+    ) -> tuple[list[FineTuningJobEvent], list[Callable[[], Any]]]:
+        """The events from a page on to the first ``known`` one, oldest first, and the request
+        for a page that couldn't be had; ``again``: the first page is such a one."""
+        fresh: dict[str, FineTuningJobEvent] = {}
+        for number in range(MAX_PAGES):  # newest first, in pages
+            late = fresh and self._timer() >= until
+            page = None if late else self._page_of_events(more, until, again=again)
             if page is None:
-                break
-            known = seen.union(event.id for event in fresh)
-            unseen = [event for event in page.data if event.id not in known]
-            fresh.extend(unseen)
+                return [*fresh.values()][::-1], [more] if number or again else []
+            unseen = {e.id: e for e in page.data if e.id not in known and e.id not in fresh}
+            fresh |= unseen
             if len(unseen) < len(page.data) or not unseen or not page.has_next_page():
                 break
             more = page.get_next_page
-        seen.update(event.id for event in fresh)
-        return job, fresh[::-1]
+        return [*fresh.values()][::-1], []
+
+    def _page_of_events(self, more: Callable[[], Any], until: float, *, again: bool) -> Any | None:
+        if not again or "イベント" in self._lacking:
+            told = "ジョブのイベントを取得できません。回復するまで待ちます"
+            patience = until - self._timer()
+            return self.optional("イベント", more, needs="data", patience=patience, told=told)
+        try:  # once, without a word: it was waited for and told of when it was missed
+            return self.call(more, needs="data", patience=0.0)
+        except (_openai().APIError, BrokenAnswer):
+            return None
 
     def cancel(self, job_id: str) -> FineTuningJob:
         """Cancel a job that hasn't ended; return how it stands."""
@@ -5247,13 +5285,13 @@ class FineTuning:
         """
         job_id = self._run.known("job_id")
         until = math.inf if timeout is None else self._timer() + timeout
-        seen: set[str] = set()
+        read = EventsRead()
         status = ""
         bar = _TrainingBar(enabled=self._settings.verbose)
         with SystemMonitor(self._runs.folder), contextlib.closing(bar):
             for delay in _poll_delays(self._settings):
                 try:
-                    job, events = self._endpoint.poll(job_id, seen, until=until)
+                    job, events = self._endpoint.poll(job_id, read, until=until)
                 except (_openai().APIError, BrokenAnswer) as error:
                     if timeout is None or not is_transient(error):
                         raise
@@ -5272,7 +5310,7 @@ class FineTuning:
                 if timeout is not None and self._timer() >= until:
                     raise WaitTimeout(job_id, status, timeout)
                 self._sleep(min(delay, until - self._timer()))
-        self._record_outcome(job, bar.rows)
+        self._record_outcome(job, sorted(bar.rows, key=lambda row: row["step"]))
         return job
 
     def watch_to_model(self, timeout: float | None) -> None:

@@ -627,8 +627,8 @@ RECOVERY = (
     ),
     Mutant(
         "events come newest first",
-        "return job, fresh[::-1]",
-        "return job, fresh",
+        "unseen = {e.id: e for e in page.data if",
+        "unseen = {e.id: e for e in page.data[::-1] if",
         "test_job.py::test_every_event_is_shown_once_and_oldest_first_while_the_job_goes_on",
     ),
     Mutant(
@@ -636,6 +636,12 @@ RECOVERY = (
         "if len(unseen) < len(page.data) or not unseen or not page.has_next_page():",
         "if True:",
         "test_job.py::test_more_events_than_a_page_holds_are_all_shown_in_order",
+    ),
+    Mutant(
+        "a page of events that is missed is forgotten",
+        "return [*fresh.values()][::-1], [more] if number or again else []",
+        "return [*fresh.values()][::-1], []",
+        "test_edges_job.py::test_events_behind_a_page_that_stays_broken_are_read_when_it_is_mended",
     ),
     Mutant(
         "only the first page of jobs is read",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import fcntl
 import importlib.util
@@ -733,6 +734,53 @@ def test_events_without_end_do_not_outlast_the_wait(at: MakeSFT, clock: Clock) -
         at(gateway.url).monitor_fine_tune_job("ftjob-script", timeout=5)
 
     assert len(pages) < 20
+
+
+def an_event(number: int) -> dict[str, Any]:
+    """Every second one tells of a step."""
+    step = {"type": "metrics", "data": {"step": number, "total_steps": 400, "train_loss": 1.0}}
+    return {
+        "id": f"ftevent-{number}",
+        "object": "fine_tuning.job.event",
+        "created_at": number,
+        "level": "info",
+        "message": f"{number}番目",
+        **({"type": "message", "data": None} if number % 2 else step),
+    }
+
+
+@pytest.mark.parametrize("broken", [page(), refusal(400)], ids=["page", "400"])
+@pytest.mark.parametrize("mended", [True, False])
+def test_events_behind_a_page_that_stays_broken_are_read_when_it_is_mended(
+    at: MakeSFT, endpoint: Rehearsal, log: Log, broken: Reply, mended: bool
+) -> None:
+    looks: list[int] = []
+
+    def serve(request: Request, forward: Forward) -> Reply:
+        if request.path.endswith("/events"):
+            newest = 340 + 10 * len(looks)  # a few more at each look
+            after = re.search(r"after=ftevent-(\d+)", request.query)
+            first = int(after[1]) - 1 if after else newest
+            if after and 100 < first <= 250 and not (mended and len(looks) > 3):
+                return broken
+            listed = [an_event(number) for number in range(first, max(0, first - 100), -1)]
+            return saying({"object": "list", "data": listed, "has_more": first > 100})
+        if request.method == "GET" and request.path.startswith(f"{JOBS}/"):
+            looks.append(1)
+            return saying(job("running" if len(looks) < 5 else "succeeded"))
+        return forward(request)
+
+    with Gateway(endpoint, serve) as gateway:
+        sft = at(gateway.url)
+        sft.monitor_fine_tune_job("ftjob-script", timeout=3600)
+    numbers = [int(line[7:-2]) for line in log() if line.startswith("[イベント]")]
+    with Path(sft.files["training_metrics"]).open(encoding="utf-8", newline="") as table:
+        steps = [float(row["step"]) for row in csv.DictReader(table)]
+    begin = 1 if mended else 251
+
+    assert numbers[:100] == list(range(251, 351))
+    assert sorted(numbers) == list(range(begin, 391))
+    assert steps == [number for number in range(begin, 391) if not number % 2]
 
 
 @pytest.mark.parametrize("deed", ["list", "search"])
