@@ -321,7 +321,6 @@ HUB_SECONDS = 30.0  # until the Hub's first answer; what it sends then may take 
 FIRST_CONTACT_SECONDS = 5.0  # for what won't mend itself, where nothing has answered yet
 SPARE_SECONDS = 60.0  # for an answer that can be done without
 MAX_PAGES = 100
-SEARCHED_PAGES = 5  # of 100 jobs, for one that is just made
 SILENCE_SECONDS = 3.0  # after which it is said what is waited for
 INTENT_KEY = "openai_sft_intent"  # of a job's metadata
 CLOCK_SKEW_SECONDS = 3600.0  # by which the service's clock may differ from this one's
@@ -4505,25 +4504,35 @@ class Endpoint:
         ]
 
     def _jobs_since(self, since: float, **options: Any) -> Iterator[FineTuningJob]:
-        # All of the first pages, for an endpoint may list in an order of its own.
-        jobs = self.jobs(pages=SEARCHED_PAGES, **options)
+        jobs = self.jobs(since=since, **options)
         return (job for job in jobs if job.created_at >= since)
 
     def jobs(
-        self, *, patience: float = RETRY_SECONDS, pages: int = MAX_PAGES, **options: Any
+        self, *, patience: float = RETRY_SECONDS, since: float | None = None, **options: Any
     ) -> Iterator[FineTuningJob]:
-        """The newest jobs, page by page; one that comes twice is given once."""
+        """The newest jobs, page by page; one that comes twice is given once.
+
+        A list that is newest first is left where it comes to jobs from before ``since``.
+        """
         jobs = self.given(LOOK_SECONDS).fine_tuning.jobs
         call = functools.partial(self.call, needs="data", patience=patience)
         page = call(lambda: jobs.list(limit=100, **options))
-        seen: set[str] = set()
-        for _ in range(pages):
+        seen: dict[str, int] = {}  # ids to when they were made
+        for _ in range(MAX_PAGES):
             fresh = [job for job in page.data if job.id not in seen]
             yield from fresh
-            seen.update(job.id for job in fresh)
+            seen.update((job.id, job.created_at) for job in fresh)
             if not fresh or not page.has_next_page():
                 return
+            if since is not None and _has_passed([*seen.values()], since):
+                return
             page = call(page.get_next_page)
+        logger.warning(
+            "ジョブの一覧が%dページで終わらないため、打ち切りました（%s件）。"
+            "その先のジョブは確かめていません。",
+            MAX_PAGES,
+            f"{len(seen):,}",
+        )
 
     def job(self, job_id: str, *, patience: float = RETRY_SECONDS) -> FineTuningJob:
         """How a job stands."""
@@ -4664,6 +4673,13 @@ class Endpoint:
         answer = self.call(request, passes=loads)
         self._loading.pop(model_id, None)
         return answer
+
+
+def _has_passed(times: Sequence[float], since: float) -> bool:
+    """Whether a list has come to times from before ``since`` for good. An endpoint may list in
+    an order of its own, of which a single time tells nothing."""
+    newest_first = len(times) > 1 and all(a >= b for a, b in itertools.pairwise(times))
+    return newest_first and times[-1] < since
 
 
 def _openai() -> ModuleType:

@@ -1391,6 +1391,18 @@ HOUSE = (
         "test_edges_job.py::test_a_job_of_the_same_file_and_model_from_long_before_is_not_taken_for_it_either",
     ),
     Mutant(
+        "a list is newest first everywhere",
+        "newest_first = len(times) > 1 and all(a >= b for a, b in itertools.pairwise(times))",
+        "newest_first = len(times) > 1",
+        "test_edges_job.py::test_a_job_whose_answer_is_lost_is_found_however_many_are_listed_before_it",
+    ),
+    Mutant(
+        "a search ends at its first page",
+        "return newest_first and times[-1] < since",
+        "return newest_first",
+        "test_edges_job.py::test_a_job_whose_answer_is_lost_is_found_however_many_are_listed_before_it",
+    ),
+    Mutant(
         "a training whose tokens are not told is free",
         "self.paid(training_usd=estimate)",
         "pass",

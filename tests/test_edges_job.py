@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -119,6 +119,63 @@ def inert(text: str) -> bool:
 
 
 # ── A job whose answer is lost ───────────────────────────────────────────────────────────────
+
+
+class Crowd:
+    """Serves as the endpoint does, but loses the first creation of a job, and lists jobs of
+    others, made so many seconds before now, in pages of 100 before those of the endpoint."""
+
+    def __init__(self, clock: Callable[[], float], ages: Iterable[float], *, arrives: bool) -> None:
+        self._clock, self._ages, self._arrives = clock, [*ages], arrives
+        self._lost = False
+        self.looks: list[str] = []
+
+    def __call__(self, request: Request, forward: Forward) -> Reply:
+        if request.line == ("POST", JOBS) and not self._lost:
+            self._lost = True
+            if self._arrives:
+                forward(request)
+            return page(504)
+        if request.line != ("GET", JOBS):
+            return forward(request)
+        self.looks.append(request.query)
+        after = re.search(r"after=ftjob-other-(\d+)", request.query)
+        first = int(after[1]) + 1 if after else 0
+        if first == len(self._ages):
+            return forward(request._replace(query="limit=100"))
+        listed = [
+            {**job("running"), "id": f"ftjob-other-{n}", "created_at": int(self._clock() - age)}
+            for n, age in enumerate(self._ages[first : first + 100], first)
+        ]
+        return saying({"object": "list", "data": listed, "has_more": True})
+
+
+@pytest.mark.parametrize(
+    "ages",
+    [range(700), range(90_000, 89_300, -1), [7200.0 * (n % 2) for n in range(700)]],
+    ids=["newer ones", "oldest first", "in no order"],
+)
+def test_a_job_whose_answer_is_lost_is_found_however_many_are_listed_before_it(
+    at: MakeSFT, endpoint: Rehearsal, clock: Clock, file: Path, ages: Iterable[float]
+) -> None:
+    crowd = Crowd(clock, ages, arrives=True)
+    with Gateway(endpoint, crowd) as gateway:
+        job_id = start(at(gateway.url), file)
+
+    assert made(endpoint, JOBS) == 1
+    assert job_id == posts(endpoint, JOBS)[0].response["id"]
+
+
+def test_a_search_is_over_where_the_list_comes_to_jobs_from_long_before(
+    at: MakeSFT, endpoint: Rehearsal, clock: Clock, file: Path
+) -> None:
+    crowd = Crowd(clock, range(3500, 700_000, 100), arrives=False)
+    with Gateway(endpoint, crowd) as gateway:
+        start(at(gateway.url), file)
+
+    assert made(endpoint, JOBS) == 1
+    assert len(crowd.looks) > 10
+    assert not any("after=" in query for query in crowd.looks)
 
 
 @pytest.mark.parametrize("seconds", [7, 75, 110])
@@ -785,7 +842,7 @@ def test_events_behind_a_page_that_stays_broken_are_read_when_it_is_mended(
 
 @pytest.mark.parametrize("deed", ["list", "search"])
 def test_jobs_without_end_are_not_all_read(
-    at: MakeSFT, endpoint: Rehearsal, clock: Clock, file: Path, deed: str
+    at: MakeSFT, endpoint: Rehearsal, clock: Clock, file: Path, log: Log, deed: str
 ) -> None:
     pages: list[str] = []
     lost = [("POST", JOBS)]
@@ -805,6 +862,7 @@ def test_jobs_without_end_are_not_all_read(
         at(gateway.url).list_runs() if deed == "list" else start(at(gateway.url), file)
 
     assert 1 <= len(pages) < 150
+    assert any("100ページで終わらない" in line for line in log()) == (deed == "list")
 
 
 @pytest.fixture
