@@ -689,7 +689,10 @@ class Splits(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """US dollars per 1,000,000 tokens of one base model and of its tuned ones."""
+    """US dollars per 1,000,000 tokens of one base model and of its tuned ones.
+
+    The base rates are also those of another baseline, where the table doesn't know it.
+    """
 
     training: float
     tuned_input: float
@@ -727,6 +730,15 @@ MODEL_ALIASES = {
 }
 
 
+PRICE_FLAGS = "--price-training、--price-input、--price-output"
+BASE_PRICE_FLAGS = "--price-base-input と --price-base-output"
+
+
+def _usd(tokens: Sequence[int], rates: Sequence[float]) -> float:
+    """Dollars of tokens, each kind at its own rate per 1,000,000."""
+    return sum(count * rate for count, rate in zip(tokens, rates, strict=True)) / 1e6
+
+
 @dataclass(frozen=True, slots=True)
 class CostEstimate:
     """What a run costs, before it is paid. Dollars are ``None`` where they can't be known."""
@@ -752,8 +764,8 @@ class CostEstimate:
             return self.total_usd
         if self.evaluation_usd is None:
             return None
-        dollars = self.training_tokens * MAX_EPOCHS * self.price.training / 1e6
-        return dollars + self.evaluation_usd
+        trained = self.training_tokens * MAX_EPOCHS
+        return _usd([trained], [self.price.training]) + self.evaluation_usd
 
     @property
     def total_usd(self) -> float | None:
@@ -761,6 +773,13 @@ class CostEstimate:
         if self.training_usd is None or self.evaluation_usd is None:
             return None
         return self.training_usd + self.evaluation_usd
+
+    @property
+    def price_flags(self) -> str:
+        """The flags that price what is :attr:`unpriced`, in Japanese."""
+        if all(model == self.model != self.baseline for model in self.unpriced):
+            return PRICE_FLAGS
+        return f"{BASE_PRICE_FLAGS}（{PRICE_FLAGS} と一緒に）"
 
     def lines(self) -> list[str]:
         """The estimate as lines of Japanese text."""
@@ -788,10 +807,9 @@ class CostEstimate:
                 f" = {money(self.evaluation_usd)}"
             )
         lines.append(f"合計: {money(self.total_usd)}")
-        lines += [
-            f"{model} の単価は不明です。--price-training などで指定できます。"
-            for model in self.unpriced
-        ]
+        if self.unpriced:
+            unpriced = "、".join(self.unpriced)
+            lines.append(f"{unpriced} の単価は不明です。{self.price_flags} で指定できます。")
         if self.epochs == "auto" and self.price:
             lines.append(
                 "エポック数 auto はサービスが決めるため、料金は事前に分かりません"
@@ -2056,6 +2074,15 @@ def _rates_of(
     return None
 
 
+def _baseline_rates(
+    model: str, tuned_from: str | None, given: Price | None, *, is_base: bool
+) -> tuple[float, float] | None:
+    """The rates of asking what an evaluated model is compared with: the base rates of a ``given``
+    price are those of its base model, and of any other that the table doesn't know."""
+    rates = _rates_of(model, tuned_from, given if is_base else None)
+    return given.rates(tuned=False) if rates is None and given is not None else rates
+
+
 def estimate_cost(
     training_tokens: int | None,
     epochs: int | Literal["auto"] | None,
@@ -2083,20 +2110,20 @@ def estimate_cost(
     if epochs is None:
         training = 0.0
     elif price is not None and epochs != "auto" and training_tokens is not None:
-        training = training_tokens * epochs * price.training / 1e6
+        training = _usd([training_tokens * epochs], [price.training])
     tuned = epochs is not None or model.startswith("ft:")
     own = price if given else None
     asked = [(model, _rates_of(model, model if given or tuned else None, own))]
     if baseline is not None:
         base = baseline if baseline.startswith("ft:") else None
-        asked.append((baseline, _rates_of(baseline, base, own if baseline == model else None)))
+        rates = _baseline_rates(baseline, base, own, is_base=baseline == model)
+        asked.append((baseline, rates))
     evaluation: float | None = 0.0
     for _, rates in asked:
         if rates is None or evaluation is None:
             evaluation = None
         else:
-            evaluation += evaluation_input_tokens * rates[0] / 1e6
-            evaluation += evaluation_output_tokens * rates[1] / 1e6
+            evaluation += _usd([evaluation_input_tokens, evaluation_output_tokens], rates)
     return CostEstimate(
         model=model,
         epochs=epochs,
@@ -4653,13 +4680,14 @@ class Ledger:
     def rates(self, model: str, evaluated: str) -> tuple[float, float] | None:
         """Dollars per 1,000,000 tokens in and out of asking ``model``, ``None`` where unknown.
 
-        A given price is that of the evaluated model, and with base rates of its base model.
+        A given price is that of the evaluated model, and with base rates of what it is compared
+        with.
         """
         given, base = self._settings.price, self._base_of(model)
         if given is not None and model == evaluated:
             return _rates_of(model, model, given)
         is_base = model == (self._base_of(evaluated) or self._settings.model)
-        return _rates_of(model, base, given if is_base else None)
+        return _baseline_rates(model, base, given, is_base=is_base)
 
     def ahead(self, left: Mapping[str, Sequence[Case]]) -> CostEstimate:
         """The price of asking each model its cases; the first model is the evaluated one."""
@@ -4667,11 +4695,7 @@ class Ledger:
         counts = {model: _count_cases(cases) for model, cases in left.items()}
         rates = {m: self.rates(m, evaluated) for m, (tokens, *_) in counts.items() if tokens}
         unpriced = tuple(model for model, known in rates.items() if known is None)
-        dollars = sum(
-            (counts[model][0] * known[0] + counts[model][1] * known[1]) / 1e6
-            for model, known in rates.items()
-            if known is not None
-        )
+        dollars = sum(_usd(counts[m][:2], known) for m, known in rates.items() if known is not None)
         same = all(count == counts[evaluated] for count in counts.values())
         counted = [counts[evaluated]] if same else list(counts.values())
         estimate = estimate_cost(
@@ -4725,9 +4749,10 @@ class Ledger:
         if most is None:
             unpriced = "、".join(map(printable, estimate.unpriced))
             reason = f"{unpriced} の単価が不明で" if unpriced else "学習のトークン数が不明で"
+            remedy = f"{estimate.price_flags} で単価を指定するか、" if unpriced else ""
             raise BudgetError(
                 f"{reason}、上限 ${limit:,.4f} を守れるか判断できないため中止しました。"
-                "--price-training などで単価を指定するか、--max-cost-usd を外してください。"
+                f"{remedy}--max-cost-usd を外してください。"
             )
         if most + spent > limit:
             paid = f"とこれまでの ${spent:,.4f} " if spent else " "
@@ -4748,8 +4773,7 @@ class Ledger:
             rates = self.rates(model, evaluated)
             if rates is None:
                 return None
-            dollars += tokens["prompt_tokens"] * rates[0] / 1e6
-            dollars += tokens["completion_tokens"] * rates[1] / 1e6
+            dollars += _usd([tokens["prompt_tokens"], tokens["completion_tokens"]], rates)
         return dollars
 
     def is_over(self, answers_usd: float | None) -> bool:
@@ -4788,7 +4812,7 @@ class Ledger:
             return
         if price is None or job.trained_tokens is None:
             return
-        actual = job.trained_tokens * price.training / 1e6
+        actual = _usd([job.trained_tokens], [price.training])
         difference = f"、見積もりとの差 {actual / estimate - 1:+.1%}" if estimate else ""
         logger.info(
             "学習の実費: $%.4f（%s トークン%s）", actual, f"{job.trained_tokens:,}", difference

@@ -79,8 +79,8 @@ MONEY = (
     ),
     Mutant(
         "an untuned baseline is paid as a tuned model",
-        "return _rates_of(model, base, given if is_base else None)",
-        "return _rates_of(model, model, given if is_base else None)",
+        "return _baseline_rates(model, base, given, is_base=is_base)",
+        "return _baseline_rates(model, model, given, is_base=is_base)",
         "test_asking.py::test_tokens_and_dollars_are_of_all_that_was_asked_of_both",
     ),
     Mutant(
@@ -91,14 +91,14 @@ MONEY = (
     ),
     Mutant(
         "epochs are forgotten in the price",
-        "training_tokens * epochs * price.training",
-        "training_tokens * price.training",
+        "_usd([training_tokens * epochs], [price.training])",
+        "_usd([training_tokens], [price.training])",
         "test_cost.py::test_ten_epochs_of_kokorochat_on_4o_mini_cost_348_dollars_and_60_cents",
     ),
     Mutant(
         "answers are priced as questions",
-        "evaluation += evaluation_output_tokens * rates[1]",
-        "evaluation += evaluation_output_tokens * rates[0]",
+        "_usd([evaluation_input_tokens, evaluation_output_tokens], rates)",
+        "_usd([evaluation_input_tokens + evaluation_output_tokens], rates[:1])",
         "test_cost.py::test_each_known_model_is_priced_by_the_published_table",
     ),
     Mutant(
@@ -109,9 +109,27 @@ MONEY = (
     ),
     Mutant(
         "a given price is the estimated baseline's too",
-        "own if baseline == model else None",
-        "own",
+        "is_base=baseline == model",
+        "is_base=True",
         "test_cost.py::test_the_base_rates_of_a_given_price_are_not_those_of_another_base_model",
+    ),
+    Mutant(
+        "a given price is no other baseline's",
+        "return given.rates(tuned=False) if rates is None and given is not None else rates",
+        "return rates",
+        "test_cost.py::test_the_base_rates_of_a_given_price_are_those_of_a_baseline_that_the_table_does_not_know",
+    ),
+    Mutant(
+        "a baseline without a price is sent to the flags of training",
+        "if all(model == self.model != self.baseline for model in self.unpriced):",
+        "if self.unpriced:",
+        "test_cost.py::test_what_is_unpriced_is_named_with_the_flags_that_price_it",
+    ),
+    Mutant(
+        "rates are by the thousand tokens",
+        "zip(tokens, rates, strict=True)) / 1e6",
+        "zip(tokens, rates, strict=True)) / 1e3",
+        "test_cost.py::test_each_known_model_is_priced_by_the_published_table",
     ),
     Mutant(
         "the total counts itself",
@@ -206,8 +224,8 @@ MONEY = (
     ),
     Mutant(
         "training is billed at the rate of asking",
-        "actual = job.trained_tokens * price.training",
-        "actual = job.trained_tokens * price.tuned_input",
+        "actual = _usd([job.trained_tokens], [price.training])",
+        "actual = _usd([job.trained_tokens], [price.tuned_input])",
         "test_recovery.py::test_a_job_made_elsewhere_is_watched_to_its_end_and_priced_as_what_it_is",
     ),
     Mutant(
@@ -1175,14 +1193,14 @@ HOUSE = (
     ),
     Mutant(
         "the service takes ten epochs at most",
-        "self.training_tokens * MAX_EPOCHS * self.price.training",
-        "self.training_tokens * 10 * self.price.training",
+        "trained = self.training_tokens * MAX_EPOCHS",
+        "trained = self.training_tokens * 10",
         "test_edges_money.py::test_the_most_that_epochs_left_to_the_service_may_cost_includes_the_evaluation",
     ),
     Mutant(
         "the most a run may cost is its training",
-        "return dollars + self.evaluation_usd",
-        "return dollars",
+        "return _usd([trained], [self.price.training]) + self.evaluation_usd",
+        "return _usd([trained], [self.price.training])",
         "test_edges_money.py::test_the_most_that_epochs_left_to_the_service_may_cost_includes_the_evaluation",
     ),
     Mutant(
@@ -1193,8 +1211,8 @@ HOUSE = (
     ),
     Mutant(
         "what is ahead is priced as input alone",
-        "(counts[model][0] * known[0] + counts[model][1] * known[1]) / 1e6",
-        "(counts[model][0] + counts[model][1]) * known[0] / 1e6",
+        "_usd(counts[m][:2], known)",
+        "_usd([sum(counts[m][:2])], known[:1])",
         "test_asking.py::test_the_limit_is_held_against_questions_and_answers_at_their_own_rates",
     ),
     Mutant(
@@ -1211,8 +1229,8 @@ HOUSE = (
     ),
     Mutant(
         "answers are paid as questions",
-        'dollars += tokens["completion_tokens"] * rates[1] / 1e6',
-        'dollars += tokens["completion_tokens"] * rates[0] / 1e6',
+        '_usd([tokens["prompt_tokens"], tokens["completion_tokens"]], rates)',
+        '_usd([tokens["prompt_tokens"] + tokens["completion_tokens"]], rates[:1])',
         "test_asking.py::test_tokens_and_dollars_are_of_all_that_was_asked_of_both",
     ),
     Mutant(

@@ -1097,6 +1097,21 @@ def test_a_budget_can_not_be_kept_where_the_price_is_unknown(
     assert endpoint.exchanges == []
 
 
+def test_a_baseline_without_a_price_is_refused_by_its_name_with_the_flags_that_price_it(
+    make_sft: MakeSFT, endpoint: Rehearsal
+) -> None:
+    data = examples(2)
+    with pytest.raises(BudgetError, match=r"謎の-7b の単価が不明.*--price-base-input"):
+        make_sft(max_cost_usd=100).evaluate_model_comprehensive(BASE, data, [], baseline="謎の-7b")
+    dear = Price(3, 0.3, 1.2, base_input=1e9, base_output=0)
+    with pytest.raises(BudgetError, match="を超えるため"):
+        make_sft(max_cost_usd=100, price=dear).evaluate_model_comprehensive(
+            BASE, data, [], baseline="謎の-7b"
+        )
+
+    assert endpoint.exchanges == []
+
+
 def test_a_whole_evaluation_over_the_budget_stops_before_its_first_question(
     make_sft: MakeSFT, endpoint: Rehearsal
 ) -> None:

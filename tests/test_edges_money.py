@@ -153,7 +153,7 @@ def test_a_file_that_was_uploaded_elsewhere_does_not_pass_the_limit_either(
 ) -> None:
     sft = make_sft(max_cost_usd=0.000_001)
     sent = sft.client.files.create(file=("別.jsonl", file.read_bytes()), purpose="fine-tune")
-    with pytest.raises(BudgetError):
+    with pytest.raises(BudgetError, match="中止しました。--max-cost-usd を外して"):
         sft.create_fine_tune_job(sent.id, 10, 4)
 
     assert posts(endpoint, JOBS) == []
