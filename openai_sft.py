@@ -3467,8 +3467,9 @@ class Run:
     """All that is known of one run, in ``run_STAMP.json``; replaced whole at every :meth:`save`.
 
     Whoever may write a record holds its lock; another process gets :class:`ConfigurationError`.
-    ``passed`` isn't written: the steps that this process has been through, and the doors to
-    payment (``training``, ``evaluation``) that the user has agreed to in it.
+    ``uploads`` are by part, ``training`` or ``validation``; what another took the place of is by
+    its file id. ``passed`` isn't written: the steps that this process has been through, and the
+    doors to payment (``training``, ``evaluation``) that the user has agreed to in it.
     """
 
     VERSION: ClassVar[int] = 2
@@ -5105,12 +5106,20 @@ class FineTuning:
             logger.info("アップロード済みのファイルを使います: %s（%s）", path.name, file_id)
         else:
             logger.info("アップロードしています: %s（%.1f MB）", path, size / 1e6)
-            self._run.save(uploads={**self._run.uploads, part: upload})
+            self._keep(part, upload)
             file_id = self._endpoint.upload(path, upload, others)
             own.add(file_id)
-        upload = replace(upload, file_id=file_id, reused=file_id not in own)
-        self._run.save(uploads={**self._run.uploads, part: upload})
+        self._keep(part, replace(upload, file_id=file_id, reused=file_id not in own))
         return file_id
+
+    def _keep(self, part: UploadPart, upload: Upload) -> None:
+        """Record an upload, and by its id the one it replaces: a job may still be made on that."""
+        uploads = dict(self._run.uploads)
+        before = uploads.get(part)
+        if before is not None and before.file_id and before.sha256 != upload.sha256:
+            uploads[before.file_id] = before
+        uploads.pop(upload.file_id or "", None)
+        self._run.save(uploads={**uploads, part: upload})
 
     def create(self, training: Training, file_id: str, validation_file_id: str | None) -> str:
         """Pass the door to payment and create the job, once; return its id.

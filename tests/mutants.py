@@ -132,6 +132,24 @@ MONEY = (
         "test_cost.py::test_each_known_model_is_priced_by_the_published_table",
     ),
     Mutant(
+        "of two uploaded files the last is priced",
+        "uploads[before.file_id] = before",
+        "pass",
+        "test_edges_money.py::test_of_two_files_that_were_uploaded_the_one_is_priced_that_is_trained_on",
+    ),
+    Mutant(
+        "a file that changed since is priced as it is now",
+        "if path and path.is_file() and _sha256_of(path) == upload.sha256:",
+        "if path and path.is_file():",
+        "test_edges_money.py::test_a_file_that_was_uploaded_and_changed_since_has_no_price_and_does_not_pass_the_limit",
+    ),
+    Mutant(
+        "a file that is uploaded again is recorded twice",
+        'uploads.pop(upload.file_id or "", None)',
+        "pass",
+        "test_edges_money.py::test_a_file_that_is_uploaded_again_after_another_is_the_same_file",
+    ),
+    Mutant(
         "the total counts itself",
         'cost["total_usd"] = sum(value for key, value in cost.items() if key != "total_usd")',
         'cost["total_usd"] = sum(cost.values())',

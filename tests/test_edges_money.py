@@ -16,7 +16,7 @@ import pytest
 from edges import Forward, Gateway, Reply, Request, refusal, saying
 from endpoint import Fault, Rehearsal
 from faults import CHAT, JOBS, asked, made, until
-from helpers import Ended, examples, posts, read_json, records, write_jsonl
+from helpers import Ended, examples, posts, read_json, records, training_file, write_jsonl
 
 from openai_sft import (
     BudgetError,
@@ -27,6 +27,7 @@ from openai_sft import (
     Price,
     Splits,
     TokenCounter,
+    TrainingNotAvailable,
     estimate_cost,
     load_vocabulary,
     read_examples,
@@ -157,6 +158,67 @@ def test_a_file_that_was_uploaded_elsewhere_does_not_pass_the_limit_either(
         sft.create_fine_tune_job(sent.id, 10, 4)
 
     assert posts(endpoint, JOBS) == []
+
+
+def upload_two(sft: OpenAISFT, folder: Path) -> tuple[list[Path], list[str]]:
+    """Two training files sent by one instance: the second, much longer, is the later one."""
+    files = [training_file(folder, 12), training_file(folder, 40)]
+    return files, [sft.upload_training_file(one) for one in files]
+
+
+@pytest.mark.parametrize("asked_for", [0, 1])
+def test_of_two_files_that_were_uploaded_the_one_is_priced_that_is_trained_on(
+    make_sft: MakeSFT, endpoint: Rehearsal, clean_environment: Path, asked_for: int
+) -> None:
+    estimates: list[CostEstimate] = []
+    sft = make_sft(max_cost_usd=5, confirm=lambda estimate: not estimates.append(estimate))
+    files, ids = upload_two(sft, clean_environment)
+    sft.create_fine_tune_job(ids[asked_for], 3, 4)
+    (job,) = posts(endpoint, JOBS)
+
+    assert len(set(ids)) == 2
+    assert job.request["training_file"] == ids[asked_for]
+    assert [one.training_tokens for one in estimates] == [tokens_of(files[asked_for])]
+
+
+def test_both_of_two_uploaded_files_can_be_trained_on_by_another_instance_too(
+    make_sft: MakeSFT, clean_environment: Path
+) -> None:
+    estimates: list[CostEstimate] = []
+    with make_sft() as sender:
+        files, ids = upload_two(sender, clean_environment)
+    sft = make_sft(max_cost_usd=5, confirm=lambda estimate: not estimates.append(estimate))
+    for file_id in reversed(ids):
+        sft.create_fine_tune_job(file_id, 3, 4)
+
+    assert [one.training_tokens for one in estimates] == [tokens_of(f) for f in reversed(files)]
+
+
+def test_a_file_that_was_uploaded_and_changed_since_has_no_price_and_does_not_pass_the_limit(
+    make_sft: MakeSFT, endpoint: Rehearsal, clean_environment: Path
+) -> None:
+    sft = make_sft(max_cost_usd=5)
+    (first, _), ids = upload_two(sft, clean_environment)
+    first.write_bytes(training_file(clean_environment, 14).read_bytes())
+    with pytest.raises(BudgetError, match="トークン数が不明"):
+        sft.create_fine_tune_job(ids[0], 3, 4)
+
+    assert posts(endpoint, JOBS) == []
+
+
+def test_a_file_that_is_uploaded_again_after_another_is_the_same_file(
+    make_sft: MakeSFT, endpoint: Rehearsal, clean_environment: Path
+) -> None:
+    sft = make_sft()
+    (first, _), ids = upload_two(sft, clean_environment)
+    again = sft.upload_training_file(first)
+    endpoint.inject(Fault("training_not_available", "POST", JOBS))
+    with pytest.raises(TrainingNotAvailable) as caught:
+        sft.create_fine_tune_job(again, 3, 4)
+
+    assert again == ids[0]
+    assert sorted(caught.value.deleted) == sorted(ids)
+    assert made(endpoint, "/files") == 2
 
 
 # ── The second door: asking a model ──────────────────────────────────────────────────────────
