@@ -19,7 +19,8 @@ The stages, and the record that each hands to the next::
 Files written, all in ``output_dir`` with one ``YYYYmmdd_HHMMSS`` stamp a run:
 ``train_data_*.jsonl``, ``test_data_*.jsonl``, ``valid_data_*.jsonl``, ``run_*.json`` (the run
 record: settings, files, job, tuned model), ``training_metrics_*.csv``,
-``evaluation_*.jsonl`` (the answers as they came), ``comprehensive_evaluation_*.json``.
+``evaluation_*.jsonl`` (the answers as they came), ``asked_*.json`` (the cases of an evaluation of
+given data), ``comprehensive_evaluation_*.json``.
 
 Errors::
 
@@ -1150,7 +1151,8 @@ class Plan:
     """What a run was asked for: the whole path, or with ``training=None`` an evaluation alone.
 
     ``split_of`` names the run whose split is asked; without it the data are read anew by
-    ``selection``.
+    ``selection``. ``asked`` is the sha256 of ``asked_*.json``, where the cases are kept of an
+    evaluation of data that were given to it.
     """
 
     asking: Asking
@@ -1158,6 +1160,7 @@ class Plan:
     model_id: str | None = None
     split_of: str | None = None
     selection: Selection | None = None
+    asked: str | None = None
 
 
 @dataclass(frozen=True)
@@ -3535,8 +3538,9 @@ class Run:
     @property
     def next_step(self) -> Step | None:
         """The first step of :data:`STEPS` that isn't done; ``None`` where nothing is left."""
-        ended = self.finished_at or self.declined or self.job_status in ("failed", "cancelled")
-        if self.plan is None or ended:
+        if self.plan is None or self.finished_at or self.declined:
+            return None
+        if self.plan.training is not None and self.job_status in ("failed", "cancelled"):
             return None
         left = (step for step in STEPS if self.kind in step.kinds and not step.done(self))
         return next(left, None)
@@ -3702,6 +3706,7 @@ def _read_plan(plan: Mapping[str, Any]) -> Plan:
         model_id=plan.get("model_id"),
         split_of=plan.get("split_of"),
         selection=Selection(**selection) if selection else None,
+        asked=plan.get("asked"),
     )
 
 
@@ -3740,7 +3745,7 @@ def _model_stays(run: Run) -> str:
 
 
 _PIPELINE: frozenset[RunKind] = frozenset({"pipeline"})
-_BOTH: frozenset[RunKind] = frozenset({"pipeline", "evaluation"})
+_ALL: frozenset[RunKind] = frozenset(get_args(RunKind))
 
 # The steps in their order. Price and upload are gone through again by each process until the
 # job is there: a price has to be agreed to, and an uploaded file may have been deleted.
@@ -3749,7 +3754,7 @@ STEPS: tuple[Step, ...] = (
     Step("upload", _PIPELINE, lambda r: bool(r.job_id) or "upload" in r.passed, _creation_goes_on),
     Step("create", _PIPELINE, lambda r: bool(r.job_id), _creation_goes_on),
     Step("watch", _PIPELINE, lambda r: bool(r.training_recorded_at), _job_goes_on),
-    Step("evaluate", _BOTH, lambda r: bool(r.finished_at), _model_stays),
+    Step("evaluate", _ALL, lambda r: bool(r.finished_at), _model_stays),
 )
 
 
@@ -4721,9 +4726,11 @@ class Ledger:
         """Pass the doors to payment: show the price, hold it against the limit and ask.
 
         A door that the user has agreed to in this process isn't asked about again, but the limit
-        holds. ``paid`` is what besides the training has been paid. Raises :class:`BudgetError`
-        and :class:`Declined` before anything is sent.
+        holds; nor is one behind which nothing is left to ask. ``paid`` is what besides the training
+        has been paid. Raises :class:`BudgetError` and :class:`Declined` before anything is sent.
         """
+        if estimate.epochs is None and not estimate.evaluation_input_tokens:
+            return
         agreed = self._run.passed.issuperset(doors)
         spent = self.spent + paid
         if not agreed:
@@ -4733,7 +4740,7 @@ class Ledger:
                 logger.info("この実行でこれまでにかかった料金: $%.4f", spent)
             if self._settings.rehearse:
                 logger.info("リハーサルのため、実際の課金はありません。")
-            elif "training" in doors or self._run.estimate is None:
+            elif "training" in doors or not (self._run.estimate or self._run.job_id):
                 shown = {**asdict(estimate), "total_usd": estimate.total_usd}
                 self._run.save(estimate=shown)
         if not self._settings.rehearse:
@@ -5501,15 +5508,19 @@ class Pool:
 
 
 class Asked(NamedTuple):
-    """Whom an evaluation asks what: the models, and the cases and size of each split."""
+    """Whom an evaluation asks what: the models, and the cases and size of each split.
+
+    ``means`` are the mean scores of the training data, which the score task compares with.
+    """
 
     models: Sequence[str]
     cases: Mapping[str, Sequence[Case]]
     sizes: Mapping[str, int]
+    means: Mapping[str, float] | None = None
 
     @classmethod
     def of(cls, model: str, splits: Splits, asking: Asking, settings: Settings) -> Asked:
-        """Whom ``asking`` asks what of test and validation data.
+        """Whom ``asking`` asks what of test and validation data; ``splits.train`` gives the means.
 
         Raises :class:`DataError` where the data are another task's.
         """
@@ -5524,7 +5535,25 @@ class Asked(NamedTuple):
             logger.warning("比べる相手が同じモデルのため、比較はしません: %s", printable(model))
             baseline = None
         sizes = {"test": len(splits.test), "valid": len(splits.valid)}
-        return cls((model, baseline) if baseline else (model,), cases, sizes)
+        is_score = settings.task == "score" and splits.train
+        means = mean_scores(splits.train) if is_score else None
+        return cls((model, baseline) if baseline else (model,), cases, sizes, means)
+
+    @classmethod
+    def read(cls, path: Path, sha256: str) -> Asked:
+        """What :meth:`to_json` gave. Raises :class:`DataError` where the file isn't that."""
+        if not path.exists() or _sha256_of(path) != sha256:
+            raise DataError(
+                f"{path}: 評価するケースのファイルがないか、変わっています。元に戻してください。"
+            )
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        cases = {name: [Case(**case) for case in part] for name, part in facts["cases"].items()}
+        return cls(**{**facts, "cases": cases})
+
+    def to_json(self) -> str:
+        """All of it, for :meth:`read`."""
+        cases = {name: [asdict(case) for case in part] for name, part in self.cases.items()}
+        return _to_json({**self._asdict(), "cases": cases})
 
     @property
     def baseline(self) -> str | None:
@@ -5662,9 +5691,7 @@ class Evaluation:
             return True
         return is_transient(error) and not self._endpoint.is_up()
 
-    def results(
-        self, asked: Asked, train_data: Sequence[Example] | None, asked_at: str
-    ) -> EvaluationResults:
+    def results(self, asked: Asked, asked_at: str) -> EvaluationResults:
         """What the answers are worth: figures, comparisons, usage and settings."""
         results = EvaluationResults(model_id=asked.evaluated, evaluation_timestamp=asked_at)
         answers = {
@@ -5700,7 +5727,7 @@ class Evaluation:
             }
         if self._settings.task == "score":
             tested = {name: answers[asked.evaluated, name] for name in asked.cases}
-            _add_mean_reference(results, tested, train_data, self._asking.seed)
+            _add_mean_reference(results, tested, asked.means, self._asking.seed)
             overall = results["test_evaluation"]["metrics"].get("overall")
             results["summary"]["mse"] = overall["mse"]["score"] if overall else None
         results["task"] = self._settings.task
@@ -5750,14 +5777,13 @@ def _tell_missing(parts: Iterable[Mapping[str, Any]]) -> None:
 def _add_mean_reference(
     results: EvaluationResults,
     answers: Mapping[str, Sequence[Answer]],
-    train_data: Sequence[Example] | None,
+    means: Mapping[str, float] | None,
     seed: int,
 ) -> None:
     """Add what predicting the training mean gives on the cases that were answered."""
-    if not train_data:
+    if means is None:
         logger.warning("学習データがないため、平均予測との比較は省きます（train_data=）。")
         return
-    means = mean_scores(train_data)
     text = _dump(means)
     reference = {
         name: [answer._replace(output=text) for answer in part] for name, part in answers.items()
@@ -6204,7 +6230,7 @@ class OpenAISFT:
             "price": lambda: self._price_run(run, splits),
             "upload": lambda: self._upload_data(run, splits),
             "create": lambda: self._create_planned(run),
-            "watch": lambda: self._tuning(run).watch_to_model(timeout),
+            "watch": lambda: self._watch_run(run, splits, timeout),
             "evaluate": lambda: self._evaluate_run(run, splits),
         }
         results: EvaluationResults | None = None
@@ -6258,11 +6284,13 @@ class OpenAISFT:
 
     def _splits_of(self, run: Run) -> Splits:
         """The examples of a run's plan: recorded, or read anew for a model made elsewhere."""
-        plan = run.plan
-        if plan is not None and plan.selection is not None and plan.split_of is None:
+        plan = run.known("plan")
+        if plan.asked is not None:
+            return Splits([], [], [])  # the cases have a file of their own
+        if plan.selection is not None and plan.split_of is None:
             preparation = Preparation(self.settings.working_as(run.settings))
             return preparation.convert_all(preparation.load(plan.selection))
-        source = self._runs.named(plan.split_of) if plan and plan.split_of else run
+        source = self._runs.named(plan.split_of) if plan.split_of else run
         logger.info("記録した分割を使います: %s", source.path)
         return Splits(*(_read_split(source, name) for name in SPLIT_NAMES))
 
@@ -6277,7 +6305,9 @@ class OpenAISFT:
         _require_filled(job_id=job_id)
         self._refuse_rehearsal("監視")
         for run in self._runs.of_job(job_id):
-            if run.unfinished and (results := self.resume(run.run_id, timeout=timeout)):
+            if run.kind != "pipeline" or not run.unfinished:
+                continue  # what else is unfinished doesn't watch its job
+            if results := self.resume(run.run_id, timeout=timeout):
                 return results
         patience = math.inf if timeout is None else timeout
         self._endpoint_of(self.settings).job(job_id, patience=patience)  # before it is recorded
@@ -6592,6 +6622,14 @@ class OpenAISFT:
         training = run.known("plan").training
         self._tuning(run).create(training, sent["training"] or "", sent.get("validation"))
 
+    def _watch_run(self, run: Run, splits: Splits, timeout: float | None) -> None:
+        """Watch the job of a run to its model, once the price of what follows is agreed to."""
+        if "evaluation" not in run.passed:
+            settings = self.settings.working_as(run.settings)
+            estimate = _estimate_evaluation(settings, splits, run.known("plan"))
+            self._ledger(run).require(estimate, "evaluation")
+        self._tuning(run).watch_to_model(timeout)
+
     def monitor_fine_tune_job(self, job_id: str, *, timeout: float | None = None) -> FineTuningJob:
         """Poll until the job ends; return it, whatever its end. Events are logged as they come.
 
@@ -6644,7 +6682,7 @@ class OpenAISFT:
         instance prepared) is a reference as well. The price is shown, held against
         ``max_cost_usd`` and confirmed before anything is asked (:class:`BudgetError`,
         :class:`Declined`). A case that fails carries its ``error``; errors that would meet
-        every case (key, model, quota) are raised.
+        every case (key, model, quota) are raised, and :meth:`resume` then asks only the rest.
         """
         asking = Asking(
             max_test_cases, seed, eval_turns, baseline, concurrency, temperature, max_tokens
@@ -6653,23 +6691,22 @@ class OpenAISFT:
         run = self._current()
         if run.plan is not None or "journal" in run.files:
             run = self._succeed(run)
-        splits = Splits(list(train_data or ()), list(test_data), list(valid_data))
-        return self._evaluate(run, model_id, splits, asking)
+        given = train_data or self._train_data or ()
+        splits = Splits(list(given), list(test_data), list(valid_data))
+        plan, settings = Plan(asking, model_id=model_id), self.settings.working_as(run.settings)
+        asked = _asked_by(plan, run, self._runs, splits, settings)
+        run.publish("asked", ".json", asked.to_json())
+        run.save(plan=replace(plan, asked=_sha256_of(run.file("asked"))))
+        with _released_on_failure(run):
+            results = self._evaluate(run, asked, asking)
+        run.save(finished_at=_time_text(self._clock()))
+        return results
 
-    def _evaluate(
-        self, run: Run, model_id: str, splits: Splits, asking: Asking
-    ) -> EvaluationResults:
-        settings = self.settings.working_as(run.settings)
-        asked, is_score = Asked.of(model_id, splits, asking, settings), settings.task == "score"
-        given = splits.train or self._train_data or ()
-        train_data = _scored_train_data(self._runs, model_id, given) if is_score else ()
+    def _evaluate(self, run: Run, asked: Asked, asking: Asking) -> EvaluationResults:
+        settings, model_id = self.settings.working_as(run.settings), asked.evaluated
         path = self._runs.folder / f"evaluation_{run.stamp}.jsonl"
-        asked_for = {
-            "model_id": model_id,
-            "baseline": asked.baseline,
-            "generation": asking.generation,
-        }
-        run.save(evaluation=asked_for, files={**run.files, "journal": str(path)})
+        known = {"model_id": model_id, "baseline": asked.baseline, "generation": asking.generation}
+        run.save(evaluation=known, files={**run.files, "journal": str(path)})
         ledger, endpoint = self._ledger(run), self._endpoint_of(settings)
         with Journal(path) as journal:
             evaluation = Evaluation(endpoint, ledger, settings, asking, journal)
@@ -6679,8 +6716,8 @@ class OpenAISFT:
             finally:  # also what an evaluation has cost that stopped half-way
                 dollars = ledger.cost_of(journal.usage_by_model(), model_id)
                 cost = None if dollars is None else ledger.paid(evaluation_usd=dollars)
-            results = evaluation.results(asked, train_data, started)
-        if not is_score:
+            results = evaluation.results(asked, started)
+        if settings.task != "score":
             tuned = run if run.fine_tuned_model == model_id else self._runs.of_model(model_id)
             if tuned is not None and tuned.fine_tuned_model == model_id:
                 results["summary"].update(_cross_entropies(tuned.final_metrics or {}))
@@ -6695,8 +6732,9 @@ class OpenAISFT:
     def _evaluate_run(self, run: Run, splits: Splits) -> EvaluationResults:
         """The last step of a run: its evaluation, saved."""
         plan = run.known("plan")
-        model_id = plan.model_id or run.known("fine_tuned_model")
-        results = self._evaluate(run, model_id, splits, plan.asking)
+        settings = self.settings.working_as(run.settings)
+        asked = _asked_by(plan, run, self._runs, splits, settings)
+        results = self._evaluate(run, asked, plan.asking)
         path = self._save_results(run, results)
         parts = [results[f"{name}_evaluation"] for name in ("test", "valid")]
         asked = sum(part["evaluated_cases"] + part["failed_cases"] for part in parts)
@@ -6826,6 +6864,12 @@ def _estimate_run(
     )
 
 
+def _estimate_evaluation(settings: Settings, splits: Splits, plan: Plan) -> CostEstimate:
+    """Price the evaluation of a model that is still being trained."""
+    both = _estimate_run(settings, splits, plan.training, 0, plan.asking)
+    return replace(both, epochs=None, training_usd=0.0)
+
+
 @contextlib.contextmanager
 def _released_on_failure(run: Run) -> Iterator[None]:
     """Let another instance take ``run`` over where this one can't go on."""
@@ -6898,9 +6942,19 @@ def _read_options(
     return filters, Asking(max_test_cases, seed, **others)
 
 
-def _scored_train_data(runs: Runs, model_id: str, given: Sequence[Example]) -> Sequence[Example]:
+def _asked_by(plan: Plan, run: Run, runs: Runs, splits: Splits, settings: Settings) -> Asked:
+    """Whom a plan asks what: as it was kept, or chosen from the splits."""
+    if plan.asked is not None:
+        return Asked.read(run.file("asked"), plan.asked)
+    model_id = plan.model_id or run.known("fine_tuned_model")
+    if settings.task == "score":
+        splits = splits._replace(train=_scored_train_data(runs, model_id, splits.train))
+    return Asked.of(model_id, splits, plan.asking, settings)
+
+
+def _scored_train_data(runs: Runs, model_id: str, given: Sequence[Example]) -> list[Example]:
     """What the score task takes the mean of: the given examples, or those recorded with a run."""
-    train_data, run = given, runs.of_model(model_id)
+    train_data, run = list(given), runs.of_model(model_id)
     if not train_data and run is not None and "manifest" in run.files:
         train_data = _read_split(run, "train")
     if train_data and not any(map(_scores_of, train_data)):

@@ -270,6 +270,7 @@ class Plan:
     model_id: str | None = None
     split_of: str | None = None
     selection: Selection | None = None
+    asked: str | None = None
 @dataclass(frozen=True)
 class DataFile:
     sha256: str
@@ -532,8 +533,12 @@ class Asked(NamedTuple):
     models: Sequence[str]
     cases: Mapping[str, Sequence[Case]]
     sizes: Mapping[str, int]
+    means: Mapping[str, float] | None = None
     @classmethod
     def of(cls, model: str, splits: Splits, asking: Asking, settings: Settings) -> Asked: ...
+    @classmethod
+    def read(cls, path: Path, sha256: str) -> Asked: ...
+    def to_json(self) -> str: ...
     @property
     def baseline(self) -> str | None: ...
     @property
@@ -541,7 +546,7 @@ class Asked(NamedTuple):
 class Evaluation:
     def __init__(self, endpoint: Endpoint, ledger: Ledger, settings: Settings, asking: Asking, journal: Journal) -> None: ...
     def ask(self, asked: Asked) -> None: ...
-    def results(self, asked: Asked, train_data: Sequence[Example] | None, asked_at: str) -> EvaluationResults: ...
+    def results(self, asked: Asked, asked_at: str) -> EvaluationResults: ...
 def _naming_the_nearest(face: type[T]) -> type[T]: ...
 @_naming_the_nearest
 class OpenAISFT:

@@ -473,6 +473,95 @@ def test_with_yes_it_goes_on_where_nobody_can_be_asked(
     assert len(posts(endpoint, JOBS)) == 1
 
 
+# ── The evaluation behind a watch that is taken up again ─────────────────────────────────────
+
+
+def interrupted_watch(make_sft: MakeSFT, endpoint: Rehearsal) -> tuple[Path, CostEstimate]:
+    """The record of a run that was stopped while its job ran, and what had been agreed to."""
+    estimates: list[CostEstimate] = []
+    endpoint.hold("running")
+    sft = make_sft(sleep=interrupt, confirm=lambda estimate: not estimates.append(estimate))
+    with sft, pytest.raises(KeyboardInterrupt):
+        sft.run_full_pipeline(**SHORT, baseline=True)
+    endpoint.release()
+    (estimate,) = estimates
+    return Path(sft.files["record"]), estimate
+
+
+def polls(endpoint: Rehearsal) -> int:
+    return sum(e.method == "GET" and e.path.startswith(f"{JOBS}/") for e in endpoint.exchanges)
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--job-id"])
+def test_where_nobody_can_agree_to_the_evaluation_it_stops_before_the_watch_and_names_the_flag(
+    make_sft: MakeSFT,
+    cli: Cli,
+    place: Callable[[str], tuple[str, ...]],
+    endpoint: Rehearsal,
+    flag: str,
+) -> None:
+    record, _ = interrupted_watch(make_sft, endpoint)
+    deed = (flag, record.stem if flag == "--resume" else read_json(record)["job_id"])
+    before = polls(endpoint)
+    stopped = cli(*place(endpoint.url), *deed)
+    watched = polls(endpoint) - before
+    gone_on = cli(*place(endpoint.url), *deed, "--yes")
+
+    assert (stopped.code, gone_on.code) == (2, 0)
+    assert "--yes" in stopped.errors[0]
+    assert f"--resume {record.stem}" in stopped.err
+    assert watched == 0
+    assert made(endpoint, JOBS) == 1
+
+
+def test_a_watch_that_is_taken_up_asks_once_and_first_for_the_evaluation_at_the_price_agreed_to(
+    make_sft: MakeSFT, endpoint: Rehearsal
+) -> None:
+    _, agreed = interrupted_watch(make_sft, endpoint)
+    before = polls(endpoint)
+    asked_at: list[tuple[CostEstimate, int]] = []
+    sft = make_sft(confirm=lambda estimate: not asked_at.append((estimate, polls(endpoint))))
+    results = sft.resume()
+    ((estimate, polled),) = asked_at
+
+    assert results is not None
+    assert polled == before
+    assert estimate.evaluation_usd == pytest.approx(agreed.evaluation_usd)
+    assert estimate.total_usd == estimate.evaluation_usd
+    assert not any(line.startswith("学習") for line in estimate.lines())
+
+
+def test_a_limit_below_the_evaluation_stops_a_watch_that_is_taken_up_before_it_begins(
+    make_sft: MakeSFT, endpoint: Rehearsal
+) -> None:
+    _, agreed = interrupted_watch(make_sft, endpoint)
+    before = polls(endpoint)
+    with pytest.raises(BudgetError, match="上限"):
+        make_sft(max_cost_usd=0.9 * (agreed.evaluation_usd or 0.0)).resume()
+
+    assert polls(endpoint) == before
+
+
+def test_the_price_of_an_evaluation_is_not_taken_for_that_of_a_training_of_untold_tokens(
+    make_sft: MakeSFT, endpoint: Rehearsal
+) -> None:
+    def untold(request: Request, forward: Forward) -> Reply:
+        reply = forward(request)
+        is_job = reply.status == 200 and b'"fine_tuning.job"' in reply.body
+        return saying({**reply.json, "trained_tokens": None}) if is_job else reply
+
+    path, _ = interrupted_watch(make_sft, endpoint)
+    record = read_json(path)
+    del record["estimate"]  # of an earlier version
+    path.write_text(json.dumps(record), "utf-8")
+    with Gateway(endpoint, untold) as gateway:
+        client = make_sft().client.with_options(base_url=gateway.url)
+        results = make_sft(client=client).resume()
+
+    assert results is not None
+    assert read_json(path)["cost"].keys() == {"evaluation_usd", "total_usd"}
+
+
 # ── What is seen ─────────────────────────────────────────────────────────────────────────────
 
 
