@@ -720,7 +720,7 @@ RECOVERY = (
         "answers to other settings are taken over",
         'if run.plan is not None or "journal" in run.files:',
         "if run.plan is not None:",
-        "test_asking.py::test_other_settings_are_asked_anew_and_nothing_is_taken_from_the_run_before",
+        "test_asking.py::test_an_evaluation_that_an_earlier_version_recorded_without_a_plan_gives_no_answers_away",
     ),
     Mutant(
         "a rehearsed model is the newest",

@@ -809,6 +809,25 @@ def test_other_settings_are_asked_anew_and_nothing_is_taken_from_the_run_before(
     assert [e.request["temperature"] for e in after] == [1.0] * 4 + [0.5] * 4
 
 
+def test_an_evaluation_that_an_earlier_version_recorded_without_a_plan_gives_no_answers_away(
+    make_sft: MakeSFT, endpoint: Rehearsal, file: Path
+) -> None:
+    with make_sft() as first:
+        job_id = first.create_fine_tune_job(first.upload_training_file(file), 1, 4)
+        first.monitor_fine_tune_job(job_id)
+        first.evaluate_model_comprehensive(BASE, examples(5), [], temperature=1.0)
+    path = Path(first.files["record"])
+    record = read_json(path)
+    path.write_text(
+        json.dumps({k: v for k, v in record.items() if k not in ("plan", "finished_at")}), "utf-8"
+    )
+    later = make_sft()
+    later.monitor_fine_tune_job(job_id)
+    later.evaluate_model_comprehensive(BASE, examples(5), [], temperature=0.5)
+
+    assert [e.request["temperature"] for e in posts(endpoint, CHAT)] == [1.0] * 5 + [0.5] * 5
+
+
 def test_a_second_evaluation_of_one_instance_has_a_record_without_the_plan_of_the_first(
     make_sft: MakeSFT, endpoint: Rehearsal
 ) -> None:
