@@ -19,7 +19,8 @@ The stages, and the record that each hands to the next::
 Files written, all in ``output_dir`` with one ``YYYYmmdd_HHMMSS`` stamp a run:
 ``train_data_*.jsonl``, ``test_data_*.jsonl``, ``valid_data_*.jsonl``, ``run_*.json`` (the run
 record: settings, files, job, tuned model), ``training_metrics_*.csv``,
-``evaluation_*.jsonl`` (the answers as they came), ``comprehensive_evaluation_*.json``.
+``evaluation_*.jsonl`` (the answers as they came), ``asked_*.json`` (the cases of an evaluation of
+given data), ``comprehensive_evaluation_*.json``.
 
 Errors::
 
@@ -690,7 +691,10 @@ class Splits(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """US dollars per 1,000,000 tokens of one base model and of its tuned ones."""
+    """US dollars per 1,000,000 tokens of one base model and of its tuned ones.
+
+    The base rates are also those of another baseline, where the table doesn't know it.
+    """
 
     training: float
     tuned_input: float
@@ -728,6 +732,15 @@ MODEL_ALIASES = {
 }
 
 
+PRICE_FLAGS = "--price-training、--price-input、--price-output"
+BASE_PRICE_FLAGS = "--price-base-input と --price-base-output"
+
+
+def _usd(tokens: Sequence[int], rates: Sequence[float]) -> float:
+    """Dollars of tokens, each kind at its own rate per 1,000,000."""
+    return sum(count * rate for count, rate in zip(tokens, rates, strict=True)) / 1e6
+
+
 @dataclass(frozen=True, slots=True)
 class CostEstimate:
     """What a run costs, before it is paid. Dollars are ``None`` where they can't be known."""
@@ -753,8 +766,8 @@ class CostEstimate:
             return self.total_usd
         if self.evaluation_usd is None:
             return None
-        dollars = self.training_tokens * MAX_EPOCHS * self.price.training / 1e6
-        return dollars + self.evaluation_usd
+        trained = self.training_tokens * MAX_EPOCHS
+        return _usd([trained], [self.price.training]) + self.evaluation_usd
 
     @property
     def total_usd(self) -> float | None:
@@ -762,6 +775,13 @@ class CostEstimate:
         if self.training_usd is None or self.evaluation_usd is None:
             return None
         return self.training_usd + self.evaluation_usd
+
+    @property
+    def price_flags(self) -> str:
+        """The flags that price what is :attr:`unpriced`, in Japanese."""
+        if all(model == self.model != self.baseline for model in self.unpriced):
+            return PRICE_FLAGS
+        return f"{BASE_PRICE_FLAGS}（{PRICE_FLAGS} と一緒に）"
 
     def lines(self) -> list[str]:
         """The estimate as lines of Japanese text."""
@@ -789,10 +809,9 @@ class CostEstimate:
                 f" = {money(self.evaluation_usd)}"
             )
         lines.append(f"合計: {money(self.total_usd)}")
-        lines += [
-            f"{model} の単価は不明です。--price-training などで指定できます。"
-            for model in self.unpriced
-        ]
+        if self.unpriced:
+            unpriced = "、".join(self.unpriced)
+            lines.append(f"{unpriced} の単価は不明です。{self.price_flags} で指定できます。")
         if self.epochs == "auto" and self.price:
             lines.append(
                 "エポック数 auto はサービスが決めるため、料金は事前に分かりません"
@@ -1133,7 +1152,8 @@ class Plan:
     """What a run was asked for: the whole path, or with ``training=None`` an evaluation alone.
 
     ``split_of`` names the run whose split is asked; without it the data are read anew by
-    ``selection``.
+    ``selection``. ``asked`` is the sha256 of ``asked_*.json``, where the cases are kept of an
+    evaluation of data that were given to it.
     """
 
     asking: Asking
@@ -1141,6 +1161,7 @@ class Plan:
     model_id: str | None = None
     split_of: str | None = None
     selection: Selection | None = None
+    asked: str | None = None
 
 
 @dataclass(frozen=True)
@@ -2123,6 +2144,15 @@ def _rates_of(
     return None
 
 
+def _baseline_rates(
+    model: str, tuned_from: str | None, given: Price | None, *, is_base: bool
+) -> tuple[float, float] | None:
+    """The rates of asking what an evaluated model is compared with: the base rates of a ``given``
+    price are those of its base model, and of any other that the table doesn't know."""
+    rates = _rates_of(model, tuned_from, given if is_base else None)
+    return given.rates(tuned=False) if rates is None and given is not None else rates
+
+
 def estimate_cost(
     training_tokens: int | None,
     epochs: int | Literal["auto"] | None,
@@ -2150,20 +2180,20 @@ def estimate_cost(
     if epochs is None:
         training = 0.0
     elif price is not None and epochs != "auto" and training_tokens is not None:
-        training = training_tokens * epochs * price.training / 1e6
+        training = _usd([training_tokens * epochs], [price.training])
     tuned = epochs is not None or model.startswith("ft:")
     own = price if given else None
     asked = [(model, _rates_of(model, model if given or tuned else None, own))]
     if baseline is not None:
         base = baseline if baseline.startswith("ft:") else None
-        asked.append((baseline, _rates_of(baseline, base, own if baseline == model else None)))
+        rates = _baseline_rates(baseline, base, own, is_base=baseline == model)
+        asked.append((baseline, rates))
     evaluation: float | None = 0.0
     for _, rates in asked:
         if rates is None or evaluation is None:
             evaluation = None
         else:
-            evaluation += evaluation_input_tokens * rates[0] / 1e6
-            evaluation += evaluation_output_tokens * rates[1] / 1e6
+            evaluation += _usd([evaluation_input_tokens, evaluation_output_tokens], rates)
     return CostEstimate(
         model=model,
         epochs=epochs,
@@ -3507,8 +3537,9 @@ class Run:
     """All that is known of one run, in ``run_STAMP.json``; replaced whole at every :meth:`save`.
 
     Whoever may write a record holds its lock; another process gets :class:`ConfigurationError`.
-    ``passed`` isn't written: the steps that this process has been through, and the doors to
-    payment (``training``, ``evaluation``) that the user has agreed to in it.
+    ``uploads`` are by part, ``training`` or ``validation``; what another took the place of is by
+    its file id. ``passed`` isn't written: the steps that this process has been through, and the
+    doors to payment (``training``, ``evaluation``) that the user has agreed to in it.
     """
 
     VERSION: ClassVar[int] = 2
@@ -3574,8 +3605,9 @@ class Run:
     @property
     def next_step(self) -> Step | None:
         """The first step of :data:`STEPS` that isn't done; ``None`` where nothing is left."""
-        ended = self.finished_at or self.declined or self.job_status in ("failed", "cancelled")
-        if self.plan is None or ended:
+        if self.plan is None or self.finished_at or self.declined:
+            return None
+        if self.plan.training is not None and self.job_status in ("failed", "cancelled"):
             return None
         left = (step for step in STEPS if self.kind in step.kinds and not step.done(self))
         return next(left, None)
@@ -3741,6 +3773,7 @@ def _read_plan(plan: Mapping[str, Any]) -> Plan:
         model_id=plan.get("model_id"),
         split_of=plan.get("split_of"),
         selection=Selection(**selection) if selection else None,
+        asked=plan.get("asked"),
     )
 
 
@@ -3779,7 +3812,7 @@ def _model_stays(run: Run) -> str:
 
 
 _PIPELINE: frozenset[RunKind] = frozenset({"pipeline"})
-_BOTH: frozenset[RunKind] = frozenset({"pipeline", "evaluation"})
+_ALL: frozenset[RunKind] = frozenset(get_args(RunKind))
 
 # The steps in their order. Price and upload are gone through again by each process until the
 # job is there: a price has to be agreed to, and an uploaded file may have been deleted.
@@ -3788,7 +3821,7 @@ STEPS: tuple[Step, ...] = (
     Step("upload", _PIPELINE, lambda r: bool(r.job_id) or "upload" in r.passed, _creation_goes_on),
     Step("create", _PIPELINE, lambda r: bool(r.job_id), _creation_goes_on),
     Step("watch", _PIPELINE, lambda r: bool(r.training_recorded_at), _job_goes_on),
-    Step("evaluate", _BOTH, lambda r: bool(r.finished_at), _model_stays),
+    Step("evaluate", _ALL, lambda r: bool(r.finished_at), _model_stays),
 )
 
 
@@ -4753,13 +4786,14 @@ class Ledger:
     def rates(self, model: str, evaluated: str) -> tuple[float, float] | None:
         """Dollars per 1,000,000 tokens in and out of asking ``model``, ``None`` where unknown.
 
-        A given price is that of the evaluated model, and with base rates of its base model.
+        A given price is that of the evaluated model, and with base rates of what it is compared
+        with.
         """
         given, base = self._settings.price, self._base_of(model)
         if given is not None and model == evaluated:
             return _rates_of(model, model, given)
         is_base = model == (self._base_of(evaluated) or self._settings.model)
-        return _rates_of(model, base, given if is_base else None)
+        return _baseline_rates(model, base, given, is_base=is_base)
 
     def ahead(self, left: Mapping[str, Sequence[Case]]) -> CostEstimate:
         """The price of asking each model its cases; the first model is the evaluated one."""
@@ -4767,11 +4801,7 @@ class Ledger:
         counts = {model: _count_cases(cases) for model, cases in left.items()}
         rates = {m: self.rates(m, evaluated) for m, (tokens, *_) in counts.items() if tokens}
         unpriced = tuple(model for model, known in rates.items() if known is None)
-        dollars = sum(
-            (counts[model][0] * known[0] + counts[model][1] * known[1]) / 1e6
-            for model, known in rates.items()
-            if known is not None
-        )
+        dollars = sum(_usd(counts[m][:2], known) for m, known in rates.items() if known is not None)
         same = all(count == counts[evaluated] for count in counts.values())
         counted = [counts[evaluated]] if same else list(counts.values())
         estimate = estimate_cost(
@@ -4796,9 +4826,11 @@ class Ledger:
         """Pass the doors to payment: show the price, hold it against the limit and ask.
 
         A door that the user has agreed to in this process isn't asked about again, but the limit
-        holds. ``paid`` is what besides the training has been paid. Raises :class:`BudgetError`
-        and :class:`Declined` before anything is sent.
+        holds; nor is one behind which nothing is left to ask. ``paid`` is what besides the training
+        has been paid. Raises :class:`BudgetError` and :class:`Declined` before anything is sent.
         """
+        if estimate.epochs is None and not estimate.evaluation_input_tokens:
+            return
         agreed = self._run.passed.issuperset(doors)
         spent = self.spent + paid
         if not agreed:
@@ -4808,7 +4840,7 @@ class Ledger:
                 logger.info("この実行でこれまでにかかった料金: $%.4f", spent)
             if self._settings.rehearse:
                 logger.info("リハーサルのため、実際の課金はありません。")
-            elif "training" in doors or self._run.estimate is None:
+            elif "training" in doors or not (self._run.estimate or self._run.job_id):
                 shown = {**asdict(estimate), "total_usd": estimate.total_usd}
                 self._run.save(estimate=shown)
         if not self._settings.rehearse:
@@ -4825,9 +4857,10 @@ class Ledger:
         if most is None:
             unpriced = "、".join(map(printable, estimate.unpriced))
             reason = f"{unpriced} の単価が不明で" if unpriced else "学習のトークン数が不明で"
+            remedy = f"{estimate.price_flags} で単価を指定するか、" if unpriced else ""
             raise BudgetError(
                 f"{reason}、上限 ${limit:,.4f} を守れるか判断できないため中止しました。"
-                "--price-training などで単価を指定するか、--max-cost-usd を外してください。"
+                f"{remedy}--max-cost-usd を外してください。"
             )
         if most + spent > limit:
             paid = f"とこれまでの ${spent:,.4f} " if spent else " "
@@ -4848,8 +4881,7 @@ class Ledger:
             rates = self.rates(model, evaluated)
             if rates is None:
                 return None
-            dollars += tokens["prompt_tokens"] * rates[0] / 1e6
-            dollars += tokens["completion_tokens"] * rates[1] / 1e6
+            dollars += _usd([tokens["prompt_tokens"], tokens["completion_tokens"]], rates)
         return dollars
 
     def is_over(self, answers_usd: float | None) -> bool:
@@ -4888,7 +4920,7 @@ class Ledger:
             return
         if price is None or job.trained_tokens is None:
             return
-        actual = job.trained_tokens * price.training / 1e6
+        actual = _usd([job.trained_tokens], [price.training])
         difference = f"、見積もりとの差 {actual / estimate - 1:+.1%}" if estimate else ""
         logger.info(
             "学習の実費: $%.4f（%s トークン%s）", actual, f"{job.trained_tokens:,}", difference
@@ -5181,12 +5213,20 @@ class FineTuning:
             logger.info("アップロード済みのファイルを使います: %s（%s）", path.name, file_id)
         else:
             logger.info("アップロードしています: %s（%.1f MB）", path, size / 1e6)
-            self._run.save(uploads={**self._run.uploads, part: upload})
+            self._keep(part, upload)
             file_id = self._endpoint.upload(path, upload, others)
             own.add(file_id)
-        upload = replace(upload, file_id=file_id, reused=file_id not in own)
-        self._run.save(uploads={**self._run.uploads, part: upload})
+        self._keep(part, replace(upload, file_id=file_id, reused=file_id not in own))
         return file_id
+
+    def _keep(self, part: UploadPart, upload: Upload) -> None:
+        """Record an upload, and by its id the one it replaces: a job may still be made on that."""
+        uploads = dict(self._run.uploads)
+        before = uploads.get(part)
+        if before is not None and before.file_id and before.sha256 != upload.sha256:
+            uploads[before.file_id] = before
+        uploads.pop(upload.file_id or "", None)
+        self._run.save(uploads={**uploads, part: upload})
 
     def create(self, training: Training, file_id: str, validation_file_id: str | None) -> str:
         """Pass the door to payment and create the job, once; return its id.
@@ -5568,15 +5608,19 @@ class Pool:
 
 
 class Asked(NamedTuple):
-    """Whom an evaluation asks what: the models, and the cases and size of each split."""
+    """Whom an evaluation asks what: the models, and the cases and size of each split.
+
+    ``means`` are the mean scores of the training data, which the score task compares with.
+    """
 
     models: Sequence[str]
     cases: Mapping[str, Sequence[Case]]
     sizes: Mapping[str, int]
+    means: Mapping[str, float] | None = None
 
     @classmethod
     def of(cls, model: str, splits: Splits, asking: Asking, settings: Settings) -> Asked:
-        """Whom ``asking`` asks what of test and validation data.
+        """Whom ``asking`` asks what of test and validation data; ``splits.train`` gives the means.
 
         Raises :class:`DataError` where the data are another task's.
         """
@@ -5591,7 +5635,25 @@ class Asked(NamedTuple):
             logger.warning("比べる相手が同じモデルのため、比較はしません: %s", printable(model))
             baseline = None
         sizes = {"test": len(splits.test), "valid": len(splits.valid)}
-        return cls((model, baseline) if baseline else (model,), cases, sizes)
+        is_score = settings.task == "score" and splits.train
+        means = mean_scores(splits.train) if is_score else None
+        return cls((model, baseline) if baseline else (model,), cases, sizes, means)
+
+    @classmethod
+    def read(cls, path: Path, sha256: str) -> Asked:
+        """What :meth:`to_json` gave. Raises :class:`DataError` where the file isn't that."""
+        if not path.exists() or _sha256_of(path) != sha256:
+            raise DataError(
+                f"{path}: 評価するケースのファイルがないか、変わっています。元に戻してください。"
+            )
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        cases = {name: [Case(**case) for case in part] for name, part in facts["cases"].items()}
+        return cls(**{**facts, "cases": cases})
+
+    def to_json(self) -> str:
+        """All of it, for :meth:`read`."""
+        cases = {name: [asdict(case) for case in part] for name, part in self.cases.items()}
+        return _to_json({**self._asdict(), "cases": cases})
 
     @property
     def baseline(self) -> str | None:
@@ -5729,9 +5791,7 @@ class Evaluation:
             return True
         return is_transient(error) and not self._endpoint.is_up()
 
-    def results(
-        self, asked: Asked, train_data: Sequence[Example] | None, asked_at: str
-    ) -> EvaluationResults:
+    def results(self, asked: Asked, asked_at: str) -> EvaluationResults:
         """What the answers are worth: figures, comparisons, usage and settings."""
         results = EvaluationResults(model_id=asked.evaluated, evaluation_timestamp=asked_at)
         answers = {
@@ -5767,7 +5827,7 @@ class Evaluation:
             }
         if self._settings.task == "score":
             tested = {name: answers[asked.evaluated, name] for name in asked.cases}
-            _add_mean_reference(results, tested, train_data, self._asking.seed)
+            _add_mean_reference(results, tested, asked.means, self._asking.seed)
             overall = results["test_evaluation"]["metrics"].get("overall")
             results["summary"]["mse"] = overall["mse"]["score"] if overall else None
         results["task"] = self._settings.task
@@ -5817,14 +5877,13 @@ def _tell_missing(parts: Iterable[Mapping[str, Any]]) -> None:
 def _add_mean_reference(
     results: EvaluationResults,
     answers: Mapping[str, Sequence[Answer]],
-    train_data: Sequence[Example] | None,
+    means: Mapping[str, float] | None,
     seed: int,
 ) -> None:
     """Add what predicting the training mean gives on the cases that were answered."""
-    if not train_data:
+    if means is None:
         logger.warning("学習データがないため、平均予測との比較は省きます（train_data=）。")
         return
-    means = mean_scores(train_data)
     text = _dump(means)
     reference = {
         name: [answer._replace(output=text) for answer in part] for name, part in answers.items()
@@ -6266,7 +6325,7 @@ class OpenAISFT:
             "price": lambda: self._price_run(run, splits),
             "upload": lambda: self._upload_data(run, splits),
             "create": lambda: self._create_planned(run),
-            "watch": lambda: self._tuning(run).watch_to_model(timeout),
+            "watch": lambda: self._watch_run(run, splits, timeout),
             "evaluate": lambda: self._evaluate_run(run, splits),
         }
         results: EvaluationResults | None = None
@@ -6320,11 +6379,13 @@ class OpenAISFT:
 
     def _splits_of(self, run: Run) -> Splits:
         """The examples of a run's plan: recorded, or read anew for a model made elsewhere."""
-        plan = run.plan
-        if plan is not None and plan.selection is not None and plan.split_of is None:
+        plan = run.known("plan")
+        if plan.asked is not None:
+            return Splits([], [], [])  # the cases have a file of their own
+        if plan.selection is not None and plan.split_of is None:
             preparation = Preparation(self.settings.working_as(run.settings))
             return preparation.convert_all(preparation.load(plan.selection))
-        source = self._runs.named(plan.split_of) if plan and plan.split_of else run
+        source = self._runs.named(plan.split_of) if plan.split_of else run
         logger.info("記録した分割を使います: %s", source.path)
         return Splits(*(_read_split(source, name) for name in SPLIT_NAMES))
 
@@ -6339,7 +6400,9 @@ class OpenAISFT:
         _require_filled(job_id=job_id)
         self._refuse_rehearsal("監視")
         for run in self._runs.of_job(job_id):
-            if run.unfinished and (results := self.resume(run.run_id, timeout=timeout)):
+            if run.kind != "pipeline" or not run.unfinished:
+                continue  # what else is unfinished doesn't watch its job
+            if results := self.resume(run.run_id, timeout=timeout):
                 return results
         patience = math.inf if timeout is None else timeout
         self._endpoint_of(self.settings).job(job_id, patience=patience)  # before it is recorded
@@ -6654,6 +6717,14 @@ class OpenAISFT:
         training = run.known("plan").training
         self._tuning(run).create(training, sent["training"] or "", sent.get("validation"))
 
+    def _watch_run(self, run: Run, splits: Splits, timeout: float | None) -> None:
+        """Watch the job of a run to its model, once the price of what follows is agreed to."""
+        if "evaluation" not in run.passed:
+            settings = self.settings.working_as(run.settings)
+            estimate = _estimate_evaluation(settings, splits, run.known("plan"))
+            self._ledger(run).require(estimate, "evaluation")
+        self._tuning(run).watch_to_model(timeout)
+
     def monitor_fine_tune_job(self, job_id: str, *, timeout: float | None = None) -> FineTuningJob:
         """Poll until the job ends; return it, whatever its end. Events are logged as they come.
 
@@ -6706,7 +6777,7 @@ class OpenAISFT:
         instance prepared) is a reference as well. The price is shown, held against
         ``max_cost_usd`` and confirmed before anything is asked (:class:`BudgetError`,
         :class:`Declined`). A case that fails carries its ``error``; errors that would meet
-        every case (key, model, quota) are raised.
+        every case (key, model, quota) are raised, and :meth:`resume` then asks only the rest.
         """
         asking = Asking(
             max_test_cases, seed, eval_turns, baseline, concurrency, temperature, max_tokens
@@ -6715,23 +6786,22 @@ class OpenAISFT:
         run = self._current()
         if run.plan is not None or "journal" in run.files:
             run = self._succeed(run)
-        splits = Splits(list(train_data or ()), list(test_data), list(valid_data))
-        return self._evaluate(run, model_id, splits, asking)
+        given = train_data or self._train_data or ()
+        splits = Splits(list(given), list(test_data), list(valid_data))
+        plan, settings = Plan(asking, model_id=model_id), self.settings.working_as(run.settings)
+        asked = _asked_by(plan, run, self._runs, splits, settings)
+        run.publish("asked", ".json", asked.to_json())
+        run.save(plan=replace(plan, asked=_sha256_of(run.file("asked"))))
+        with _released_on_failure(run):
+            results = self._evaluate(run, asked, asking)
+        run.save(finished_at=_time_text(self._clock()))
+        return results
 
-    def _evaluate(
-        self, run: Run, model_id: str, splits: Splits, asking: Asking
-    ) -> EvaluationResults:
-        settings = self.settings.working_as(run.settings)
-        asked, is_score = Asked.of(model_id, splits, asking, settings), settings.task == "score"
-        given = splits.train or self._train_data or ()
-        train_data = _scored_train_data(self._runs, model_id, given) if is_score else ()
+    def _evaluate(self, run: Run, asked: Asked, asking: Asking) -> EvaluationResults:
+        settings, model_id = self.settings.working_as(run.settings), asked.evaluated
         path = self._runs.folder / f"evaluation_{run.stamp}.jsonl"
-        asked_for = {
-            "model_id": model_id,
-            "baseline": asked.baseline,
-            "generation": asking.generation,
-        }
-        run.save(evaluation=asked_for, files={**run.files, "journal": str(path)})
+        known = {"model_id": model_id, "baseline": asked.baseline, "generation": asking.generation}
+        run.save(evaluation=known, files={**run.files, "journal": str(path)})
         ledger, endpoint = self._ledger(run), self._endpoint_of(settings)
         with Journal(path) as journal:
             evaluation = Evaluation(endpoint, ledger, settings, asking, journal)
@@ -6741,8 +6811,8 @@ class OpenAISFT:
             finally:  # also what an evaluation has cost that stopped half-way
                 dollars = ledger.cost_of(journal.usage_by_model(), model_id)
                 cost = None if dollars is None else ledger.paid(evaluation_usd=dollars)
-            results = evaluation.results(asked, train_data, started)
-        if not is_score:
+            results = evaluation.results(asked, started)
+        if settings.task != "score":
             tuned = run if run.fine_tuned_model == model_id else self._runs.of_model(model_id)
             if tuned is not None and tuned.fine_tuned_model == model_id:
                 results["summary"].update(_cross_entropies(tuned.final_metrics or {}))
@@ -6757,8 +6827,9 @@ class OpenAISFT:
     def _evaluate_run(self, run: Run, splits: Splits) -> EvaluationResults:
         """The last step of a run: its evaluation, saved."""
         plan = run.known("plan")
-        model_id = plan.model_id or run.known("fine_tuned_model")
-        results = self._evaluate(run, model_id, splits, plan.asking)
+        settings = self.settings.working_as(run.settings)
+        asked = _asked_by(plan, run, self._runs, splits, settings)
+        results = self._evaluate(run, asked, plan.asking)
         path = self._save_results(run, results)
         parts = [results[f"{name}_evaluation"] for name in ("test", "valid")]
         asked = sum(part["evaluated_cases"] + part["failed_cases"] for part in parts)
@@ -6888,6 +6959,12 @@ def _estimate_run(
     )
 
 
+def _estimate_evaluation(settings: Settings, splits: Splits, plan: Plan) -> CostEstimate:
+    """Price the evaluation of a model that is still being trained."""
+    both = _estimate_run(settings, splits, plan.training, 0, plan.asking)
+    return replace(both, epochs=None, training_usd=0.0)
+
+
 @contextlib.contextmanager
 def _released_on_failure(run: Run) -> Iterator[None]:
     """Let another instance take ``run`` over where this one can't go on."""
@@ -6960,9 +7037,19 @@ def _read_options(
     return filters, Asking(max_test_cases, seed, **others)
 
 
-def _scored_train_data(runs: Runs, model_id: str, given: Sequence[Example]) -> Sequence[Example]:
+def _asked_by(plan: Plan, run: Run, runs: Runs, splits: Splits, settings: Settings) -> Asked:
+    """Whom a plan asks what: as it was kept, or chosen from the splits."""
+    if plan.asked is not None:
+        return Asked.read(run.file("asked"), plan.asked)
+    model_id = plan.model_id or run.known("fine_tuned_model")
+    if settings.task == "score":
+        splits = splits._replace(train=_scored_train_data(runs, model_id, splits.train))
+    return Asked.of(model_id, splits, plan.asking, settings)
+
+
+def _scored_train_data(runs: Runs, model_id: str, given: Sequence[Example]) -> list[Example]:
     """What the score task takes the mean of: the given examples, or those recorded with a run."""
-    train_data, run = given, runs.of_model(model_id)
+    train_data, run = list(given), runs.of_model(model_id)
     if not train_data and run is not None and "manifest" in run.files:
         train_data = _read_split(run, "train")
     if train_data and not any(map(_scores_of, train_data)):

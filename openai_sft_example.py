@@ -371,8 +371,8 @@ def add_money(parser: argparse.ArgumentParser) -> None:
         ("--price-training", "学習"),
         ("--price-input", "学習済みモデルの入力"),
         ("--price-output", "学習済みモデルの出力"),
-        ("--price-base-input", "元のモデルの入力"),
-        ("--price-base-output", "元のモデルの出力"),
+        ("--price-base-input", "元のモデル（か比べるMODEL）の入力"),
+        ("--price-base-output", "元のモデル（か比べるMODEL）の出力"),
     ):
         group.add_argument(
             flag, type=REAL, metavar="X", help=f"{text}の単価（100万トークンあたりのドル）"

@@ -79,8 +79,8 @@ MONEY = (
     ),
     Mutant(
         "an untuned baseline is paid as a tuned model",
-        "return _rates_of(model, base, given if is_base else None)",
-        "return _rates_of(model, model, given if is_base else None)",
+        "return _baseline_rates(model, base, given, is_base=is_base)",
+        "return _baseline_rates(model, model, given, is_base=is_base)",
         "test_asking.py::test_tokens_and_dollars_are_of_all_that_was_asked_of_both",
     ),
     Mutant(
@@ -91,14 +91,14 @@ MONEY = (
     ),
     Mutant(
         "epochs are forgotten in the price",
-        "training_tokens * epochs * price.training",
-        "training_tokens * price.training",
+        "_usd([training_tokens * epochs], [price.training])",
+        "_usd([training_tokens], [price.training])",
         "test_cost.py::test_ten_epochs_of_kokorochat_on_4o_mini_cost_348_dollars_and_60_cents",
     ),
     Mutant(
         "answers are priced as questions",
-        "evaluation += evaluation_output_tokens * rates[1]",
-        "evaluation += evaluation_output_tokens * rates[0]",
+        "_usd([evaluation_input_tokens, evaluation_output_tokens], rates)",
+        "_usd([evaluation_input_tokens + evaluation_output_tokens], rates[:1])",
         "test_cost.py::test_each_known_model_is_priced_by_the_published_table",
     ),
     Mutant(
@@ -109,9 +109,118 @@ MONEY = (
     ),
     Mutant(
         "a given price is the estimated baseline's too",
-        "own if baseline == model else None",
-        "own",
+        "is_base=baseline == model",
+        "is_base=True",
         "test_cost.py::test_the_base_rates_of_a_given_price_are_not_those_of_another_base_model",
+    ),
+    Mutant(
+        "a given price is no other baseline's",
+        "return given.rates(tuned=False) if rates is None and given is not None else rates",
+        "return rates",
+        "test_cost.py::test_the_base_rates_of_a_given_price_are_those_of_a_baseline_that_the_table_does_not_know",
+    ),
+    Mutant(
+        "a baseline without a price is sent to the flags of training",
+        "if all(model == self.model != self.baseline for model in self.unpriced):",
+        "if self.unpriced:",
+        "test_cost.py::test_what_is_unpriced_is_named_with_the_flags_that_price_it",
+    ),
+    Mutant(
+        "rates are by the thousand tokens",
+        "zip(tokens, rates, strict=True)) / 1e6",
+        "zip(tokens, rates, strict=True)) / 1e3",
+        "test_cost.py::test_each_known_model_is_priced_by_the_published_table",
+    ),
+    Mutant(
+        "of two uploaded files the last is priced",
+        "uploads[before.file_id] = before",
+        "pass",
+        "test_edges_money.py::test_of_two_files_that_were_uploaded_the_one_is_priced_that_is_trained_on",
+    ),
+    Mutant(
+        "a file that changed since is priced as it is now",
+        "if path and path.is_file() and _sha256_of(path) == upload.sha256:",
+        "if path and path.is_file():",
+        "test_edges_money.py::test_a_file_that_was_uploaded_and_changed_since_has_no_price_and_does_not_pass_the_limit",
+    ),
+    Mutant(
+        "a file that is uploaded again is recorded twice",
+        'uploads.pop(upload.file_id or "", None)',
+        "pass",
+        "test_edges_money.py::test_a_file_that_is_uploaded_again_after_another_is_the_same_file",
+    ),
+    Mutant(
+        "an evaluation made step by step can not be resumed",
+        'run.save(plan=replace(plan, asked=_sha256_of(run.file("asked"))))',
+        "pass",
+        "test_asking.py::test_an_evaluation_made_step_by_step_that_an_outage_ended_is_resumed_for_the_rest_alone",
+    ),
+    Mutant(
+        "an evaluation made step by step that stopped keeps its record locked",
+        "with _released_on_failure(run):\n            results = self._evaluate(run, asked, asking)",
+        "with contextlib.nullcontext():\n            results = self._evaluate(run, asked, asking)",
+        "test_asking.py::test_an_evaluation_made_step_by_step_that_an_outage_ended_is_resumed_for_the_rest_alone",
+    ),
+    Mutant(
+        "an evaluation made step by step that ended is resumed and asks its failures again",
+        "run.save(finished_at=_time_text(self._clock()))",
+        "pass",
+        "test_asking.py::test_a_second_evaluation_of_one_instance_has_a_record_without_the_plan_of_the_first",
+        within="evaluate_model_comprehensive",
+    ),
+    Mutant(
+        "cases that changed are asked",
+        "if not path.exists() or _sha256_of(path) != sha256:",
+        "if not path.exists():",
+        "test_asking.py::test_cases_that_changed_since_an_evaluation_stopped_are_not_asked",
+    ),
+    Mutant(
+        "a resumed evaluation has no mean to compare with",
+        'return cls(**{**facts, "cases": cases})',
+        'return cls(**{**facts, "cases": cases, "means": None})',
+        "test_score_task.py::test_an_evaluation_that_is_resumed_compares_with_the_mean_that_it_began_with",
+    ),
+    Mutant(
+        "a job that failed ends an evaluation beside it",
+        'if self.plan.training is not None and self.job_status in ("failed", "cancelled"):',
+        'if self.job_status in ("failed", "cancelled"):',
+        "test_asking.py::test_a_job_beside_an_unfinished_evaluation_is_watched_and_the_evaluation_is_resumed",
+    ),
+    Mutant(
+        "whoever watches a job pays for the evaluation beside it",
+        'if run.kind != "pipeline" or not run.unfinished:',
+        "if not run.unfinished:",
+        "test_asking.py::test_a_job_beside_an_unfinished_evaluation_is_watched_and_the_evaluation_is_resumed",
+    ),
+    Mutant(
+        "nobody is asked about an evaluation before its watch",
+        'if "evaluation" not in run.passed:',
+        "if False:",
+        "test_edges_money.py::test_where_nobody_can_agree_to_the_evaluation_it_stops_before_the_watch_and_names_the_flag",
+    ),
+    Mutant(
+        "an evaluation is asked about before its watch and after it",
+        'self._ledger(run).require(estimate, "evaluation")',
+        'self._ledger(run).require(estimate, "training")',
+        "test_edges_money.py::test_a_watch_that_is_taken_up_asks_once_and_first_for_the_evaluation_at_the_price_agreed_to",
+    ),
+    Mutant(
+        "before the watch an evaluation has the price of the base model",
+        "both = _estimate_run(settings, splits, plan.training, 0, plan.asking)",
+        "both = _estimate_run(settings, splits, None, 0, plan.asking)",
+        "test_edges_money.py::test_a_watch_that_is_taken_up_asks_once_and_first_for_the_evaluation_at_the_price_agreed_to",
+    ),
+    Mutant(
+        "an evaluation's price is that of its training",
+        'elif "training" in doors or not (self._run.estimate or self._run.job_id):',
+        'elif "training" in doors or not self._run.estimate:',
+        "test_edges_money.py::test_the_price_of_an_evaluation_is_not_taken_for_that_of_a_training_of_untold_tokens",
+    ),
+    Mutant(
+        "who has nothing left to ask is asked to pay",
+        "if estimate.epochs is None and not estimate.evaluation_input_tokens:",
+        "if False:",
+        "test_asking.py::test_where_nothing_is_left_to_ask_nobody_is_asked_to_pay",
     ),
     Mutant(
         "the total counts itself",
@@ -206,8 +315,8 @@ MONEY = (
     ),
     Mutant(
         "training is billed at the rate of asking",
-        "actual = job.trained_tokens * price.training",
-        "actual = job.trained_tokens * price.tuned_input",
+        "actual = _usd([job.trained_tokens], [price.training])",
+        "actual = _usd([job.trained_tokens], [price.tuned_input])",
         "test_recovery.py::test_a_job_made_elsewhere_is_watched_to_its_end_and_priced_as_what_it_is",
     ),
     Mutant(
@@ -611,7 +720,7 @@ RECOVERY = (
         "answers to other settings are taken over",
         'if run.plan is not None or "journal" in run.files:',
         "if run.plan is not None:",
-        "test_asking.py::test_other_settings_are_asked_anew_and_nothing_is_taken_from_the_run_before",
+        "test_asking.py::test_an_evaluation_that_an_earlier_version_recorded_without_a_plan_gives_no_answers_away",
     ),
     Mutant(
         "a rehearsed model is the newest",
@@ -1181,14 +1290,14 @@ HOUSE = (
     ),
     Mutant(
         "the service takes ten epochs at most",
-        "self.training_tokens * MAX_EPOCHS * self.price.training",
-        "self.training_tokens * 10 * self.price.training",
+        "trained = self.training_tokens * MAX_EPOCHS",
+        "trained = self.training_tokens * 10",
         "test_edges_money.py::test_the_most_that_epochs_left_to_the_service_may_cost_includes_the_evaluation",
     ),
     Mutant(
         "the most a run may cost is its training",
-        "return dollars + self.evaluation_usd",
-        "return dollars",
+        "return _usd([trained], [self.price.training]) + self.evaluation_usd",
+        "return _usd([trained], [self.price.training])",
         "test_edges_money.py::test_the_most_that_epochs_left_to_the_service_may_cost_includes_the_evaluation",
     ),
     Mutant(
@@ -1199,8 +1308,8 @@ HOUSE = (
     ),
     Mutant(
         "what is ahead is priced as input alone",
-        "(counts[model][0] * known[0] + counts[model][1] * known[1]) / 1e6",
-        "(counts[model][0] + counts[model][1]) * known[0] / 1e6",
+        "_usd(counts[m][:2], known)",
+        "_usd([sum(counts[m][:2])], known[:1])",
         "test_asking.py::test_the_limit_is_held_against_questions_and_answers_at_their_own_rates",
     ),
     Mutant(
@@ -1217,8 +1326,8 @@ HOUSE = (
     ),
     Mutant(
         "answers are paid as questions",
-        'dollars += tokens["completion_tokens"] * rates[1] / 1e6',
-        'dollars += tokens["completion_tokens"] * rates[0] / 1e6',
+        '_usd([tokens["prompt_tokens"], tokens["completion_tokens"]], rates)',
+        '_usd([tokens["prompt_tokens"] + tokens["completion_tokens"]], rates[:1])',
         "test_asking.py::test_tokens_and_dollars_are_of_all_that_was_asked_of_both",
     ),
     Mutant(
