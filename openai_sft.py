@@ -944,19 +944,24 @@ class Settings(RunSettings):
     given: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        key = self.api_key or "k"
-        if not (key.isascii() and key.isprintable()) or " " in key:
-            raise ConfigurationError(
-                "OpenAI API keyに使えない文字（空白、全角文字、改行など）が含まれています。"
-                "OPENAI_API_KEY を確認してください。"
-            )
+        _require_filled(revision=self.revision, system_prompt=self.system_prompt)
+        for label, variable, value in (
+            ("OpenAI API key", "OPENAI_API_KEY", self.api_key),
+            ("組織のID", "OPENAI_ORG_ID", self.organization),
+            ("プロジェクトのID", "OPENAI_PROJECT_ID", self.project),
+        ):
+            if value and (not (value.isascii() and value.isprintable()) or " " in value):
+                raise ConfigurationError(
+                    f"{label}に使えない文字（空白、全角文字、改行など）が含まれています。"
+                    f"{variable} を確認してください。"
+                )
         for name in ("model", "dataset", "system_prompt"):
             if not _is_text(getattr(self, name)):
                 raise ConfigurationError(f"{name} にUTF-8で表せない文字が含まれています。")
         if self.base_url is not None and not _is_http_url(self.base_url):
             raise ConfigurationError(
                 "base_url は http:// か https:// で始まるURLです"
-                f"（指定: {printable(self.base_url)}）。"
+                f"（指定: {printable(_without_any_credentials(self.base_url))}）。"
             )
         _require_range("poll_interval", self.poll_interval, self.poll_interval >= 0, "0以上")
         _require_range("yen_per_dollar", self.yen_per_dollar, self.yen_per_dollar > 0, "正の数")
@@ -1030,6 +1035,11 @@ def _without_credentials(url: str) -> str:
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
+def _without_any_credentials(text: str) -> str:
+    """What may be shown of a text that is no URL: nothing that stands before an ``@``."""
+    return re.sub(r"^(\w+://)?.*@", r"\1", text, flags=re.DOTALL)
+
+
 def _is_http_url(url: str) -> bool:
     try:
         parts = urllib.parse.urlsplit(url)
@@ -1062,6 +1072,7 @@ class Training:
         ok = rate in (None, "auto") or (isinstance(rate, int | float) and 0 < rate < math.inf)
         _require_range("learning_rate_multiplier", rate, ok, "正の数または auto ")
         suffix, seed = self.suffix, self.seed
+        _require_filled(suffix=suffix)
         ok = suffix is None or 1 <= len(suffix) <= MAX_SUFFIX_LENGTH
         _require_range("suffix", suffix, ok, f"1〜{MAX_SUFFIX_LENGTH}文字")
         ok = seed is None or _is_whole(seed, 0, MAX_SEED)
@@ -1104,6 +1115,7 @@ class Asking:
 
     def __post_init__(self) -> None:
         cases, turns = self.max_test_cases, self.eval_turns
+        _require_filled(baseline=self.baseline)
         _require_range("max_test_cases", cases, (cases or 0) >= 0, "0以上（0は全部）")
         ok = turns in ("last", "all") or (type(turns) is int and turns >= 1)
         _require_range("eval_turns", turns, ok, "last、all、1以上の整数のどれか")
@@ -1239,6 +1251,7 @@ def read_dialogues(
     Raises :class:`DataError` where these are more than 1 %, or where there is no dialogue, and
     :class:`UnknownRole` always.
     """
+    _require_filled(source=source)
     dialogues: list[Dialogue] = []
     unreadable: list[DataError] = []
     with _gc_paused():
@@ -2415,6 +2428,7 @@ def fix_file(path: str | os.PathLike[str]) -> tuple[str, str, int, int]:
     as ``{"line", "codes", "raw"}``. Returns both paths, and how many examples and rejects they
     hold. Raises :class:`DataError` rather than overwrite either.
     """
+    _require_filled(path=path)
     path = Path(path)
     examples: dict[str, None] = {}  # an ordered set: a repeated line is dropped
     rejects = []
@@ -3392,6 +3406,11 @@ def _connection_fault(error: BaseException) -> str | None:
     place = printable(urllib.parse.urlsplit(str(url)).netloc.rpartition("@")[2])
     cause: BaseException | None = error
     while cause is not None:
+        if type(cause).__name__ == "LocalProtocolError":  # of whichever HTTP library the SDK has
+            return (
+                "リクエストのヘッダーに使えない文字があります。APIキー、OPENAI_ORG_ID、"
+                "OPENAI_PROJECT_ID に空白や改行がないか確認してください。"
+            )
         if isinstance(cause, ssl.SSLCertVerificationError):
             return (
                 f"{place} の証明書を確認できません。社内の認証局なら SSL_CERT_FILE にその証明書を、"
@@ -4079,7 +4098,7 @@ class Endpoint:
             http_client = openai.DefaultHttpxClient(
                 # A proxy of the environment must not see a rehearsal.
                 trust_env=not settings.rehearse,
-                event_hooks={"response": [_refuse_foreign_redirect]},
+                event_hooks={"response": [_refuse_foreign_redirect, self._bound_reading]},
             )
             weakref.finalize(self, http_client.close)
             return openai.OpenAI(
@@ -4097,6 +4116,13 @@ class Endpoint:
                 "pip install 'httpx[socks]' を実行するか、ALL_PROXY を外してください"
                 f"（{printable(error)[:200]}）。"
             ) from error
+
+    def _bound_reading(self, response: Any) -> None:
+        """Let the whole of an answer come within the time-out of its request."""
+        until = self._timer() + response.request.extensions["timeout"]["read"]
+        # By inheritance, for the SDK's HTTP library isn't the same in all its versions.
+        kind = type("InTime", (_InTime, type(response.stream)), {})
+        response.stream = kind(response.stream, self._timer, until)
 
     def given(self, seconds: float) -> OpenAI:
         """The client for requests that may take so long; a given client keeps its own limits."""
@@ -4614,6 +4640,23 @@ def _refuse_foreign_redirect(response: Any) -> None:
         )
 
 
+class _InTime:
+    """The pieces of an answer, until a moment of the timer: a client's own time-outs only bound
+    the silence between two of them."""
+
+    def __init__(self, stream: Any, timer: Callable[[], float], until: float) -> None:
+        self._pieces, self._timer, self._until = stream, timer, until
+
+    def __iter__(self) -> Iterator[bytes]:
+        for piece in self._pieces:
+            if self._timer() > self._until:
+                raise BrokenAnswer("エンドポイントの応答が時間内に終わりません。")
+            yield piece
+
+    def close(self) -> None:
+        self._pieces.close()
+
+
 def _hide(key: str, error: Any) -> None:
     """Take the key out of an error's text: an endpoint may echo what it was sent."""
 
@@ -4714,8 +4757,11 @@ class Ledger:
         if not self._settings.rehearse:
             self._require_limit(estimate, spent)
             if not agreed and self._confirm is not None and not self._confirm(estimate):
-                self._run.save(declined=None if self._run.has_sent else True)
-                raise Declined("中止しました。この先は何も送信していません。")
+                # A request whose answer was lost may have made a job, which is looked for again.
+                lost = self._run.job_intent is not None and self._run.job_id is None
+                self._run.save(declined=None if lost else True)
+                kept = self._run.meanwhile
+                raise Declined(f"中止しました。この先は何も送信していません。{kept}")
         self._run.passed.update(doors)
 
     def _require_limit(self, estimate: CostEstimate, spent: float) -> None:
@@ -4780,11 +4826,8 @@ class Ledger:
         estimate = (self._run.estimate or {}).get("training_usd")
         if self._settings.rehearse:
             return
-        if job.trained_tokens is None and job.status == "succeeded" and estimate is not None:
-            logger.warning(
-                "学習したトークン数の返答がないため、見積もりの $%.4f とします。", estimate
-            )
-            self.paid(training_usd=estimate)
+        if job.trained_tokens is None and job.status == "succeeded":
+            self._pay_as_estimated(job)
             return
         if price is None or job.trained_tokens is None:
             return
@@ -4794,6 +4837,21 @@ class Ledger:
             "学習の実費: $%.4f（%s トークン%s）", actual, f"{job.trained_tokens:,}", difference
         )
         self.paid(training_usd=actual)
+
+    def _pay_as_estimated(self, job: FineTuningJob) -> None:
+        """Keep what a job was to cost that doesn't tell its tokens; with ``auto``, in the epochs
+        that it tells or the most there may be."""
+        estimate = self._run.estimate or {}
+        dollars, tokens = estimate.get("training_usd"), estimate.get("training_tokens")
+        price = estimate.get("price")
+        if estimate.get("epochs") == "auto" and price and tokens is not None:
+            epochs = getattr(job.hyperparameters, "n_epochs", None)
+            epochs = epochs if type(epochs) is int else MAX_EPOCHS
+            dollars = tokens * epochs * price["training"] / 1e6
+        if dollars is not None:
+            told = "学習したトークン数の返答がないため、見積もりの $%.4f とします。"
+            logger.warning(told, dollars)
+            self.paid(training_usd=dollars)
 
 
 # ── Preparation ──────────────────────────────────────────────────────────────────────────────
@@ -5170,12 +5228,21 @@ class FineTuning:
         return found[0] if found else None
 
     def cancel_surplus(self) -> None:
-        """Cancel and name what a repeated request has made besides the run's job."""
+        """Cancel and name what a repeated request has made besides the run's job; where the
+        endpoint keeps no metadata, so that it may be another's, it is only named."""
         intent = self._run.job_intent
         if intent is None or self._run.job_id is None or intent.sent < 2:
             return
+        known = {run.job_id for run in self._runs}
         for job in self._endpoint.find_jobs(intent):
-            if job.id == self._run.job_id or not job.metadata or job.status in TERMINAL_STATUSES:
+            if job.id in known or job.status in TERMINAL_STATUSES:
+                continue
+            if not job.metadata:
+                logger.warning(
+                    "ジョブ %s は、応答が失われたリクエストのものかもしれません（エンドポイントが"
+                    "metadataを返さないため不明です）。そうなら --cancel で取り消してください。",
+                    printable(job.id),
+                )
                 continue
             job = self._endpoint.cancel(job.id)
             logger.warning(
@@ -5603,9 +5670,10 @@ class Evaluation:
         started = time.perf_counter()
         try:
             answer = self._endpoint.ask(model_id, lambda: pool.attempt(create))
-            response["usage"] = _usage(answer)
+            told = _usage(answer)
+            response["usage"] = told or _estimated_usage(case, "")  # billed without words too
             response["finish_reason"], response["output"] = _read_answer(answer)
-            response["usage"] = response["usage"] or _estimated_usage(case, response["output"])
+            response["usage"] = told or _estimated_usage(case, response["output"])
             if fault := self._task.find_fault(response["output"]):
                 response["invalid"] = fault
         except (openai.APIError, BrokenAnswer) as error:
@@ -6038,7 +6106,7 @@ class OpenAISFT:
             offline=offline,
             rehearse=rehearse,
             verbose=verbose,
-            task=task or "response",
+            task="response" if task is None else task,
             revision=revision,
             system_prompt=system_prompt,
             long_examples=long_examples,
@@ -6577,6 +6645,7 @@ class OpenAISFT:
         if self._run is not None and self._run.job_id == job_id:
             return self._take_up(self._run)
         for run in self._runs.of_job(job_id):
+            self._require_trust(run)
             with contextlib.suppress(ConfigurationError):  # another instance drives it
                 return self._take_up(run)
         current = self._current()
