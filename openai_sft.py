@@ -4343,7 +4343,8 @@ class Endpoint:
         for file in page.data:
             same = (file.filename, file.bytes) == (upload.name, upload.bytes)
             # A stamp a run makes names unique.
-            late = file.created_at >= upload.intent_time - CLOCK_SKEW_SECONDS
+            told = file.created_at  # which a gateway may leave out
+            late = told is None or told >= upload.intent_time - CLOCK_SKEW_SECONDS
             if same and late and file.purpose == "fine-tune" and file.id not in others:
                 return file
         return None
@@ -4439,7 +4440,8 @@ class Endpoint:
         # Compared here too, for an endpoint may ignore the filter. The newest come first.
         ours = [
             job
-            for job in self._jobs_since(intent.since, metadata={INTENT_KEY: intent.token})
+            # Whenever it was made: the clock here may be wrong by days.
+            for job in self._jobs_since(0.0, metadata={INTENT_KEY: intent.token})
             if (job.metadata or {}).get(INTENT_KEY) == intent.token
         ]
         if ours:
@@ -4455,7 +4457,7 @@ class Endpoint:
     def _jobs_since(self, since: float, **options: Any) -> Iterator[FineTuningJob]:
         # All of the first pages, for an endpoint may list in an order of its own.
         jobs = self.jobs(pages=SEARCHED_PAGES, **options)
-        return (job for job in jobs if job.created_at >= since)
+        return (job for job in jobs if job.created_at is None or job.created_at >= since)
 
     def jobs(
         self, *, patience: float = RETRY_SECONDS, pages: int = MAX_PAGES, **options: Any
@@ -4616,14 +4618,52 @@ def _within(seconds: float, request: Callable[[], T]) -> T:
 
 
 def _require_shape(answer: object, needs: str | None) -> None:
-    """Raise :class:`BrokenAnswer` for what isn't the API's: a page, or no ``needs`` in it."""
+    """Raise :class:`BrokenAnswer` for what isn't the API's: a page, or no ``needs`` in it.
+
+    What is of another type than the API's counts as not told.
+    """
     if answer is None or isinstance(answer, str | list):  # what the SDK makes of another's JSON
         raise BrokenAnswer("エンドポイントの応答がAPIのJSONではありません。")
+    _drop_untold(answer)
     value: Any = getattr(answer, needs, None) if needs else answer
     if value is None:
         raise BrokenAnswer(f"エンドポイントの応答に {needs} がありません。")
-    if needs == "data" and not all(getattr(item, "id", None) for item in value):
-        raise BrokenAnswer("エンドポイントの一覧に、APIのものでない項目があります。")
+    if needs != "data":
+        return
+    for item in value if isinstance(value, list) else [None]:
+        _drop_untold(item)
+        if not getattr(item, "id", None):
+            raise BrokenAnswer("エンドポイントの一覧に、APIのものでない項目があります。")
+
+
+def _is_told_text(value: object) -> bool:
+    return isinstance(value, str) and _is_text(value)
+
+
+def _is_told_number(value: object) -> bool:
+    return type(value) in (int, float) and 0 <= cast("float", value) < math.inf
+
+
+def _is_told_texts(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_told_text, value))
+
+
+# What is read of the API's answers: the SDK takes any type for it.
+_TOLD: dict[str, Callable[[object], bool]] = {
+    **dict.fromkeys(("id", "status", "model", "training_file"), _is_told_text),
+    **dict.fromkeys(("fine_tuned_model", "fine_tuned_model_checkpoint"), _is_told_text),
+    **dict.fromkeys(("filename", "purpose"), _is_told_text),
+    **dict.fromkeys(("created_at", "bytes", "trained_tokens", "step_number"), _is_told_number),
+    "result_files": _is_told_texts,
+    "metadata": lambda value: isinstance(value, Mapping),
+}
+
+
+def _drop_untold(item: Any) -> None:
+    for name, is_told in _TOLD.items():
+        value = getattr(item, name, None)
+        if value is not None and not is_told(value):
+            setattr(item, name, None)
 
 
 def _refuse_foreign_redirect(response: Any) -> None:
@@ -5301,18 +5341,17 @@ class FineTuning:
         job = self.watch(timeout)
         if job.status != "succeeded":
             code, message = _job_error(job)
-            raise JobFailed(job.id, job.status, code, message)
+            raise JobFailed(self._run.known("job_id"), job.status, code, message)
         if not job.fine_tuned_model:
             self._run.save(finished_at=_time_text(self._clock()))
             raise BrokenAnswer(
                 f"学習は成功しましたが、エンドポイントはモデル名を返しませんでした（ジョブ "
-                f"{printable(job.id)}）。重みはチェックポイントのファイルにあるかもしれません。"
+                f"{printable(self._run.job_id)}）。重みはチェックポイントのファイルにあるかもしれません。"
             )
 
     def _record_outcome(self, job: FineTuningJob, rows: Sequence[Mapping[str, float]]) -> None:
         code, message = _job_error(job)
         self._run.save(
-            job_id=job.id,
             job_status=job.status,
             job_error={"code": code, "message": message} if code or message else None,
             fine_tuned_model=job.fine_tuned_model,
@@ -5332,7 +5371,7 @@ class FineTuning:
         if job.fine_tuned_model:
             self._endpoint.expect(job.fine_tuned_model)
         self._save_metrics(self._endpoint.result_rows(job) or rows)
-        checkpoints = self._endpoint.checkpoints(job.id)
+        checkpoints = self._endpoint.checkpoints(self._run.known("job_id"))
         for checkpoint in checkpoints:
             name = printable(checkpoint.fine_tuned_model_checkpoint)
             logger.info("チェックポイント: %s（step %s）", name, checkpoint.step_number)
@@ -5835,7 +5874,7 @@ def _usage(completion: Any) -> Mapping[str, Any] | None:
     """What the service says that an answer took, ``None`` where it doesn't."""
     dump = getattr(getattr(completion, "usage", None), "model_dump", None)
     usage = {} if dump is None else dump(exclude_none=True, warnings=False)
-    told = all(isinstance(usage.get(f"{kind}_tokens"), int) for kind in ("prompt", "completion"))
+    told = all(_is_told_number(usage.get(f"{kind}_tokens")) for kind in ("prompt", "completion"))
     return usage if told else None
 
 
@@ -5854,15 +5893,15 @@ def _read_answer(completion: Any) -> tuple[str, str]:
     try:
         choice = completion.choices[0]
         text, refusal = choice.message.content, getattr(choice.message, "refusal", None)
-    except (AttributeError, IndexError, TypeError) as error:
+    except (AttributeError, LookupError, TypeError) as error:
         raise BrokenAnswer("応答がチャットの形ではありません。") from error
-    reason = str(choice.finish_reason)
+    reason = printable(choice.finish_reason)
     if refusal:
         raise BrokenAnswer(f"モデルが応答を拒否しました: {printable(refusal)}")
     if reason == "content_filter":
         raise BrokenAnswer("内容フィルターで止められました（finish_reason: content_filter）")
     if not str(text or "").strip():
-        raise BrokenAnswer(f"応答が空です（finish_reason: {printable(reason)}）")
+        raise BrokenAnswer(f"応答が空です（finish_reason: {reason}）")
     # Half of a surrogate pair (an emoji cut in two) can't be written.
     return reason, str(text).encode(errors="replace").decode()
 

@@ -517,7 +517,7 @@ RECOVERY = (
     ),
     Mutant(
         "a file of long ago is taken for ours",
-        "late = file.created_at >= upload.intent_time - CLOCK_SKEW_SECONDS",
+        "late = told is None or told >= upload.intent_time - CLOCK_SKEW_SECONDS",
         "late = True",
         "test_recovery.py::test_a_file_of_the_same_name_that_nobody_here_knows_is_never_adopted",
     ),
@@ -1373,6 +1373,18 @@ HOUSE = (
         "test_edges_job.py::test_a_job_of_another_file_or_model_is_not_taken_for_the_one_that_never_arrived",
     ),
     Mutant(
+        "a job with the token is looked for by this clock alone",
+        "self._jobs_since(0.0, metadata",
+        "self._jobs_since(intent.since, metadata",
+        "test_edges_job.py::test_a_clock_that_is_wrong_by_days_hides_no_job",
+    ),
+    Mutant(
+        "tokens below nothing make a training cheaper",
+        '0 <= cast("float", value) < math.inf',
+        'cast("float", value) < math.inf',
+        "test_edges_job.py::test_what_is_of_another_type_than_the_apis_counts_as_not_told",
+    ),
+    Mutant(
         "any of two jobs is ours",
         "if len(found) > 1 and not found[0].metadata:",
         "if False:",
@@ -1380,7 +1392,7 @@ HOUSE = (
     ),
     Mutant(
         "a job of long ago is ours",
-        "job for job in jobs if job.created_at >= since",
+        "job for job in jobs if job.created_at is None or job.created_at >= since",
         "job for job in jobs if True",
         "test_edges_job.py::test_a_job_of_the_same_file_and_model_from_long_before_is_not_taken_for_it_either",
     ),

@@ -53,6 +53,7 @@ from openai_sft import (
     TokenCounter,
     WaitTimeout,
     check_file,
+    explain_api_error,
     fix_file,
     load_vocabulary,
     read_dialogues,
@@ -136,6 +137,18 @@ def test_a_job_that_turns_up_late_is_found_and_not_made_again(
     assert made(endpoint, JOBS) == 1
     assert [job_id] == late.jobs
     assert any("確認" in line or "探し" in line for line in log())
+
+
+def test_a_clock_that_is_wrong_by_days_hides_no_job(
+    at: MakeSFT, endpoint: Rehearsal, clock: Clock, file: Path
+) -> None:
+    clock.now += 3 * 24 * 3600
+    late = Late(clock, 7)
+    with Gateway(endpoint, late) as gateway:
+        job_id = start(at(gateway.url), file)
+
+    assert [job_id] == late.jobs
+    assert made(endpoint, JOBS) == 1
 
 
 def test_a_creation_is_given_minutes(at: MakeSFT, endpoint: Rehearsal, file: Path) -> None:
@@ -750,6 +763,85 @@ def test_an_answer_that_is_not_the_apis_is_gone_past_or_a_clear_error_and_the_wa
     if failure is not None:
         assert str(failure).strip()
         assert "--resume run_" in back or made(endpoint, JOBS) == 0 or path == CHAT
+
+
+#: What is read of each answer, by what is asked.
+READ = {
+    ("POST", "/files"): ["id"],
+    ("POST", JOBS): ["id"],
+    ("GET", "/files"): ["data", "id", "filename", "bytes", "created_at", "purpose"],
+    ("GET", JOBS): ["data", "id", "metadata", "created_at", "status", "model", "has_more"],
+    ("GET", JOB): [
+        *("id", "status", "error", "result_files", "trained_tokens", "fine_tuned_model"),
+        *("hyperparameters", "created_at", "model"),
+    ],
+    ("GET", EVENTS): ["data", "id", "message", "created_at", "level", "type", "has_more"],
+    ("GET", CHECKPOINTS): ["data", "id", "fine_tuned_model_checkpoint", "step_number"],
+    ("GET", r"/models/.*"): ["id", "shutdown_date"],
+    ("POST", CHAT): ["choices", "message", "content", "finish_reason", "usage", "prompt_tokens"],
+}
+OTHER_TYPES = [None, {}, [None], "\ud83d"]
+
+
+def with_another(value: Any, name: str, other: object) -> Any:
+    """JSON in which every field of a name has another value."""
+    if isinstance(value, list):
+        return [with_another(item, name, other) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {k: other if k == name else with_another(v, name, other) for k, v in value.items()}
+
+
+@pytest.mark.parametrize("other", OTHER_TYPES, ids=ascii)
+@pytest.mark.parametrize(
+    ("asked_for", "names"), READ.items(), ids=[" ".join(asked_for) for asked_for in READ]
+)
+def test_a_field_of_another_type_is_gone_past_or_a_clear_error_and_makes_no_second_job(
+    at: MakeSFT, endpoint: Rehearsal, asked_for: tuple[str, str], names: list[str], other: object
+) -> None:
+    method, path = asked_for
+    for name in names:
+        looked_for = ("POST", path) if method == "GET" and path in ("/files", JOBS) else None
+        lost = [looked_for] if looked_for else []
+
+        def serve(request: Request, forward: Forward, name: str = name, lost: Any = lost) -> Reply:
+            reply = forward(request)
+            if request.line in lost:
+                lost.remove(request.line)
+                return page(504)
+            if request.method == method and re.fullmatch(path, request.path):
+                return saying(with_another(reply.json, name, other))
+            return reply
+
+        endpoint.exchanges.clear()
+        with Gateway(endpoint, serve) as gateway, at(gateway.url, output_dir=name) as sft:
+            try:
+                sft.run_full_pipeline(**SHORT, timeout=60)
+            except FAILURES as error:
+                told = str(error) if isinstance(error, OpenAISFTError) else explain_api_error(error)
+                assert told.encode()
+            assert sft.describe_remote_state()
+            assert sft.list_runs()
+
+        assert made(endpoint, JOBS) <= 1
+
+
+@pytest.mark.parametrize("told", [-1, "x", [5], float("inf")], ids=str)
+def test_what_is_of_another_type_than_the_apis_counts_as_not_told(
+    at: MakeSFT, endpoint: Rehearsal, told: object
+) -> None:
+    def serve(request: Request, forward: Forward) -> Reply:
+        reply = forward(request)
+        if request.method == "GET" and re.fullmatch(JOB, request.path):
+            return saying({**reply.json, "trained_tokens": told})
+        return reply
+
+    estimates: list[CostEstimate] = []
+    with Gateway(endpoint, serve) as gateway:
+        sft = at(gateway.url, confirm=lambda estimate: not estimates.append(estimate))
+        cost = sft.run_full_pipeline(**SHORT)["cost"]
+
+    assert cost["training_usd"] == pytest.approx(estimates[0].training_usd)
 
 
 @pytest.mark.parametrize(
