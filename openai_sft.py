@@ -3301,7 +3301,12 @@ def retry_delay(attempt: int, retry_after: float | None, jitter: float) -> float
 
 
 def explain_api_error(error: Exception) -> str:
-    """One line of Japanese for an error of the SDK: what happened and what to do next."""
+    """One line of Japanese for an error of the SDK: what happened and what to do next.
+
+    An error of this library says that itself.
+    """
+    if isinstance(error, OpenAISFTError):
+        return str(error)
     status = getattr(error, "status_code", None)
     code = getattr(error, "code", None)
     remedies: dict[object, str] = {
@@ -5718,8 +5723,8 @@ class Evaluation:
         except (openai.APIError, BrokenAnswer) as error:
             if "usage" not in response and self._meets_every_case(error):
                 raise
-            reason = error if isinstance(error, BrokenAnswer) else explain_api_error(error)
-            response["error"] = str(reason)
+            reason = explain_api_error(error)
+            response["error"] = reason
             logger.warning("評価 %s に失敗しました: %s", case.id, reason)
         response["reference"] = case.reference
         response["latency_seconds"] = round(time.perf_counter() - started, 3)
@@ -6953,11 +6958,14 @@ def _read_dotenv() -> Mapping[str, str | None]:
 
     path = find_dotenv(usecwd=True)
     try:
-        return dotenv_values(path)
-    except UnicodeDecodeError as error:
+        values = dotenv_values(path)
+        if any("\0" in name for name in values):  # UTF-16 without a mark
+            raise UnicodeError
+    except UnicodeError as error:
         raise ConfigurationError(
             f"{path} がUTF-8ではありません。UTF-8で保存し直してください。"
         ) from error
+    return values
 
 
 def _read_options(

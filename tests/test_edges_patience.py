@@ -805,6 +805,7 @@ def test_the_check_looks_at_the_hub_too(
 
 DOTENVS = {
     "UTF-16": "OPENAI_API_KEY=k\n".encode("utf-16"),
+    "UTF-16 without a mark": "OPENAI_API_KEY=k\n".encode("utf-16-le"),
     "CP932": "# 相談用の鍵\nOPENAI_API_KEY=k\n".encode("cp932"),
 }
 
@@ -824,6 +825,19 @@ def test_a_dotenv_that_is_not_utf_8_is_one_line_that_names_it(
     assert said.count("\n") == 1
     assert ".env" in said
     assert "UTF-8" in said
+
+
+def test_a_proxy_whose_package_is_missing_is_what_the_check_blames(
+    timed: MakeSFT, endpoint: Rehearsal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1")
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    items = timed(base_url=endpoint.url).check()
+    (item,) = (item for item in items if item.name == "エンドポイント")
+
+    assert item.level == "fail"
+    assert "ALL_PROXY" in item.remedy
+    assert "--base-url" not in item.remedy
 
 
 def test_a_proxy_whose_package_is_missing_is_one_line(
