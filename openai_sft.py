@@ -964,19 +964,24 @@ class Settings(RunSettings):
     given: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        key = self.api_key or "k"
-        if not (key.isascii() and key.isprintable()) or " " in key:
-            raise ConfigurationError(
-                "OpenAI API keyに使えない文字（空白、全角文字、改行など）が含まれています。"
-                "OPENAI_API_KEY を確認してください。"
-            )
+        _require_filled(revision=self.revision, system_prompt=self.system_prompt)
+        for label, variable, value in (
+            ("OpenAI API key", "OPENAI_API_KEY", self.api_key),
+            ("組織のID", "OPENAI_ORG_ID", self.organization),
+            ("プロジェクトのID", "OPENAI_PROJECT_ID", self.project),
+        ):
+            if value and (not (value.isascii() and value.isprintable()) or " " in value):
+                raise ConfigurationError(
+                    f"{label}に使えない文字（空白、全角文字、改行など）が含まれています。"
+                    f"{variable} を確認してください。"
+                )
         for name in ("model", "dataset", "system_prompt"):
             if not _is_text(getattr(self, name)):
                 raise ConfigurationError(f"{name} にUTF-8で表せない文字が含まれています。")
         if self.base_url is not None and not _is_http_url(self.base_url):
             raise ConfigurationError(
                 "base_url は http:// か https:// で始まるURLです"
-                f"（指定: {printable(self.base_url)}）。"
+                f"（指定: {printable(_without_any_credentials(self.base_url))}）。"
             )
         _require_range("poll_interval", self.poll_interval, self.poll_interval >= 0, "0以上")
         _require_range("yen_per_dollar", self.yen_per_dollar, self.yen_per_dollar > 0, "正の数")
@@ -1050,6 +1055,11 @@ def _without_credentials(url: str) -> str:
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
+def _without_any_credentials(text: str) -> str:
+    """What may be shown of a text that is no URL: nothing that stands before an ``@``."""
+    return re.sub(r"^(\w+://)?.*@", r"\1", text, flags=re.DOTALL)
+
+
 def _is_http_url(url: str) -> bool:
     try:
         parts = urllib.parse.urlsplit(url)
@@ -1082,6 +1092,7 @@ class Training:
         ok = rate in (None, "auto") or (isinstance(rate, int | float) and 0 < rate < math.inf)
         _require_range("learning_rate_multiplier", rate, ok, "正の数または auto ")
         suffix, seed = self.suffix, self.seed
+        _require_filled(suffix=suffix)
         ok = suffix is None or 1 <= len(suffix) <= MAX_SUFFIX_LENGTH
         _require_range("suffix", suffix, ok, f"1〜{MAX_SUFFIX_LENGTH}文字")
         ok = seed is None or _is_whole(seed, 0, MAX_SEED)
@@ -1124,6 +1135,7 @@ class Asking:
 
     def __post_init__(self) -> None:
         cases, turns = self.max_test_cases, self.eval_turns
+        _require_filled(baseline=self.baseline)
         _require_range("max_test_cases", cases, (cases or 0) >= 0, "0以上（0は全部）")
         ok = turns in ("last", "all") or (type(turns) is int and turns >= 1)
         _require_range("eval_turns", turns, ok, "last、all、1以上の整数のどれか")
@@ -1267,6 +1279,7 @@ def read_dialogues(
     Raises :class:`DataError` where these are more than 1 %, or where there is no dialogue, and
     :class:`UnknownRole` always.
     """
+    _require_filled(source=source)
     dialogues: list[Dialogue] = []
     unreadable: list[DataError] = []
     with _gc_paused():
@@ -2512,6 +2525,7 @@ def fix_file(path: str | os.PathLike[str]) -> tuple[str, str, int, int]:
     as ``{"line", "codes", "raw"}``. Returns both paths, and how many examples and rejects they
     hold. Raises :class:`DataError` rather than overwrite either.
     """
+    _require_filled(path=path)
     path = Path(path)
     examples: dict[str, None] = {}  # an ordered set: a repeated line is dropped
     rejects = []
@@ -3384,7 +3398,12 @@ def retry_delay(attempt: int, retry_after: float | None, jitter: float) -> float
 
 
 def explain_api_error(error: Exception) -> str:
-    """One line of Japanese for an error of the SDK: what happened and what to do next."""
+    """One line of Japanese for an error of the SDK: what happened and what to do next.
+
+    An error of this library says that itself.
+    """
+    if isinstance(error, OpenAISFTError):
+        return str(error)
     status = getattr(error, "status_code", None)
     code = getattr(error, "code", None)
     remedies: dict[object, str] = {
@@ -3489,6 +3508,11 @@ def _connection_fault(error: BaseException) -> str | None:
     place = printable(urllib.parse.urlsplit(str(url)).netloc.rpartition("@")[2])
     cause: BaseException | None = error
     while cause is not None:
+        if type(cause).__name__ == "LocalProtocolError":  # of whichever HTTP library the SDK has
+            return (
+                "リクエストのヘッダーに使えない文字があります。APIキー、OPENAI_ORG_ID、"
+                "OPENAI_PROJECT_ID に空白や改行がないか確認してください。"
+            )
         if isinstance(cause, ssl.SSLCertVerificationError):
             return (
                 f"{place} の証明書を確認できません。社内の認証局なら SSL_CERT_FILE にその証明書を、"
@@ -4187,7 +4211,7 @@ class Endpoint:
             http_client = openai.DefaultHttpxClient(
                 # A proxy of the environment must not see a rehearsal.
                 trust_env=not settings.rehearse,
-                event_hooks={"response": [_refuse_foreign_redirect]},
+                event_hooks={"response": [_refuse_foreign_redirect, self._bound_reading]},
             )
             weakref.finalize(self, http_client.close)
             return openai.OpenAI(
@@ -4205,6 +4229,13 @@ class Endpoint:
                 "pip install 'httpx[socks]' を実行するか、ALL_PROXY を外してください"
                 f"（{printable(error)[:200]}）。"
             ) from error
+
+    def _bound_reading(self, response: Any) -> None:
+        """Let the whole of an answer come within the time-out of its request."""
+        until = self._timer() + response.request.extensions["timeout"]["read"]
+        # By inheritance, for the SDK's HTTP library isn't the same in all its versions.
+        kind = type("InTime", (_InTime, type(response.stream)), {})
+        response.stream = kind(response.stream, self._timer, until)
 
     def given(self, seconds: float) -> OpenAI:
         """The client for requests that may take so long; a given client keeps its own limits."""
@@ -4427,7 +4458,8 @@ class Endpoint:
         for file in page.data:
             same = (file.filename, file.bytes) == (upload.name, upload.bytes)
             # A stamp a run makes names unique.
-            late = file.created_at >= upload.intent_time - CLOCK_SKEW_SECONDS
+            told = file.created_at  # which a gateway may leave out
+            late = told is None or told >= upload.intent_time - CLOCK_SKEW_SECONDS
             if same and late and file.purpose == "fine-tune" and file.id not in others:
                 return file
         return None
@@ -4523,7 +4555,8 @@ class Endpoint:
         # Compared here too, for an endpoint may ignore the filter. The newest come first.
         ours = [
             job
-            for job in self._jobs_since(intent.since, metadata={INTENT_KEY: intent.token})
+            # Whenever it was made: the clock here may be wrong by days.
+            for job in self.jobs(since=intent.since, metadata={INTENT_KEY: intent.token})
             if (job.metadata or {}).get(INTENT_KEY) == intent.token
         ]
         if ours:
@@ -4532,13 +4565,11 @@ class Endpoint:
         wanted = (MODEL_ALIASES.get(model, model), file_id)
         return [
             job
-            for job in self._jobs_since(intent.since)
-            if not job.metadata and (job.model, job.training_file) == wanted
+            for job in self.jobs(since=intent.since)
+            if (job.created_at is None or job.created_at >= intent.since)
+            and not job.metadata
+            and (job.model, job.training_file) == wanted
         ]
-
-    def _jobs_since(self, since: float, **options: Any) -> Iterator[FineTuningJob]:
-        jobs = self.jobs(since=since, **options)
-        return (job for job in jobs if job.created_at >= since)
 
     def jobs(
         self, *, patience: float = RETRY_SECONDS, since: float | None = None, **options: Any
@@ -4550,7 +4581,7 @@ class Endpoint:
         jobs = self.given(LOOK_SECONDS).fine_tuning.jobs
         call = functools.partial(self.call, needs="data", patience=patience)
         page = call(lambda: jobs.list(limit=100, **options))
-        seen: dict[str, int] = {}  # ids to when they were made
+        seen: dict[str, int | None] = {}  # ids to when they were made
         for _ in range(MAX_PAGES):
             fresh = [job for job in page.data if job.id not in seen]
             yield from fresh
@@ -4708,11 +4739,12 @@ class Endpoint:
         return answer
 
 
-def _has_passed(times: Sequence[float], since: float) -> bool:
+def _has_passed(times: Sequence[float | None], since: float) -> bool:
     """Whether a list has come to times from before ``since`` for good. An endpoint may list in
-    an order of its own, of which a single time tells nothing."""
-    newest_first = len(times) > 1 and all(a >= b for a, b in itertools.pairwise(times))
-    return newest_first and times[-1] < since
+    an order of its own, of which a single time tells nothing, or leave times out."""
+    told = [time for time in times if time is not None]
+    newest_first = all(a >= b for a, b in itertools.pairwise(told))
+    return len(told) == len(times) > 1 and newest_first and told[-1] < since
 
 
 def _openai() -> ModuleType:
@@ -4723,14 +4755,52 @@ def _openai() -> ModuleType:
 
 
 def _require_shape(answer: object, needs: str | None) -> None:
-    """Raise :class:`BrokenAnswer` for what isn't the API's: a page, or no ``needs`` in it."""
+    """Raise :class:`BrokenAnswer` for what isn't the API's: a page, or no ``needs`` in it.
+
+    What is of another type than the API's counts as not told.
+    """
     if answer is None or isinstance(answer, str | list):  # what the SDK makes of another's JSON
         raise BrokenAnswer("エンドポイントの応答がAPIのJSONではありません。")
+    _drop_untold(answer)
     value: Any = getattr(answer, needs, None) if needs else answer
     if value is None:
         raise BrokenAnswer(f"エンドポイントの応答に {needs} がありません。")
-    if needs == "data" and not all(getattr(item, "id", None) for item in value):
-        raise BrokenAnswer("エンドポイントの一覧に、APIのものでない項目があります。")
+    if needs != "data":
+        return
+    for item in value if isinstance(value, list) else [None]:
+        _drop_untold(item)
+        if not getattr(item, "id", None):
+            raise BrokenAnswer("エンドポイントの一覧に、APIのものでない項目があります。")
+
+
+def _is_told_text(value: object) -> bool:
+    return isinstance(value, str) and _is_text(value)
+
+
+def _is_told_number(value: object) -> bool:
+    return type(value) in (int, float) and 0 <= cast("float", value) < math.inf
+
+
+def _is_told_texts(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_told_text, value))
+
+
+# What is read of the API's answers: the SDK takes any type for it.
+_TOLD: dict[str, Callable[[object], bool]] = {
+    **dict.fromkeys(("id", "status", "model", "training_file"), _is_told_text),
+    **dict.fromkeys(("fine_tuned_model", "fine_tuned_model_checkpoint"), _is_told_text),
+    **dict.fromkeys(("filename", "purpose"), _is_told_text),
+    **dict.fromkeys(("created_at", "bytes", "trained_tokens", "step_number"), _is_told_number),
+    "result_files": _is_told_texts,
+    "metadata": lambda value: isinstance(value, Mapping),
+}
+
+
+def _drop_untold(item: Any) -> None:
+    for name, is_told in _TOLD.items():
+        value = getattr(item, name, None)
+        if value is not None and not is_told(value):
+            setattr(item, name, None)
 
 
 def _refuse_foreign_redirect(response: Any) -> None:
@@ -4745,6 +4815,23 @@ def _refuse_foreign_redirect(response: Any) -> None:
             f"エンドポイントが別のホスト {printable(host)} へ転送しようとしたため、中止しました。"
             "正しい場所なら --base-url にそのURLを指定してください。"
         )
+
+
+class _InTime:
+    """The pieces of an answer, until a moment of the timer: a client's own time-outs only bound
+    the silence between two of them."""
+
+    def __init__(self, stream: Any, timer: Callable[[], float], until: float) -> None:
+        self._pieces, self._timer, self._until = stream, timer, until
+
+    def __iter__(self) -> Iterator[bytes]:
+        for piece in self._pieces:
+            if self._timer() > self._until:
+                raise BrokenAnswer("エンドポイントの応答が時間内に終わりません。")
+            yield piece
+
+    def close(self) -> None:
+        self._pieces.close()
 
 
 def _hide(key: str, error: Any) -> None:
@@ -4846,8 +4933,11 @@ class Ledger:
         if not self._settings.rehearse:
             self._require_limit(estimate, spent)
             if not agreed and self._confirm is not None and not self._confirm(estimate):
-                self._run.save(declined=None if self._run.has_sent else True)
-                raise Declined("中止しました。この先は何も送信していません。")
+                # A request whose answer was lost may have made a job, which is looked for again.
+                lost = self._run.job_intent is not None and self._run.job_id is None
+                self._run.save(declined=None if lost else True)
+                kept = self._run.meanwhile
+                raise Declined(f"中止しました。この先は何も送信していません。{kept}")
         self._run.passed.update(doors)
 
     def _require_limit(self, estimate: CostEstimate, spent: float) -> None:
@@ -4912,11 +5002,8 @@ class Ledger:
         estimate = (self._run.estimate or {}).get("training_usd")
         if self._settings.rehearse:
             return
-        if job.trained_tokens is None and job.status == "succeeded" and estimate is not None:
-            logger.warning(
-                "学習したトークン数の返答がないため、見積もりの $%.4f とします。", estimate
-            )
-            self.paid(training_usd=estimate)
+        if job.trained_tokens is None and job.status == "succeeded":
+            self._pay_as_estimated(job)
             return
         if price is None or job.trained_tokens is None:
             return
@@ -4926,6 +5013,21 @@ class Ledger:
             "学習の実費: $%.4f（%s トークン%s）", actual, f"{job.trained_tokens:,}", difference
         )
         self.paid(training_usd=actual)
+
+    def _pay_as_estimated(self, job: FineTuningJob) -> None:
+        """Keep what a job was to cost that doesn't tell its tokens; with ``auto``, in the epochs
+        that it tells or the most there may be."""
+        estimate = self._run.estimate or {}
+        dollars, tokens = estimate.get("training_usd"), estimate.get("training_tokens")
+        price = estimate.get("price")
+        if estimate.get("epochs") == "auto" and price and tokens is not None:
+            epochs = getattr(job.hyperparameters, "n_epochs", None)
+            epochs = epochs if type(epochs) is int else MAX_EPOCHS
+            dollars = _usd([tokens * epochs], [price["training"]])
+        if dollars is not None:
+            told = "学習したトークン数の返答がないため、見積もりの $%.4f とします。"
+            logger.warning(told, dollars)
+            self.paid(training_usd=dollars)
 
 
 # ── Preparation ──────────────────────────────────────────────────────────────────────────────
@@ -5310,12 +5412,21 @@ class FineTuning:
         return found[0] if found else None
 
     def cancel_surplus(self) -> None:
-        """Cancel and name what a repeated request has made besides the run's job."""
+        """Cancel and name what a repeated request has made besides the run's job; where the
+        endpoint keeps no metadata, so that it may be another's, it is only named."""
         intent = self._run.job_intent
         if intent is None or self._run.job_id is None or intent.sent < 2:
             return
+        known = {run.job_id for run in self._runs}
         for job in self._endpoint.find_jobs(intent):
-            if job.id == self._run.job_id or not job.metadata or job.status in TERMINAL_STATUSES:
+            if job.id in known or job.status in TERMINAL_STATUSES:
+                continue
+            if not job.metadata:
+                logger.warning(
+                    "ジョブ %s は、応答が失われたリクエストのものかもしれません（エンドポイントが"
+                    "metadataを返さないため不明です）。そうなら --cancel で取り消してください。",
+                    printable(job.id),
+                )
                 continue
             job = self._endpoint.cancel(job.id)
             logger.warning(
@@ -5374,18 +5485,17 @@ class FineTuning:
         job = self.watch(timeout)
         if job.status != "succeeded":
             code, message = _job_error(job)
-            raise JobFailed(job.id, job.status, code, message)
+            raise JobFailed(self._run.known("job_id"), job.status, code, message)
         if not job.fine_tuned_model:
             self._run.save(finished_at=_time_text(self._clock()))
             raise BrokenAnswer(
                 f"学習は成功しましたが、エンドポイントはモデル名を返しませんでした（ジョブ "
-                f"{printable(job.id)}）。重みはチェックポイントのファイルにあるかもしれません。"
+                f"{printable(self._run.job_id)}）。重みはチェックポイントのファイルにあるかもしれません。"
             )
 
     def _record_outcome(self, job: FineTuningJob, rows: Sequence[Mapping[str, float]]) -> None:
         code, message = _job_error(job)
         self._run.save(
-            job_id=job.id,
             job_status=job.status,
             job_error={"code": code, "message": message} if code or message else None,
             fine_tuned_model=job.fine_tuned_model,
@@ -5405,7 +5515,7 @@ class FineTuning:
         if job.fine_tuned_model:
             self._endpoint.expect(job.fine_tuned_model)
         self._save_metrics(self._endpoint.result_rows(job) or rows)
-        checkpoints = self._endpoint.checkpoints(job.id)
+        checkpoints = self._endpoint.checkpoints(self._run.known("job_id"))
         for checkpoint in checkpoints:
             name = printable(checkpoint.fine_tuned_model_checkpoint)
             logger.info("チェックポイント: %s（step %s）", name, checkpoint.step_number)
@@ -5765,16 +5875,17 @@ class Evaluation:
         started = time.perf_counter()
         try:
             answer = self._endpoint.ask(model_id, lambda: pool.attempt(create))
-            response["usage"] = _usage(answer)
+            told = _usage(answer)
+            response["usage"] = told or _estimated_usage(case, "")  # billed without words too
             response["finish_reason"], response["output"] = _read_answer(answer)
-            response["usage"] = response["usage"] or _estimated_usage(case, response["output"])
+            response["usage"] = told or _estimated_usage(case, response["output"])
             if fault := self._task.find_fault(response["output"]):
                 response["invalid"] = fault
         except (openai.APIError, BrokenAnswer) as error:
             if "usage" not in response and self._meets_every_case(error):
                 raise
-            reason = error if isinstance(error, BrokenAnswer) else explain_api_error(error)
-            response["error"] = str(reason)
+            reason = explain_api_error(error)
+            response["error"] = reason
             logger.warning("評価 %s に失敗しました: %s", case.id, reason)
         response["reference"] = case.reference
         response["latency_seconds"] = round(time.perf_counter() - started, 3)
@@ -5926,7 +6037,7 @@ def _usage(completion: Any) -> Mapping[str, Any] | None:
     """What the service says that an answer took, ``None`` where it doesn't."""
     dump = getattr(getattr(completion, "usage", None), "model_dump", None)
     usage = {} if dump is None else dump(exclude_none=True, warnings=False)
-    told = all(isinstance(usage.get(f"{kind}_tokens"), int) for kind in ("prompt", "completion"))
+    told = all(_is_told_number(usage.get(f"{kind}_tokens")) for kind in ("prompt", "completion"))
     return usage if told else None
 
 
@@ -5945,15 +6056,15 @@ def _read_answer(completion: Any) -> tuple[str, str]:
     try:
         choice = completion.choices[0]
         text, refusal = choice.message.content, getattr(choice.message, "refusal", None)
-    except (AttributeError, IndexError, TypeError) as error:
+    except (AttributeError, LookupError, TypeError) as error:
         raise BrokenAnswer("応答がチャットの形ではありません。") from error
-    reason = str(choice.finish_reason)
+    reason = printable(choice.finish_reason)
     if refusal:
         raise BrokenAnswer(f"モデルが応答を拒否しました: {printable(refusal)}")
     if reason == "content_filter":
         raise BrokenAnswer("内容フィルターで止められました（finish_reason: content_filter）")
     if not str(text or "").strip():
-        raise BrokenAnswer(f"応答が空です（finish_reason: {printable(reason)}）")
+        raise BrokenAnswer(f"応答が空です（finish_reason: {reason}）")
     # Half of a surrogate pair (an emoji cut in two) can't be written.
     return reason, str(text).encode(errors="replace").decode()
 
@@ -6192,7 +6303,7 @@ class OpenAISFT:
             offline=offline,
             rehearse=rehearse,
             verbose=verbose,
-            task=task or "response",
+            task="response" if task is None else task,
             revision=revision,
             system_prompt=system_prompt,
             long_examples=long_examples,
@@ -6743,6 +6854,7 @@ class OpenAISFT:
         if self._run is not None and self._run.job_id == job_id:
             return self._take_up(self._run)
         for run in self._runs.of_job(job_id):
+            self._require_trust(run)
             with contextlib.suppress(ConfigurationError):  # another instance drives it
                 return self._take_up(run)
         current = self._current()
@@ -7017,11 +7129,14 @@ def _read_dotenv() -> Mapping[str, str | None]:
 
     path = find_dotenv(usecwd=True)
     try:
-        return dotenv_values(path)
-    except UnicodeDecodeError as error:
+        values = dotenv_values(path)
+        if any("\0" in name for name in values):  # UTF-16 without a mark
+            raise UnicodeError
+    except UnicodeError as error:
         raise ConfigurationError(
             f"{path} がUTF-8ではありません。UTF-8で保存し直してください。"
         ) from error
+    return values
 
 
 def _read_options(

@@ -265,7 +265,11 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
             flag, type=REAL, metavar="X", help=f"評価点（0〜100）がX{text}の対話だけを使う"
         )
     group.add_argument(
-        "--topics", nargs="+", metavar="TOPIC", help="この話題（日本語か英語）の対話だけを使う"
+        "--topics",
+        type=filled,
+        nargs="+",
+        metavar="TOPIC",
+        help="この話題（日本語か英語）の対話だけを使う",
     )
     group.add_argument(
         "--exclude-flagged",

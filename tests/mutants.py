@@ -626,7 +626,7 @@ RECOVERY = (
     ),
     Mutant(
         "a file of long ago is taken for ours",
-        "late = file.created_at >= upload.intent_time - CLOCK_SKEW_SECONDS",
+        "late = told is None or told >= upload.intent_time - CLOCK_SKEW_SECONDS",
         "late = True",
         "test_recovery.py::test_a_file_of_the_same_name_that_nobody_here_knows_is_never_adopted",
     ),
@@ -1488,6 +1488,18 @@ HOUSE = (
         "test_edges_job.py::test_a_job_of_another_file_or_model_is_not_taken_for_the_one_that_never_arrived",
     ),
     Mutant(
+        "a job with the token is looked for by this clock alone",
+        "self._jobs_since(0.0, metadata",
+        "self._jobs_since(intent.since, metadata",
+        "test_edges_job.py::test_a_clock_that_is_wrong_by_days_hides_no_job",
+    ),
+    Mutant(
+        "tokens below nothing make a training cheaper",
+        '0 <= cast("float", value) < math.inf',
+        'cast("float", value) < math.inf',
+        "test_edges_job.py::test_what_is_of_another_type_than_the_apis_counts_as_not_told",
+    ),
+    Mutant(
         "any of two jobs is ours",
         "if len(found) > 1 and not found[0].metadata:",
         "if False:",
@@ -1495,7 +1507,7 @@ HOUSE = (
     ),
     Mutant(
         "a job of long ago is ours",
-        "job for job in jobs if job.created_at >= since",
+        "job for job in jobs if job.created_at is None or job.created_at >= since",
         "job for job in jobs if True",
         "test_edges_job.py::test_a_job_of_the_same_file_and_model_from_long_before_is_not_taken_for_it_either",
     ),
@@ -1513,21 +1525,57 @@ HOUSE = (
     ),
     Mutant(
         "a training whose tokens are not told is free",
-        "self.paid(training_usd=estimate)",
+        "self.paid(training_usd=dollars)",
         "pass",
         "test_edges_job.py::test_a_training_whose_tokens_are_not_told_costs_what_was_estimated",
     ),
     Mutant(
         "answers whose tokens are not told are free",
-        'response["usage"] or _estimated_usage(case, response["output"])',
-        'response["usage"]',
+        'told or _estimated_usage(case, response["output"])',
+        "told",
         "test_edges_job.py::test_answers_whose_tokens_are_not_told_cost_what_was_estimated",
     ),
     Mutant(
+        "an answer without words is free",
+        'told or _estimated_usage(case, "")',
+        "told",
+        "test_edges_job.py::test_an_answer_without_words_whose_tokens_are_not_told_costs_its_question",
+    ),
+    Mutant(
+        "auto costs one epoch where no tokens are told",
+        "dollars = tokens * epochs * price",
+        "dollars = tokens * price",
+        "test_edges_job.py::test_a_training_of_auto_whose_tokens_are_not_told_costs_the_epochs_it_tells_or_the_most",
+    ),
+    Mutant(
         "a declined run can be resumed",
-        "self._run.save(declined=None if self._run.has_sent else True)",
+        "self._run.save(declined=None if lost else True)",
         "pass",
         "test_edges_money.py::test_a_run_that_was_declined_is_closed",
+    ),
+    Mutant(
+        "a declined run that has sent something can be resumed",
+        "self._run.save(declined=None if lost else True)",
+        "self._run.save(declined=None if self._run.has_sent else True)",
+        "test_edges_money.py::test_a_run_that_was_declined_when_it_was_resumed_is_closed_too",
+    ),
+    Mutant(
+        "a declined run forgets the job that may be there",
+        "self._run.save(declined=None if lost else True)",
+        "self._run.save(declined=True)",
+        "test_edges_job.py::test_a_job_that_may_be_there_is_looked_for_again_although_another_was_declined",
+    ),
+    Mutant(
+        "an answer may drip for ever",
+        "if self._timer() > self._until:",
+        "if False:",
+        "test_edges_job.py::test_an_answer_that_drips_is_given_up_wherever_it_comes",
+    ),
+    Mutant(
+        "a watch sends the key anywhere",
+        "self._require_trust(run)\n            with contextlib",
+        "with contextlib",
+        "test_edges_job.py::test_no_key_is_sent_to_a_recorded_endpoint_that_is_not_the_one_configured",
     ),
     Mutant(
         "a run that has sent nothing is the newest",

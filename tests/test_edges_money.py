@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import re
@@ -20,6 +21,7 @@ from helpers import Ended, examples, posts, read_json, records, training_file, w
 
 from openai_sft import (
     BudgetError,
+    ConfigurationError,
     CostEstimate,
     Declined,
     OpenAISFT,
@@ -91,6 +93,26 @@ def test_a_keyword_that_no_method_knows_is_refused_at_once_and_the_nearest_is_na
     assert re.search(rf"\b{nearest}\b", str(caught.value), re.ASCII)
     assert endpoint.exchanges == []
     assert not out.exists() or list(out.iterdir()) == []
+
+
+PUBLIC = {
+    name: method
+    for name, method in vars(OpenAISFT).items()
+    if callable(method) and not name.startswith("_")
+}
+
+
+@pytest.mark.parametrize("method", PUBLIC)
+def test_every_public_method_refuses_a_keyword_that_it_does_not_know(
+    make_sft: MakeSFT, endpoint: Rehearsal, out: Path, method: str
+) -> None:
+    _, *known = inspect.signature(PUBLIC[method]).parameters
+    nearest = rf"「{known[0]}」のことですか" if known else ""
+    with pytest.raises(ConfigurationError, match=f"{method} に.*{nearest}"):
+        getattr(make_sft(), method)(**{f"{known[0] if known else ''}_s": 1})
+
+    assert endpoint.exchanges == []
+    assert not out.exists()
 
 
 def test_a_setting_that_is_none_is_refused_and_the_nearest_is_named(make_sft: MakeSFT) -> None:
@@ -603,6 +625,28 @@ def test_a_run_that_was_declined_is_closed(
     assert make_sft().resume() is None
     assert make_sft().resume(name) is None
     assert posts(endpoint) == []
+
+
+@pytest.mark.parametrize(
+    ("refused", "kept"),
+    [(Fault("401", "POST", JOBS), None), (Fault("insufficient_quota", "POST", CHAT), "ft:gpt-4o")],
+    ids=["files are sent", "a model is trained"],
+)
+def test_a_run_that_was_declined_when_it_was_resumed_is_closed_too(
+    make_sft: MakeSFT, endpoint: Rehearsal, refused: Fault, kept: str
+) -> None:
+    endpoint.inject(refused)
+    with make_sft() as sft, pytest.raises(openai.APIStatusError):
+        sft.run_full_pipeline(**SHORT)
+    with make_sft(confirm=lambda _: False) as later, pytest.raises(Declined, match=kept):
+        later.resume()
+    before = len(posts(endpoint))
+
+    assert make_sft().resume() is None
+    assert make_sft().resume(Path(sft.files["record"]).stem) is None
+    assert len(posts(endpoint)) == before
+    if kept:  # what was trained can be asked all the same
+        assert make_sft().run_evaluation(max_test_cases=1)["model_id"].startswith(kept)
 
 
 @pytest.mark.parametrize("end", ["interrupted", "too dear"])
