@@ -1489,8 +1489,8 @@ HOUSE = (
     ),
     Mutant(
         "a job with the token is looked for by this clock alone",
-        "self._jobs_since(0.0, metadata",
-        "self._jobs_since(intent.since, metadata",
+        "if (job.metadata or {}).get(INTENT_KEY) == intent.token",
+        "if (job.metadata or {}).get(INTENT_KEY) == intent.token and job.created_at >= intent.since",
         "test_edges_job.py::test_a_clock_that_is_wrong_by_days_hides_no_job",
     ),
     Mutant(
@@ -1507,20 +1507,20 @@ HOUSE = (
     ),
     Mutant(
         "a job of long ago is ours",
-        "job for job in jobs if job.created_at is None or job.created_at >= since",
-        "job for job in jobs if True",
+        "if (job.created_at is None or job.created_at >= intent.since)",
+        "if True",
         "test_edges_job.py::test_a_job_of_the_same_file_and_model_from_long_before_is_not_taken_for_it_either",
     ),
     Mutant(
         "a list is newest first everywhere",
-        "newest_first = len(times) > 1 and all(a >= b for a, b in itertools.pairwise(times))",
-        "newest_first = len(times) > 1",
+        "newest_first = all(a >= b for a, b in itertools.pairwise(told))",
+        "newest_first = True",
         "test_edges_job.py::test_a_job_whose_answer_is_lost_is_found_however_many_are_listed_before_it",
     ),
     Mutant(
         "a search ends at its first page",
-        "return newest_first and times[-1] < since",
-        "return newest_first",
+        "newest_first and told[-1] < since",
+        "newest_first",
         "test_edges_job.py::test_a_job_whose_answer_is_lost_is_found_however_many_are_listed_before_it",
     ),
     Mutant(
@@ -1543,8 +1543,8 @@ HOUSE = (
     ),
     Mutant(
         "auto costs one epoch where no tokens are told",
-        "dollars = tokens * epochs * price",
-        "dollars = tokens * price",
+        "_usd([tokens * epochs], [price",
+        "_usd([tokens], [price",
         "test_edges_job.py::test_a_training_of_auto_whose_tokens_are_not_told_costs_the_epochs_it_tells_or_the_most",
     ),
     Mutant(
