@@ -1489,8 +1489,8 @@ HOUSE = (
     ),
     Mutant(
         "a job with the token is looked for by this clock alone",
-        "if (job.metadata or {}).get(INTENT_KEY) == intent.token",
-        "if (job.metadata or {}).get(INTENT_KEY) == intent.token and job.created_at >= intent.since",
+        ".get(INTENT_KEY) == intent.token\n",
+        ".get(INTENT_KEY) == intent.token and job.created_at >= intent.since\n",
         "test_edges_job.py::test_a_clock_that_is_wrong_by_days_hides_no_job",
     ),
     Mutant(
