@@ -19,7 +19,8 @@ The stages, and the record that each hands to the next::
 Files written, all in ``output_dir`` with one ``YYYYmmdd_HHMMSS`` stamp a run:
 ``train_data_*.jsonl``, ``test_data_*.jsonl``, ``valid_data_*.jsonl``, ``run_*.json`` (the run
 record: settings, files, job, tuned model), ``training_metrics_*.csv``,
-``evaluation_*.jsonl`` (the answers as they came), ``comprehensive_evaluation_*.json``.
+``evaluation_*.jsonl`` (the answers as they came), ``asked_*.json`` (the cases of an evaluation of
+given data), ``comprehensive_evaluation_*.json``.
 
 Errors::
 
@@ -144,6 +145,7 @@ __all__ = [
     "Evaluation",
     "EvaluationFailed",
     "EvaluationResults",
+    "EventsRead",
     "Example",
     "Figure",
     "FileFindings",
@@ -351,10 +353,10 @@ CREATION_SECONDS = 180.0  # a service has been seen to take 75 s for a job
 LOOK_SECONDS = 15.0
 ANSWER_SECONDS = 600.0
 CONNECT_SECONDS = 10.0
+HUB_SECONDS = 30.0  # until the Hub's first answer; what it sends then may take any time
 FIRST_CONTACT_SECONDS = 5.0  # for what won't mend itself, where nothing has answered yet
 SPARE_SECONDS = 60.0  # for an answer that can be done without
 MAX_PAGES = 100
-SEARCHED_PAGES = 5  # of 100 jobs, for one that is just made
 SILENCE_SECONDS = 3.0  # after which it is said what is waited for
 INTENT_KEY = "openai_sft_intent"  # of a job's metadata
 CLOCK_SKEW_SECONDS = 3600.0  # by which the service's clock may differ from this one's
@@ -839,7 +841,10 @@ class Splits(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """US dollars per 1,000,000 tokens of one base model and of its tuned ones."""
+    """US dollars per 1,000,000 tokens of one base model and of its tuned ones.
+
+    The base rates are also those of another baseline, where the table doesn't know it.
+    """
 
     training: float
     tuned_input: float
@@ -877,6 +882,15 @@ MODEL_ALIASES = {
 }
 
 
+PRICE_FLAGS = "--price-training、--price-input、--price-output"
+BASE_PRICE_FLAGS = "--price-base-input と --price-base-output"
+
+
+def _usd(tokens: Sequence[int], rates: Sequence[float]) -> float:
+    """Dollars of tokens, each kind at its own rate per 1,000,000."""
+    return sum(count * rate for count, rate in zip(tokens, rates, strict=True)) / 1e6
+
+
 @dataclass(frozen=True, slots=True)
 class CostEstimate:
     """What a run costs, before it is paid. Dollars are ``None`` where they can't be known."""
@@ -909,8 +923,8 @@ class CostEstimate:
             return self.total_usd
         if self.evaluation_usd is None:
             return None
-        dollars = self.training_tokens * MAX_EPOCHS * self.price.training / 1e6
-        return dollars + self.evaluation_usd
+        trained = self.training_tokens * MAX_EPOCHS
+        return _usd([trained], [self.price.training]) + self.evaluation_usd
 
     @property
     def total_usd(self) -> float | None:
@@ -918,6 +932,13 @@ class CostEstimate:
         if self.training_usd is None or self.evaluation_usd is None:
             return None
         return self.training_usd + self.evaluation_usd
+
+    @property
+    def price_flags(self) -> str:
+        """The flags that price what is :attr:`unpriced`, in Japanese."""
+        if all(model == self.model != self.baseline for model in self.unpriced):
+            return PRICE_FLAGS
+        return f"{BASE_PRICE_FLAGS}（{PRICE_FLAGS} と一緒に）"
 
     def lines(self) -> list[str]:
         """The estimate as lines of Japanese text."""
@@ -955,10 +976,9 @@ class CostEstimate:
                 f"画像（延べ{self.images:,}枚）のトークン数は分からないため、"
                 "上のトークン数と料金に含まれていません。"
             )
-        lines += [
-            f"{model} の単価は不明です。--price-training などで指定できます。"
-            for model in self.unpriced
-        ]
+        if self.unpriced:
+            unpriced = "、".join(self.unpriced)
+            lines.append(f"{unpriced} の単価は不明です。{self.price_flags} で指定できます。")
         if self.epochs == "auto" and self.price:
             lines.append(
                 "エポック数 auto はサービスが決めるため、料金は事前に分かりません"
@@ -1116,19 +1136,24 @@ class Settings(RunSettings):
     given: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        key = self.api_key or "k"
-        if not (key.isascii() and key.isprintable()) or " " in key:
-            raise ConfigurationError(
-                "OpenAI API keyに使えない文字（空白、全角文字、改行など）が含まれています。"
-                "OPENAI_API_KEY を確認してください。"
-            )
+        _require_filled(revision=self.revision, system_prompt=self.system_prompt)
+        for label, variable, value in (
+            ("OpenAI API key", "OPENAI_API_KEY", self.api_key),
+            ("組織のID", "OPENAI_ORG_ID", self.organization),
+            ("プロジェクトのID", "OPENAI_PROJECT_ID", self.project),
+        ):
+            if value and (not (value.isascii() and value.isprintable()) or " " in value):
+                raise ConfigurationError(
+                    f"{label}に使えない文字（空白、全角文字、改行など）が含まれています。"
+                    f"{variable} を確認してください。"
+                )
         for name in ("model", "dataset", "system_prompt"):
             if not _is_text(getattr(self, name)):
                 raise ConfigurationError(f"{name} にUTF-8で表せない文字が含まれています。")
         if self.base_url is not None and not _is_http_url(self.base_url):
             raise ConfigurationError(
                 "base_url は http:// か https:// で始まるURLです"
-                f"（指定: {printable(self.base_url)}）。"
+                f"（指定: {printable(_without_any_credentials(self.base_url))}）。"
             )
         _require_range("poll_interval", self.poll_interval, self.poll_interval >= 0, "0以上")
         _require_range("yen_per_dollar", self.yen_per_dollar, self.yen_per_dollar > 0, "正の数")
@@ -1207,6 +1232,11 @@ def _without_credentials(url: str) -> str:
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
+def _without_any_credentials(text: str) -> str:
+    """What may be shown of a text that is no URL: nothing that stands before an ``@``."""
+    return re.sub(r"^(\w+://)?.*@", r"\1", text, flags=re.DOTALL)
+
+
 def _is_http_url(url: str) -> bool:
     try:
         parts = urllib.parse.urlsplit(url)
@@ -1239,6 +1269,7 @@ class Training:
         ok = rate in (None, "auto") or (isinstance(rate, int | float) and 0 < rate < math.inf)
         _require_range("learning_rate_multiplier", rate, ok, "正の数または auto ")
         suffix, seed = self.suffix, self.seed
+        _require_filled(suffix=suffix)
         ok = suffix is None or 1 <= len(suffix) <= MAX_SUFFIX_LENGTH
         _require_range("suffix", suffix, ok, f"1〜{MAX_SUFFIX_LENGTH}文字")
         ok = seed is None or _is_whole(seed, 0, MAX_SEED)
@@ -1281,6 +1312,7 @@ class Asking:
 
     def __post_init__(self) -> None:
         cases, turns = self.max_test_cases, self.eval_turns
+        _require_filled(baseline=self.baseline)
         _require_range("max_test_cases", cases, (cases or 0) >= 0, "0以上（0は全部）")
         ok = turns in ("last", "all") or (type(turns) is int and turns >= 1)
         _require_range("eval_turns", turns, ok, "last、all、1以上の整数のどれか")
@@ -1309,7 +1341,8 @@ class Plan:
     """What a run was asked for: the whole path, or with ``training=None`` an evaluation alone.
 
     ``split_of`` names the run whose split is asked; without it the data are read anew by
-    ``selection``.
+    ``selection``. ``asked`` is the sha256 of ``asked_*.json``, where the cases are kept of an
+    evaluation of data that were given to it.
     """
 
     asking: Asking
@@ -1317,6 +1350,7 @@ class Plan:
     model_id: str | None = None
     split_of: str | None = None
     selection: Selection | None = None
+    asked: str | None = None
 
 
 @dataclass(frozen=True)
@@ -2812,7 +2846,7 @@ def _joined(records: Iterable[Record]) -> Iterator[Record]:
         yield opening._replace(value={"dialogue": turns, **({"id": name} if key else {})})
 
 
-def _records(source: str, revision: str | None) -> Iterator[Record]:
+def _records(source: str, revision: str | None, hub_timeout: float) -> Iterator[Record]:
     path = Path(source).expanduser()
     if path.is_dir():
         return _folder_records(path)
@@ -2823,7 +2857,7 @@ def _records(source: str, revision: str | None) -> Iterator[Record]:
             f"データがありません: {source}。フォルダー、JSON・JSONL・CSV・Parquetファイル、"
             f"またはHugging Face Hubの名前（例: {DEFAULT_DATASET}）を指定してください。"
         )
-    return _hub_records(source, revision)
+    return _hub_records(source, revision, hub_timeout)
 
 
 def _folder_records(folder: Path) -> Iterator[Record]:
@@ -2866,7 +2900,7 @@ def _looks_like_path(source: str) -> bool:
     )
 
 
-def _hub_records(name: str, revision: str | None) -> Iterator[Record]:
+def _hub_records(name: str, revision: str | None, timeout: float) -> Iterator[Record]:
     """Records of a Hub data set by the first of three ways that works.
 
     ``load_dataset`` fails on KokoroChat's JSON, whose review fields are null in most files and
@@ -2876,23 +2910,25 @@ def _hub_records(name: str, revision: str | None) -> Iterator[Record]:
     import datasets
     import huggingface_hub
 
+    # Its package asks a Hub that says nothing six times, and then goes on to the next file.
+    with _telling_when_late("Hugging Face Hub からの応答がまだありません。"):
+        silent = isinstance(_hub_failure(name, revision, timeout), TimeoutError)
+    unreachable = silent
     failures = []
-    unreachable = False
     for attempt in [revision] if revision else [None, "refs/convert/parquet"]:
         label = f"load_dataset(revision={attempt})" if attempt else "load_dataset"
         # Without a cache of its own, an attempt that fails is given what another one has built.
         cache = Path(datasets.config.HF_DATASETS_CACHE, "openai_sft", *(attempt or "").split("/"))
-        if unreachable and not cache.exists():
-            continue  # each try takes half a minute to give up
+        late = _telling_when_late("Hugging Face Hub からの応答がまだありません。")
         try:
-            with _telling_when_late("Hugging Face Hub からの応答がまだありません。"):
+            with late, _offline(enabled=unreachable):
                 loaded = datasets.load_dataset(
                     name, revision=attempt, cache_dir=str(cache) if attempt else None
                 )
         except Exception as error:  # noqa: BLE001  # builders raise anything; all are told
             failures.append(f"{label}: {_reason(error)}")
             logger.info("%s では読めません。次の方法を試します。", failures[-1])
-            unreachable = isinstance(error, ConnectionError)
+            unreachable = unreachable or isinstance(error, ConnectionError)
             continue
         for split, rows in loaded.items():
             for number, row in enumerate(rows):
@@ -2900,23 +2936,67 @@ def _hub_records(name: str, revision: str | None) -> Iterator[Record]:
                 yield Record(f"{split}-{number}", where, _table_row(row), part=PARTS.get(split))
         return
     try:
-        folder = huggingface_hub.snapshot_download(
-            name, repo_type="dataset", revision=revision, allow_patterns=["*.json", "*.jsonl"]
-        )
-        records = [
-            record._replace(where=record.where.replace(folder, f"{name}:", 1).replace(":/", ":", 1))
-            for record in _folder_records(Path(folder))
-        ]
-        if not any(find_form(record.value) for record in records):
-            raise FileNotFoundError("対話のJSONファイルがありません")
+        records = _hub_files(name, revision, offline=unreachable)
     except (OSError, ValueError, RuntimeError) as error:
         failures.append(f"JSONファイル: {_reason(error)}")
+        if silent:
+            raise DataError(
+                f"Hugging Face Hub（{huggingface_hub.constants.ENDPOINT}）が{timeout:g}秒以内に"
+                f"応答せず、{name} は手元にも保存されていません。ネットワークとプロキシの設定を"
+                "確かめるか、ダウンロードしたフォルダーを --dataset で指定してください。"
+            ) from error
         raise DataError(
             f"データセット {name} を読み込めません。試した方法と理由: {' / '.join(failures)}。"
             "ネットワークと名前を確かめるか、ダウンロードしたフォルダーを --dataset で"
             "指定してください。"
         ) from error
     yield from records
+
+
+def _hub_files(name: str, revision: str | None, *, offline: bool) -> list[Record]:
+    """Records of the JSON files of a Hub data set; of those that are kept here if ``offline``."""
+    import huggingface_hub
+
+    folder = huggingface_hub.snapshot_download(
+        name,
+        repo_type="dataset",
+        revision=revision,
+        allow_patterns=["*.json", "*.jsonl"],
+        local_files_only=offline,
+    )
+    records = [
+        record._replace(where=record.where.replace(folder, f"{name}:", 1).replace(":/", ":", 1))
+        for record in _folder_records(Path(folder))
+    ]
+    if not any(find_form(record.value) for record in records):
+        raise FileNotFoundError("対話のJSONファイルがありません")
+    return records
+
+
+def _hub_failure(name: str, revision: str | None, timeout: float) -> Exception | None:
+    """Why the Hub doesn't tell of a data set; TimeoutError where it says nothing in time."""
+    import huggingface_hub
+
+    # Longer than the wait, so that silence is always told as the same error.
+    ask = functools.partial(huggingface_hub.HfApi().dataset_info, timeout=2 * timeout)
+    try:
+        _within(timeout, lambda: ask(name, revision=revision))
+    except Exception as error:  # noqa: BLE001  # of whichever HTTP library the Hub's package uses
+        return error
+    return None
+
+
+@contextlib.contextmanager
+def _offline(*, enabled: bool) -> Iterator[None]:
+    """Within, ``datasets`` asks the Hub nothing and loads what it has kept."""
+    import datasets
+
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = before or enabled
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
 
 
 @contextlib.contextmanager
@@ -2929,6 +3009,29 @@ def _telling_when_late(line: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+def _within(seconds: float, request: Callable[[], T]) -> T:
+    """``request()``; raises TimeoutError after so many seconds, however slowly its answer drips
+    in: the time-outs of a client only bound the silence between two pieces."""
+    if seconds == math.inf:
+        return request()
+    answers: queue.SimpleQueue[T | BaseException] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            answers.put(request())
+        except BaseException as error:  # noqa: BLE001  # raised again where it is awaited
+            answers.put(error)
+
+    threading.Thread(target=work, name="openai-sft-look", daemon=True).start()
+    try:
+        answer = answers.get(timeout=max(0.05, seconds))
+    except queue.Empty:
+        raise TimeoutError(f"{seconds:g}秒以内に応答がありません") from None
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer
 
 
 def _reason(error: Exception) -> str:
@@ -2950,21 +3053,26 @@ def read_dialogues(
     revision: str | None = None,
     speakers: Speakers | None = None,
     skip_unreadable: bool = False,
+    hub_timeout: float = HUB_SECONDS,
 ) -> list[Dialogue]:
     """Read every dialogue of ``source``: a folder, a data file, or a Hub name.
 
     A folder is read with its subfolders: every file of :data:`DATA_SUFFIXES`, also as ``.gz``.
     A name that is no path is fetched from the Hub at ``revision``, all its splits. The forms
-    are :data:`FORMS`; ``speakers`` says whose the turns are where the data don't.
+    are :data:`FORMS`; ``speakers`` says whose the turns are where the data don't. A Hub that
+    says nothing for ``hub_timeout`` seconds is asked no more: what was fetched from it before
+    serves, if anything.
 
     A file, line or row that can't be read or isn't a dialogue is named in the log and left out.
     Raises :class:`DataError` where these are more than 1 % (unless ``skip_unreadable``), or
     where there is no dialogue; :class:`UnknownRole` for speakers whose roles can't be known and
     :class:`OtherPurpose` for files that are for another kind of training.
     """
+    _require_filled(source=source)
     reading = Reading(speakers)
     with _gc_paused():
-        dialogues, unreadable = _parse_records(_records(source, revision), reading)
+        records = _records(source, revision, hub_timeout)
+        dialogues, unreadable = _parse_records(records, reading)
     total = len(dialogues) + len(unreadable)
     for problem in unreadable if skip_unreadable else unreadable[:10]:
         logger.warning("除外: %s", problem)
@@ -3339,32 +3447,23 @@ def split_long_example(example: Example, counter: TokenCounter, limit: int) -> l
 def load_vocabulary(timeout: float = 20.0) -> Any | None:
     """tiktoken's ``o200k_base``, or ``None`` when it can't be had within ``timeout`` seconds.
 
-    tiktoken fetches the vocabulary on first use, without a time-out of its own; a daemon thread
-    keeps that from hanging the program. The outcome is kept for the life of the process.
+    tiktoken fetches the vocabulary on first use, without a time-out of its own. The outcome is
+    kept for the life of the process.
     """
-    outcome: list[Any] = []
+    try:
+        import tiktoken
 
-    def fetch() -> None:
-        try:
-            import tiktoken
-
-            outcome.append(tiktoken.get_encoding(VOCABULARY))
-        except (ImportError, OSError, ValueError) as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=fetch, name="openai-sft-vocabulary", daemon=True)
-    thread.start()
-    with _telling_when_late(f"tiktokenの語彙がまだ届きません（最大{timeout:g}秒待ちます）。"):
-        thread.join(timeout)
-    if not outcome or isinstance(outcome[0], Exception):
+        with _telling_when_late(f"tiktokenの語彙がまだ届きません（最大{timeout:g}秒待ちます）。"):
+            return _within(timeout, lambda: tiktoken.get_encoding(VOCABULARY))
+    except (ImportError, OSError, ValueError) as error:
+        late = isinstance(error, TimeoutError)
         logger.warning(
             "tiktokenの語彙 %s を取得できないため、トークン数は推定です（%s）。"
             "TIKTOKEN_CACHE_DIR に語彙ファイルを置くとオフラインでも正確に数えられます。",
             VOCABULARY,
-            type(outcome[0]).__name__ if outcome else f"{timeout:g}秒で打ち切り",
+            f"{timeout:g}秒で打ち切り" if late else type(error).__name__,
         )
         return None
-    return outcome[0]
 
 
 class TokenCounter:
@@ -3638,6 +3737,15 @@ def _rates_of(
     return None
 
 
+def _baseline_rates(
+    model: str, tuned_from: str | None, given: Price | None, *, is_base: bool
+) -> tuple[float, float] | None:
+    """The rates of asking what an evaluated model is compared with: the base rates of a ``given``
+    price are those of its base model, and of any other that the table doesn't know."""
+    rates = _rates_of(model, tuned_from, given if is_base else None)
+    return given.rates(tuned=False) if rates is None and given is not None else rates
+
+
 def estimate_cost(
     training_tokens: int | None,
     epochs: int | Literal["auto"] | None,
@@ -3667,20 +3775,20 @@ def estimate_cost(
     if epochs is None:
         training = 0.0
     elif price is not None and epochs != "auto" and training_tokens is not None:
-        training = training_tokens * epochs * price.training / 1e6
+        training = _usd([training_tokens * epochs], [price.training])
     tuned = epochs is not None or model.startswith("ft:")
     own = price if given else None
     asked = [(model, _rates_of(model, model if given or tuned else None, own))]
     if baseline is not None:
         base = baseline if baseline.startswith("ft:") else None
-        asked.append((baseline, _rates_of(baseline, base, own if baseline == model else None)))
+        rates = _baseline_rates(baseline, base, own, is_base=baseline == model)
+        asked.append((baseline, rates))
     evaluation: float | None = 0.0
     for _, rates in asked:
         if rates is None or evaluation is None:
             evaluation = None
         else:
-            evaluation += evaluation_input_tokens * rates[0] / 1e6
-            evaluation += evaluation_output_tokens * rates[1] / 1e6
+            evaluation += _usd([evaluation_input_tokens, evaluation_output_tokens], rates)
     return CostEstimate(
         model=model,
         epochs=epochs,
@@ -3842,6 +3950,7 @@ def check_file(
     only hashes of them stay in memory. The vocabulary is needed for lines of more than
     ``max_tokens`` bytes alone. Raises :class:`DataError` where the file can't be read.
     """
+    _require_filled(path=path)
     file = RecordFile(Path(path))
     reading = Reading(speakers)
     trained = {} if compare_with is None else _conversation_lines(Path(compare_with))
@@ -3935,6 +4044,7 @@ def fix_file(
     ``{"line", "codes", "raw"}``. Returns both paths, and how many examples and rejects they
     hold. Raises :class:`DataError` rather than overwrite either.
     """
+    _require_filled(path=path)
     file = RecordFile(Path(path))
     outputs = [file.path.with_name(f"{file.stem}.{name}.jsonl") for name in ("fixed", "rejects")]
     for output in filter(Path.exists, outputs):
@@ -4841,7 +4951,12 @@ def retry_delay(attempt: int, retry_after: float | None, jitter: float) -> float
 
 
 def explain_api_error(error: Exception) -> str:
-    """One line of Japanese for an error of the SDK: what happened and what to do next."""
+    """One line of Japanese for an error of the SDK: what happened and what to do next.
+
+    An error of this library says that itself.
+    """
+    if isinstance(error, OpenAISFTError):
+        return str(error)
     status = getattr(error, "status_code", None)
     code = getattr(error, "code", None)
     remedies: dict[object, str] = {
@@ -4946,6 +5061,11 @@ def _connection_fault(error: BaseException) -> str | None:
     place = printable(urllib.parse.urlsplit(str(url)).netloc.rpartition("@")[2])
     cause: BaseException | None = error
     while cause is not None:
+        if type(cause).__name__ == "LocalProtocolError":  # of whichever HTTP library the SDK has
+            return (
+                "リクエストのヘッダーに使えない文字があります。APIキー、OPENAI_ORG_ID、"
+                "OPENAI_PROJECT_ID に空白や改行がないか確認してください。"
+            )
         if isinstance(cause, ssl.SSLCertVerificationError):
             return (
                 f"{place} の証明書を確認できません。社内の認証局なら SSL_CERT_FILE にその証明書を、"
@@ -4994,8 +5114,9 @@ class Run:
     """All that is known of one run, in ``run_STAMP.json``; replaced whole at every :meth:`save`.
 
     Whoever may write a record holds its lock; another process gets :class:`ConfigurationError`.
-    ``passed`` isn't written: the steps that this process has been through, and the doors to
-    payment (``training``, ``evaluation``) that the user has agreed to in it.
+    ``uploads`` are by part, ``training`` or ``validation``; what another took the place of is by
+    its file id. ``passed`` isn't written: the steps that this process has been through, and the
+    doors to payment (``training``, ``evaluation``) that the user has agreed to in it.
     """
 
     VERSION: ClassVar[int] = 2
@@ -5061,8 +5182,9 @@ class Run:
     @property
     def next_step(self) -> Step | None:
         """The first step of :data:`STEPS` that isn't done; ``None`` where nothing is left."""
-        ended = self.finished_at or self.declined or self.job_status in ("failed", "cancelled")
-        if self.plan is None or ended:
+        if self.plan is None or self.finished_at or self.declined:
+            return None
+        if self.plan.training is not None and self.job_status in ("failed", "cancelled"):
             return None
         left = (step for step in STEPS if self.kind in step.kinds and not step.done(self))
         return next(left, None)
@@ -5229,6 +5351,7 @@ def _read_plan(plan: Mapping[str, Any]) -> Plan:
         model_id=plan.get("model_id"),
         split_of=plan.get("split_of"),
         selection=Selection(**selection) if selection else None,
+        asked=plan.get("asked"),
     )
 
 
@@ -5267,7 +5390,7 @@ def _model_stays(run: Run) -> str:
 
 
 _PIPELINE: frozenset[RunKind] = frozenset({"pipeline"})
-_BOTH: frozenset[RunKind] = frozenset({"pipeline", "evaluation"})
+_ALL: frozenset[RunKind] = frozenset(get_args(RunKind))
 
 # The steps in their order. Price and upload are gone through again by each process until the
 # job is there: a price has to be agreed to, and an uploaded file may have been deleted.
@@ -5276,7 +5399,7 @@ STEPS: tuple[Step, ...] = (
     Step("upload", _PIPELINE, lambda r: bool(r.job_id) or "upload" in r.passed, _creation_goes_on),
     Step("create", _PIPELINE, lambda r: bool(r.job_id), _creation_goes_on),
     Step("watch", _PIPELINE, lambda r: bool(r.training_recorded_at), _job_goes_on),
-    Step("evaluate", _BOTH, lambda r: bool(r.finished_at), _model_stays),
+    Step("evaluate", _ALL, lambda r: bool(r.finished_at), _model_stays),
 )
 
 
@@ -5546,7 +5669,7 @@ class _TrainingBar:
                 if isinstance(data.get(key), int | float)
             }
             self._bar.set_postfix(losses, refresh=False)
-            self._bar.update(step - self._bar.n)
+            self._bar.update(max(0, step - self._bar.n))  # not back, for what was read late
 
     def close(self) -> None:
         if self._bar is not None:
@@ -5580,6 +5703,14 @@ class _ProgressReader(io.FileIO):
 
 
 # ── The endpoint ─────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class EventsRead:
+    """What was read of a job's events: their ids, and the requests for the pages missed."""
+
+    ids: set[str] = field(default_factory=set)
+    missed: list[Callable[[], Any]] = field(default_factory=list)
 
 
 class Endpoint:
@@ -5633,7 +5764,7 @@ class Endpoint:
             http_client = openai.DefaultHttpxClient(
                 # A proxy of the environment must not see a rehearsal.
                 trust_env=not settings.rehearse,
-                event_hooks={"response": [_refuse_foreign_redirect]},
+                event_hooks={"response": [_refuse_foreign_redirect, self._bound_reading]},
             )
             weakref.finalize(self, http_client.close)
             return openai.OpenAI(
@@ -5651,6 +5782,13 @@ class Endpoint:
                 "pip install 'httpx[socks]' を実行するか、ALL_PROXY を外してください"
                 f"（{printable(error)[:200]}）。"
             ) from error
+
+    def _bound_reading(self, response: Any) -> None:
+        """Let the whole of an answer come within the time-out of its request."""
+        until = self._timer() + response.request.extensions["timeout"]["read"]
+        # By inheritance, for the SDK's HTTP library isn't the same in all its versions.
+        kind = type("InTime", (_InTime, type(response.stream)), {})
+        response.stream = kind(response.stream, self._timer, until)
 
     def given(self, seconds: float) -> OpenAI:
         """The client for requests that may take so long; a given client keeps its own limits."""
@@ -5775,6 +5913,8 @@ class Endpoint:
                 raise error.__cause__ from None
             self._reached = self._reached or not isinstance(error, _openai().APIConnectionError)
             failure = error
+        except TimeoutError:  # of :func:`_within`
+            failure = BrokenAnswer("エンドポイントの応答が時間内に終わりません。")
         except (json.JSONDecodeError, AttributeError, TypeError):
             # What the SDK makes of JSON that isn't the API's.
             failure = BrokenAnswer("エンドポイントの応答が途中で切れたか、壊れています。")
@@ -5871,7 +6011,8 @@ class Endpoint:
         for file in page.data:
             same = (file.filename, file.bytes) == (upload.name, upload.bytes)
             # A stamp a run makes names unique.
-            late = file.created_at >= upload.intent_time - CLOCK_SKEW_SECONDS
+            told = file.created_at  # which a gateway may leave out
+            late = told is None or told >= upload.intent_time - CLOCK_SKEW_SECONDS
             if same and late and file.purpose == "fine-tune" and file.id not in others:
                 return file
         return None
@@ -5967,7 +6108,8 @@ class Endpoint:
         # Compared here too, for an endpoint may ignore the filter. The newest come first.
         ours = [
             job
-            for job in self._jobs_since(intent.since, metadata={INTENT_KEY: intent.token})
+            # Whenever it was made: the clock here may be wrong by days.
+            for job in self.jobs(since=intent.since, metadata={INTENT_KEY: intent.token})
             if (job.metadata or {}).get(INTENT_KEY) == intent.token
         ]
         if ours:
@@ -5976,30 +6118,38 @@ class Endpoint:
         wanted = (MODEL_ALIASES.get(model, model), file_id)
         return [
             job
-            for job in self._jobs_since(intent.since)
-            if not job.metadata and (job.model, job.training_file) == wanted
+            for job in self.jobs(since=intent.since)
+            if (job.created_at is None or job.created_at >= intent.since)
+            and not job.metadata
+            and (job.model, job.training_file) == wanted
         ]
 
-    def _jobs_since(self, since: float, **options: Any) -> Iterator[FineTuningJob]:
-        # All of the first pages, for an endpoint may list in an order of its own.
-        jobs = self.jobs(pages=SEARCHED_PAGES, **options)
-        return (job for job in jobs if job.created_at >= since)
-
     def jobs(
-        self, *, patience: float = RETRY_SECONDS, pages: int = MAX_PAGES, **options: Any
+        self, *, patience: float = RETRY_SECONDS, since: float | None = None, **options: Any
     ) -> Iterator[FineTuningJob]:
-        """The newest jobs, page by page; one that comes twice is given once."""
+        """The newest jobs, page by page; one that comes twice is given once.
+
+        A list that is newest first is left where it comes to jobs from before ``since``.
+        """
         jobs = self.given(LOOK_SECONDS).fine_tuning.jobs
         call = functools.partial(self.call, needs="data", patience=patience)
         page = call(lambda: jobs.list(limit=100, **options))
-        seen: set[str] = set()
-        for _ in range(pages):
+        seen: dict[str, int | None] = {}  # ids to when they were made
+        for _ in range(MAX_PAGES):
             fresh = [job for job in page.data if job.id not in seen]
             yield from fresh
-            seen.update(job.id for job in fresh)
+            seen.update((job.id, job.created_at) for job in fresh)
             if not fresh or not page.has_next_page():
                 return
+            if since is not None and _has_passed([*seen.values()], since):
+                return
             page = call(page.get_next_page)
+        logger.warning(
+            "ジョブの一覧が%dページで終わらないため、打ち切りました（%s件）。"
+            "その先のジョブは確かめていません。",
+            MAX_PAGES,
+            f"{len(seen):,}",
+        )
 
     def job(self, job_id: str, *, patience: float = RETRY_SECONDS) -> FineTuningJob:
         """How a job stands."""
@@ -6007,32 +6157,61 @@ class Endpoint:
         return self.call(retrieve, needs="status", patience=patience)
 
     def poll(
-        self, job_id: str, seen: set[str], *, until: float
+        self, job_id: str, read: EventsRead, *, until: float
     ) -> tuple[FineTuningJob, list[FineTuningJobEvent]]:
-        """One look at a job: how it stands, and its events that are not in ``seen``, oldest
-        first. Failures are waited out ``until`` a moment of the timer."""
+        """One look at a job: how it stands, and its events that were not ``read``, oldest first.
+
+        Failures are waited out ``until`` a moment of the timer. A page that can't be had even so
+        is asked for again at the next look, whose events then begin with those of that page.
+        """
         retrieve = functools.partial(self.client.fine_tuning.jobs.retrieve, job_id)
         retrieve = functools.partial(_within, until - self._timer(), retrieve)
-        told = "ジョブの状態を取得できません。回復するまで待ちます"
-        job = self.call(retrieve, needs="status", patience=until - self._timer(), told=told)
+        job = self.call(
+            retrieve,
+            needs="status",
+            patience=until - self._timer(),
+            told="ジョブの状態を取得できません。回復するまで待ちます",
+        )
         list_events = self.client.fine_tuning.jobs.list_events
+        newest: Callable[[], Any] = functools.partial(list_events, job_id, limit=100)
+        known, missed = set(read.ids), list[Callable[[], Any]]()
         fresh: list[FineTuningJobEvent] = []
-        more: Callable[[], Any] = functools.partial(list_events, job_id, limit=100)
-        for _ in range(MAX_PAGES):  # newest first, in pages
-            patience = until - self._timer()
-            if patience <= 0 and fresh:
-                break
-            page = self.optional("イベント", more, needs="data", patience=patience, told=told)
+        for more in (*read.missed, newest):
+            again = more is not newest
+            events, unread = self._events(more, known, until, again=again)
+            known.update(event.id for event in events)
+            fresh += events
+            missed += unread
+        read.ids, read.missed = known, missed
+        return job, fresh
+
+    def _events(
+        self, more: Callable[[], Any], known: Container[str], until: float, *, again: bool
+    ) -> tuple[list[FineTuningJobEvent], list[Callable[[], Any]]]:
+        """The events from a page on to the first ``known`` one, oldest first, and the request
+        for a page that couldn't be had; ``again``: the first page is such a one."""
+        fresh: dict[str, FineTuningJobEvent] = {}
+        for number in range(MAX_PAGES):  # newest first, in pages
+            late = fresh and self._timer() >= until
+            page = None if late else self._page_of_events(more, until, again=again)
             if page is None:
-                break
-            known = seen.union(event.id for event in fresh)
-            unseen = [event for event in page.data if event.id not in known]
-            fresh.extend(unseen)
+                return [*fresh.values()][::-1], [more] if number or again else []
+            unseen = {e.id: e for e in page.data if e.id not in known and e.id not in fresh}
+            fresh |= unseen
             if len(unseen) < len(page.data) or not unseen or not page.has_next_page():
                 break
             more = page.get_next_page
-        seen.update(event.id for event in fresh)
-        return job, fresh[::-1]
+        return [*fresh.values()][::-1], []
+
+    def _page_of_events(self, more: Callable[[], Any], until: float, *, again: bool) -> Any | None:
+        if not again or "イベント" in self._lacking:
+            told = "ジョブのイベントを取得できません。回復するまで待ちます"
+            patience = until - self._timer()
+            return self.optional("イベント", more, needs="data", patience=patience, told=told)
+        try:  # once, without a word: it was waited for and told of when it was missed
+            return self.call(more, needs="data", patience=0.0)
+        except (_openai().APIError, BrokenAnswer):
+            return None
 
     def cancel(self, job_id: str) -> FineTuningJob:
         """Cancel a job that hasn't ended; return how it stands."""
@@ -6113,6 +6292,14 @@ class Endpoint:
         return answer
 
 
+def _has_passed(times: Sequence[float | None], since: float) -> bool:
+    """Whether a list has come to times from before ``since`` for good. An endpoint may list in
+    an order of its own, of which a single time tells nothing, or leave times out."""
+    told = [time for time in times if time is not None]
+    newest_first = all(a >= b for a, b in itertools.pairwise(told))
+    return len(told) == len(times) > 1 and newest_first and told[-1] < since
+
+
 def _openai() -> ModuleType:
     """The SDK, imported where it is needed: it takes a second."""
     import openai
@@ -6120,38 +6307,53 @@ def _openai() -> ModuleType:
     return openai
 
 
-def _within(seconds: float, request: Callable[[], T]) -> T:
-    """``request()``, given up after so many seconds, however slowly its answer drips in: the
-    time-outs of a client only bound the silence between two pieces."""
-    if seconds == math.inf:
-        return request()
-    answers: queue.SimpleQueue[T | BaseException] = queue.SimpleQueue()
-
-    def work() -> None:
-        try:
-            answers.put(request())
-        except BaseException as error:  # noqa: BLE001  # raised again where it is awaited
-            answers.put(error)
-
-    threading.Thread(target=work, name="openai-sft-look", daemon=True).start()
-    try:
-        answer = answers.get(timeout=max(0.05, seconds))
-    except queue.Empty:
-        raise BrokenAnswer("エンドポイントの応答が時間内に終わりません。") from None
-    if isinstance(answer, BaseException):
-        raise answer
-    return answer
-
-
 def _require_shape(answer: object, needs: str | None) -> None:
-    """Raise :class:`BrokenAnswer` for what isn't the API's: a page, or no ``needs`` in it."""
+    """Raise :class:`BrokenAnswer` for what isn't the API's: a page, or no ``needs`` in it.
+
+    What is of another type than the API's counts as not told.
+    """
     if answer is None or isinstance(answer, str | list):  # what the SDK makes of another's JSON
         raise BrokenAnswer("エンドポイントの応答がAPIのJSONではありません。")
+    _drop_untold(answer)
     value: Any = getattr(answer, needs, None) if needs else answer
     if value is None:
         raise BrokenAnswer(f"エンドポイントの応答に {needs} がありません。")
-    if needs == "data" and not all(getattr(item, "id", None) for item in value):
-        raise BrokenAnswer("エンドポイントの一覧に、APIのものでない項目があります。")
+    if needs != "data":
+        return
+    for item in value if isinstance(value, list) else [None]:
+        _drop_untold(item)
+        if not getattr(item, "id", None):
+            raise BrokenAnswer("エンドポイントの一覧に、APIのものでない項目があります。")
+
+
+def _is_told_text(value: object) -> bool:
+    return isinstance(value, str) and _is_text(value)
+
+
+def _is_told_number(value: object) -> bool:
+    return type(value) in (int, float) and 0 <= cast("float", value) < math.inf
+
+
+def _is_told_texts(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_told_text, value))
+
+
+# What is read of the API's answers: the SDK takes any type for it.
+_TOLD: dict[str, Callable[[object], bool]] = {
+    **dict.fromkeys(("id", "status", "model", "training_file"), _is_told_text),
+    **dict.fromkeys(("fine_tuned_model", "fine_tuned_model_checkpoint"), _is_told_text),
+    **dict.fromkeys(("filename", "purpose"), _is_told_text),
+    **dict.fromkeys(("created_at", "bytes", "trained_tokens", "step_number"), _is_told_number),
+    "result_files": _is_told_texts,
+    "metadata": lambda value: isinstance(value, Mapping),
+}
+
+
+def _drop_untold(item: Any) -> None:
+    for name, is_told in _TOLD.items():
+        value = getattr(item, name, None)
+        if value is not None and not is_told(value):
+            setattr(item, name, None)
 
 
 def _refuse_foreign_redirect(response: Any) -> None:
@@ -6166,6 +6368,23 @@ def _refuse_foreign_redirect(response: Any) -> None:
             f"エンドポイントが別のホスト {printable(host)} へ転送しようとしたため、中止しました。"
             "正しい場所なら --base-url にそのURLを指定してください。"
         )
+
+
+class _InTime:
+    """The pieces of an answer, until a moment of the timer: a client's own time-outs only bound
+    the silence between two of them."""
+
+    def __init__(self, stream: Any, timer: Callable[[], float], until: float) -> None:
+        self._pieces, self._timer, self._until = stream, timer, until
+
+    def __iter__(self) -> Iterator[bytes]:
+        for piece in self._pieces:
+            if self._timer() > self._until:
+                raise BrokenAnswer("エンドポイントの応答が時間内に終わりません。")
+            yield piece
+
+    def close(self) -> None:
+        self._pieces.close()
 
 
 def _hide(key: str, error: Any) -> None:
@@ -6207,13 +6426,14 @@ class Ledger:
     def rates(self, model: str, evaluated: str) -> tuple[float, float] | None:
         """Dollars per 1,000,000 tokens in and out of asking ``model``, ``None`` where unknown.
 
-        A given price is that of the evaluated model, and with base rates of its base model.
+        A given price is that of the evaluated model, and with base rates of what it is compared
+        with.
         """
         given, base = self._settings.price, self._base_of(model)
         if given is not None and model == evaluated:
             return _rates_of(model, model, given)
         is_base = model == (self._base_of(evaluated) or self._settings.model)
-        return _rates_of(model, base, given if is_base else None)
+        return _baseline_rates(model, base, given, is_base=is_base)
 
     def ahead(self, left: Mapping[str, Sequence[Case]]) -> CostEstimate:
         """The price of asking each model its cases; the first model is the evaluated one."""
@@ -6223,8 +6443,8 @@ class Ledger:
         rates = {m: self.rates(m, evaluated) for m, (asked, _) in counts.items() if asked.tokens}
         unpriced = tuple(model for model, known in rates.items() if known is None)
         dollars = sum(
-            (counts[model][0].tokens * known[0] + counts[model][1] * known[1]) / 1e6
-            for model, known in rates.items()
+            _usd([counts[m][0].tokens, counts[m][1]], known)
+            for m, known in rates.items()
             if known is not None
         )
         same = all(count == counts[evaluated] for count in counts.values())
@@ -6253,9 +6473,11 @@ class Ledger:
         """Pass the doors to payment: show the price, hold it against the limit and ask.
 
         A door that the user has agreed to in this process isn't asked about again, but the limit
-        holds. ``paid`` is what besides the training has been paid. Raises :class:`BudgetError`
-        and :class:`Declined` before anything is sent.
+        holds; nor is one behind which nothing is left to ask. ``paid`` is what besides the training
+        has been paid. Raises :class:`BudgetError` and :class:`Declined` before anything is sent.
         """
+        if estimate.epochs is None and not estimate.evaluation_input_tokens:
+            return
         agreed = self._run.passed.issuperset(doors)
         spent = self.spent + paid
         if not agreed:
@@ -6265,14 +6487,17 @@ class Ledger:
                 logger.info("この実行でこれまでにかかった料金: $%.4f", spent)
             if self._settings.rehearse:
                 logger.info("リハーサルのため、実際の課金はありません。")
-            elif "training" in doors or self._run.estimate is None:
+            elif "training" in doors or not (self._run.estimate or self._run.job_id):
                 shown = {**asdict(estimate), "total_usd": estimate.total_usd}
                 self._run.save(estimate=shown)
         if not self._settings.rehearse:
             self._require_limit(estimate, spent)
             if not agreed and self._confirm is not None and not self._confirm(estimate):
-                self._run.save(declined=None if self._run.has_sent else True)
-                raise Declined("中止しました。この先は何も送信していません。")
+                # A request whose answer was lost may have made a job, which is looked for again.
+                lost = self._run.job_intent is not None and self._run.job_id is None
+                self._run.save(declined=None if lost else True)
+                kept = self._run.meanwhile
+                raise Declined(f"中止しました。この先は何も送信していません。{kept}")
         self._run.passed.update(doors)
 
     def _require_limit(self, estimate: CostEstimate, spent: float) -> None:
@@ -6287,9 +6512,10 @@ class Ledger:
         if most is None:
             unpriced = "、".join(map(printable, estimate.unpriced))
             reason = f"{unpriced} の単価が不明で" if unpriced else "学習のトークン数が不明で"
+            remedy = f"{estimate.price_flags} で単価を指定するか、" if unpriced else ""
             raise BudgetError(
                 f"{reason}、上限 ${limit:,.4f} を守れるか判断できないため中止しました。"
-                "--price-training などで単価を指定するか、--max-cost-usd を外してください。"
+                f"{remedy}--max-cost-usd を外してください。"
             )
         if most + spent > limit:
             paid = f"とこれまでの ${spent:,.4f} " if spent else " "
@@ -6310,8 +6536,7 @@ class Ledger:
             rates = self.rates(model, evaluated)
             if rates is None:
                 return None
-            dollars += tokens["prompt_tokens"] * rates[0] / 1e6
-            dollars += tokens["completion_tokens"] * rates[1] / 1e6
+            dollars += _usd([tokens["prompt_tokens"], tokens["completion_tokens"]], rates)
         return dollars
 
     def is_over(self, answers_usd: float | None) -> bool:
@@ -6342,20 +6567,32 @@ class Ledger:
         estimate = (self._run.estimate or {}).get("training_usd")
         if self._settings.rehearse:
             return
-        if job.trained_tokens is None and job.status == "succeeded" and estimate is not None:
-            logger.warning(
-                "学習したトークン数の返答がないため、見積もりの $%.4f とします。", estimate
-            )
-            self.paid(training_usd=estimate)
+        if job.trained_tokens is None and job.status == "succeeded":
+            self._pay_as_estimated(job)
             return
         if price is None or job.trained_tokens is None:
             return
-        actual = job.trained_tokens * price.training / 1e6
+        actual = _usd([job.trained_tokens], [price.training])
         difference = f"、見積もりとの差 {actual / estimate - 1:+.1%}" if estimate else ""
         logger.info(
             "学習の実費: $%.4f（%s トークン%s）", actual, f"{job.trained_tokens:,}", difference
         )
         self.paid(training_usd=actual)
+
+    def _pay_as_estimated(self, job: FineTuningJob) -> None:
+        """Keep what a job was to cost that doesn't tell its tokens; with ``auto``, in the epochs
+        that it tells or the most there may be."""
+        estimate = self._run.estimate or {}
+        dollars, tokens = estimate.get("training_usd"), estimate.get("training_tokens")
+        price = estimate.get("price")
+        if estimate.get("epochs") == "auto" and price and tokens is not None:
+            epochs = getattr(job.hyperparameters, "n_epochs", None)
+            epochs = epochs if type(epochs) is int else MAX_EPOCHS
+            dollars = _usd([tokens * epochs], [price["training"]])
+        if dollars is not None:
+            told = "学習したトークン数の返答がないため、見積もりの $%.4f とします。"
+            logger.warning(told, dollars)
+            self.paid(training_usd=dollars)
 
 
 # ── Preparation ──────────────────────────────────────────────────────────────────────────────
@@ -6662,12 +6899,20 @@ class FineTuning:
             logger.info("アップロード済みのファイルを使います: %s（%s）", path.name, file_id)
         else:
             logger.info("アップロードしています: %s（%.1f MB）", path, size / 1e6)
-            self._run.save(uploads={**self._run.uploads, part: upload})
+            self._keep(part, upload)
             file_id = self._endpoint.upload(path, upload, others)
             own.add(file_id)
-        upload = replace(upload, file_id=file_id, reused=file_id not in own)
-        self._run.save(uploads={**self._run.uploads, part: upload})
+        self._keep(part, replace(upload, file_id=file_id, reused=file_id not in own))
         return file_id
+
+    def _keep(self, part: UploadPart, upload: Upload) -> None:
+        """Record an upload, and by its id the one it replaces: a job may still be made on that."""
+        uploads = dict(self._run.uploads)
+        before = uploads.get(part)
+        if before is not None and before.file_id and before.sha256 != upload.sha256:
+            uploads[before.file_id] = before
+        uploads.pop(upload.file_id or "", None)
+        self._run.save(uploads={**uploads, part: upload})
 
     def create(self, training: Training, file_id: str, validation_file_id: str | None) -> str:
         """Pass the door to payment and create the job, once; return its id.
@@ -6753,12 +6998,21 @@ class FineTuning:
         return found[0] if found else None
 
     def cancel_surplus(self) -> None:
-        """Cancel and name what a repeated request has made besides the run's job."""
+        """Cancel and name what a repeated request has made besides the run's job; where the
+        endpoint keeps no metadata, so that it may be another's, it is only named."""
         intent = self._run.job_intent
         if intent is None or self._run.job_id is None or intent.sent < 2:
             return
+        known = {run.job_id for run in self._runs}
         for job in self._endpoint.find_jobs(intent):
-            if job.id == self._run.job_id or not job.metadata or job.status in TERMINAL_STATUSES:
+            if job.id in known or job.status in TERMINAL_STATUSES:
+                continue
+            if not job.metadata:
+                logger.warning(
+                    "ジョブ %s は、応答が失われたリクエストのものかもしれません（エンドポイントが"
+                    "metadataを返さないため不明です）。そうなら --cancel で取り消してください。",
+                    printable(job.id),
+                )
                 continue
             job = self._endpoint.cancel(job.id)
             logger.warning(
@@ -6784,13 +7038,13 @@ class FineTuning:
         """
         job_id = self._run.known("job_id")
         until = math.inf if timeout is None else self._timer() + timeout
-        seen: set[str] = set()
+        read = EventsRead()
         status = ""
         bar = _TrainingBar(enabled=self._settings.verbose)
         with SystemMonitor(self._runs.folder), contextlib.closing(bar):
             for delay in _poll_delays(self._settings):
                 try:
-                    job, events = self._endpoint.poll(job_id, seen, until=until)
+                    job, events = self._endpoint.poll(job_id, read, until=until)
                 except (_openai().APIError, BrokenAnswer) as error:
                     if timeout is None or not is_transient(error):
                         raise
@@ -6809,7 +7063,7 @@ class FineTuning:
                 if timeout is not None and self._timer() >= until:
                     raise WaitTimeout(job_id, status, timeout)
                 self._sleep(min(delay, until - self._timer()))
-        self._record_outcome(job, bar.rows)
+        self._record_outcome(job, sorted(bar.rows, key=lambda row: row["step"]))
         return job
 
     def watch_to_model(self, timeout: float | None) -> None:
@@ -6817,18 +7071,17 @@ class FineTuning:
         job = self.watch(timeout)
         if job.status != "succeeded":
             code, message = _job_error(job)
-            raise JobFailed(job.id, job.status, code, message)
+            raise JobFailed(self._run.known("job_id"), job.status, code, message)
         if not job.fine_tuned_model:
             self._run.save(finished_at=_time_text(self._clock()))
             raise BrokenAnswer(
                 f"学習は成功しましたが、エンドポイントはモデル名を返しませんでした（ジョブ "
-                f"{printable(job.id)}）。重みはチェックポイントのファイルにあるかもしれません。"
+                f"{printable(self._run.job_id)}）。重みはチェックポイントのファイルにあるかもしれません。"
             )
 
     def _record_outcome(self, job: FineTuningJob, rows: Sequence[Mapping[str, float]]) -> None:
         code, message = _job_error(job)
         self._run.save(
-            job_id=job.id,
             job_status=job.status,
             job_error={"code": code, "message": message} if code or message else None,
             fine_tuned_model=job.fine_tuned_model,
@@ -6848,7 +7101,7 @@ class FineTuning:
         if job.fine_tuned_model:
             self._endpoint.expect(job.fine_tuned_model)
         self._save_metrics(self._endpoint.result_rows(job) or rows)
-        checkpoints = self._endpoint.checkpoints(job.id)
+        checkpoints = self._endpoint.checkpoints(self._run.known("job_id"))
         for checkpoint in checkpoints:
             name = printable(checkpoint.fine_tuned_model_checkpoint)
             logger.info("チェックポイント: %s（step %s）", name, checkpoint.step_number)
@@ -7051,15 +7304,19 @@ class Pool:
 
 
 class Asked(NamedTuple):
-    """Whom an evaluation asks what: the models, and the cases and size of each split."""
+    """Whom an evaluation asks what: the models, and the cases and size of each split.
+
+    ``means`` are the mean scores of the training data, which the score task compares with.
+    """
 
     models: Sequence[str]
     cases: Mapping[str, Sequence[Case]]
     sizes: Mapping[str, int]
+    means: Mapping[str, float] | None = None
 
     @classmethod
     def of(cls, model: str, splits: Splits, asking: Asking, settings: Settings) -> Asked:
-        """Whom ``asking`` asks what of test and validation data.
+        """Whom ``asking`` asks what of test and validation data; ``splits.train`` gives the means.
 
         Raises :class:`DataError` where the data are another task's.
         """
@@ -7074,7 +7331,25 @@ class Asked(NamedTuple):
             logger.warning("比べる相手が同じモデルのため、比較はしません: %s", printable(model))
             baseline = None
         sizes = {"test": len(splits.test), "valid": len(splits.valid)}
-        return cls((model, baseline) if baseline else (model,), cases, sizes)
+        is_score = settings.task == "score" and splits.train
+        means = mean_scores(splits.train) if is_score else None
+        return cls((model, baseline) if baseline else (model,), cases, sizes, means)
+
+    @classmethod
+    def read(cls, path: Path, sha256: str) -> Asked:
+        """What :meth:`to_json` gave. Raises :class:`DataError` where the file isn't that."""
+        if not path.exists() or _sha256_of(path) != sha256:
+            raise DataError(
+                f"{path}: 評価するケースのファイルがないか、変わっています。元に戻してください。"
+            )
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        cases = {name: [Case(**case) for case in part] for name, part in facts["cases"].items()}
+        return cls(**{**facts, "cases": cases})
+
+    def to_json(self) -> str:
+        """All of it, for :meth:`read`."""
+        cases = {name: [asdict(case) for case in part] for name, part in self.cases.items()}
+        return _to_json({**self._asdict(), "cases": cases})
 
     @property
     def baseline(self) -> str | None:
@@ -7186,9 +7461,12 @@ class Evaluation:
         started = time.perf_counter()
         try:
             answer = self._endpoint.ask(model_id, lambda: pool.attempt(create))
-            response["usage"] = _usage(answer)
+            told = _usage(answer)
+            response["usage"] = told or _estimated_usage(
+                case, "", self._task.request
+            )  # billed without words too
             response["finish_reason"], response["output"] = _read_answer(answer)
-            response["usage"] = response["usage"] or _estimated_usage(
+            response["usage"] = told or _estimated_usage(
                 case, response["output"], self._task.request
             )
             if fault := self._task.find_fault(response["output"]):
@@ -7196,8 +7474,8 @@ class Evaluation:
         except (openai.APIError, BrokenAnswer) as error:
             if "usage" not in response and self._meets_every_case(error):
                 raise
-            reason = error if isinstance(error, BrokenAnswer) else explain_api_error(error)
-            response["error"] = str(reason)
+            reason = explain_api_error(error)
+            response["error"] = reason
             logger.warning("評価 %s に失敗しました: %s", case.id, reason)
         response["reference"] = case.reference
         response["latency_seconds"] = round(time.perf_counter() - started, 3)
@@ -7214,9 +7492,7 @@ class Evaluation:
             return True
         return is_transient(error) and not self._endpoint.is_up()
 
-    def results(
-        self, asked: Asked, train_data: Sequence[Example] | None, asked_at: str
-    ) -> EvaluationResults:
+    def results(self, asked: Asked, asked_at: str) -> EvaluationResults:
         """What the answers are worth: figures, comparisons, usage and settings."""
         results = EvaluationResults(model_id=asked.evaluated, evaluation_timestamp=asked_at)
         answers = {
@@ -7252,7 +7528,7 @@ class Evaluation:
             }
         if self._settings.task == "score":
             tested = {name: answers[asked.evaluated, name] for name in asked.cases}
-            _add_mean_reference(results, tested, train_data, self._asking.seed)
+            _add_mean_reference(results, tested, asked.means, self._asking.seed)
             overall = results["test_evaluation"]["metrics"].get("overall")
             results["summary"]["mse"] = overall["mse"]["score"] if overall else None
         results["task"] = self._settings.task
@@ -7302,14 +7578,13 @@ def _tell_missing(parts: Iterable[Mapping[str, Any]]) -> None:
 def _add_mean_reference(
     results: EvaluationResults,
     answers: Mapping[str, Sequence[Answer]],
-    train_data: Sequence[Example] | None,
+    means: Mapping[str, float] | None,
     seed: int,
 ) -> None:
     """Add what predicting the training mean gives on the cases that were answered."""
-    if not train_data:
+    if means is None:
         logger.warning("学習データがないため、平均予測との比較は省きます（train_data=）。")
         return
-    means = mean_scores(train_data)
     text = _dump(means)
     reference = {
         name: [answer._replace(output=text) for answer in part] for name, part in answers.items()
@@ -7352,7 +7627,7 @@ def _usage(completion: Any) -> Mapping[str, Any] | None:
     """What the service says that an answer took, ``None`` where it doesn't."""
     dump = getattr(getattr(completion, "usage", None), "model_dump", None)
     usage = {} if dump is None else dump(exclude_none=True, warnings=False)
-    told = all(isinstance(usage.get(f"{kind}_tokens"), int) for kind in ("prompt", "completion"))
+    told = all(_is_told_number(usage.get(f"{kind}_tokens")) for kind in ("prompt", "completion"))
     return usage if told else None
 
 
@@ -7367,15 +7642,15 @@ def _read_answer(completion: Any) -> tuple[str, str]:
     try:
         choice = completion.choices[0]
         text, refusal = choice.message.content, getattr(choice.message, "refusal", None)
-    except (AttributeError, IndexError, TypeError) as error:
+    except (AttributeError, LookupError, TypeError) as error:
         raise BrokenAnswer("応答がチャットの形ではありません。") from error
-    reason = str(choice.finish_reason)
+    reason = printable(choice.finish_reason)
     if refusal:
         raise BrokenAnswer(f"モデルが応答を拒否しました: {printable(refusal)}")
     if reason == "content_filter":
         raise BrokenAnswer("内容フィルターで止められました（finish_reason: content_filter）")
     if not str(text or "").strip():
-        raise BrokenAnswer(f"応答が空です（finish_reason: {printable(reason)}）")
+        raise BrokenAnswer(f"応答が空です（finish_reason: {reason}）")
     # Half of a surrogate pair (an emoji cut in two) can't be written.
     return reason, str(text).encode(errors="replace").decode()
 
@@ -7497,16 +7772,11 @@ def _check_data(settings: Settings) -> Iterator[CheckItem]:
     if _looks_like_path(name):
         yield CheckItem("データ", "fail", f"{name} がありません", "--dataset を確認してください")
         return
-    import huggingface_hub
-
-    try:
-        huggingface_hub.HfApi().dataset_info(
-            name, revision=settings.revision, timeout=FIRST_CONTACT_SECONDS
-        )
-    except Exception as error:  # noqa: BLE001  # of whichever HTTP library the Hub's package uses
+    failure = _hub_failure(name, settings.revision, FIRST_CONTACT_SECONDS)
+    if failure is not None:
+        text = f"Hubの {name} を確かめられません（{_reason(failure)}）"
         remedy = "名前とネットワークを確かめるか、フォルダーを --dataset で指定してください"
-        yield CheckItem("データ", "warn", f"Hubの {name} を確かめられません", remedy)
-        logger.debug("Hub: %s", _reason(error))
+        yield CheckItem("データ", "warn", text, remedy)
         return
     yield CheckItem("データ", "ok", f"Hubの {name} があります")
 
@@ -7622,7 +7892,7 @@ class OpenAISFT:
             offline=offline,
             rehearse=rehearse,
             verbose=verbose,
-            task=task or "response",
+            task="response" if task is None else task,
             system_prompt=system_prompt,
             long_examples=long_examples,
             price=price,
@@ -7754,7 +8024,7 @@ class OpenAISFT:
             "price": lambda: self._price_run(run, splits),
             "upload": lambda: self._upload_data(run, splits),
             "create": lambda: self._create_planned(run),
-            "watch": lambda: self._tuning(run).watch_to_model(timeout),
+            "watch": lambda: self._watch_run(run, splits, timeout),
             "evaluate": lambda: self._evaluate_run(run, splits),
         }
         results: EvaluationResults | None = None
@@ -7808,11 +8078,13 @@ class OpenAISFT:
 
     def _splits_of(self, run: Run) -> Splits:
         """The examples of a run's plan: recorded, or read anew for a model made elsewhere."""
-        plan = run.plan
-        if plan is not None and plan.selection is not None and plan.split_of is None:
+        plan = run.known("plan")
+        if plan.asked is not None:
+            return Splits([], [], [])  # the cases have a file of their own
+        if plan.selection is not None and plan.split_of is None:
             preparation = Preparation(self.settings.working_as(run.settings))
             return preparation.convert_all(preparation.load(plan.selection))
-        source = self._runs.named(plan.split_of) if plan and plan.split_of else run
+        source = self._runs.named(plan.split_of) if plan.split_of else run
         logger.info("記録した分割を使います: %s", source.path)
         return Splits(*(_read_split(source, name) for name in SPLIT_NAMES))
 
@@ -7827,7 +8099,9 @@ class OpenAISFT:
         _require_filled(job_id=job_id)
         self._refuse_rehearsal("監視")
         for run in self._runs.of_job(job_id):
-            if run.unfinished and (results := self.resume(run.run_id, timeout=timeout)):
+            if run.kind != "pipeline" or not run.unfinished:
+                continue  # what else is unfinished doesn't watch its job
+            if results := self.resume(run.run_id, timeout=timeout):
                 return results
         patience = math.inf if timeout is None else timeout
         self._endpoint_of(self.settings).job(job_id, patience=patience)  # before it is recorded
@@ -8147,6 +8421,14 @@ class OpenAISFT:
         training = run.known("plan").training
         self._tuning(run).create(training, sent["training"] or "", sent.get("validation"))
 
+    def _watch_run(self, run: Run, splits: Splits, timeout: float | None) -> None:
+        """Watch the job of a run to its model, once the price of what follows is agreed to."""
+        if "evaluation" not in run.passed:
+            settings = self.settings.working_as(run.settings)
+            estimate = _estimate_evaluation(settings, splits, run.known("plan"))
+            self._ledger(run).require(estimate, "evaluation")
+        self._tuning(run).watch_to_model(timeout)
+
     def monitor_fine_tune_job(self, job_id: str, *, timeout: float | None = None) -> FineTuningJob:
         """Poll until the job ends; return it, whatever its end. Events are logged as they come.
 
@@ -8165,6 +8447,7 @@ class OpenAISFT:
         if self._run is not None and self._run.job_id == job_id:
             return self._take_up(self._run)
         for run in self._runs.of_job(job_id):
+            self._require_trust(run)
             with contextlib.suppress(ConfigurationError):  # another instance drives it
                 return self._take_up(run)
         current = self._current()
@@ -8199,7 +8482,7 @@ class OpenAISFT:
         instance prepared) is a reference as well. The price is shown, held against
         ``max_cost_usd`` and confirmed before anything is asked (:class:`BudgetError`,
         :class:`Declined`). A case that fails carries its ``error``; errors that would meet
-        every case (key, model, quota) are raised.
+        every case (key, model, quota) are raised, and :meth:`resume` then asks only the rest.
         """
         asking = Asking(
             max_test_cases, seed, eval_turns, baseline, concurrency, temperature, max_tokens
@@ -8208,23 +8491,22 @@ class OpenAISFT:
         run = self._current()
         if run.plan is not None or "journal" in run.files:
             run = self._succeed(run)
-        splits = Splits(list(train_data or ()), list(test_data), list(valid_data))
-        return self._evaluate(run, model_id, splits, asking)
+        given = train_data or self._train_data or ()
+        splits = Splits(list(given), list(test_data), list(valid_data))
+        plan, settings = Plan(asking, model_id=model_id), self.settings.working_as(run.settings)
+        asked = _asked_by(plan, run, self._runs, splits, settings)
+        run.publish("asked", ".json", asked.to_json())
+        run.save(plan=replace(plan, asked=_sha256_of(run.file("asked"))))
+        with _released_on_failure(run):
+            results = self._evaluate(run, asked, asking)
+        run.save(finished_at=_time_text(self._clock()))
+        return results
 
-    def _evaluate(
-        self, run: Run, model_id: str, splits: Splits, asking: Asking
-    ) -> EvaluationResults:
-        settings = self.settings.working_as(run.settings)
-        asked, is_score = Asked.of(model_id, splits, asking, settings), settings.task == "score"
-        given = splits.train or self._train_data or ()
-        train_data = _scored_train_data(self._runs, model_id, given) if is_score else ()
+    def _evaluate(self, run: Run, asked: Asked, asking: Asking) -> EvaluationResults:
+        settings, model_id = self.settings.working_as(run.settings), asked.evaluated
         path = self._runs.folder / f"evaluation_{run.stamp}.jsonl"
-        asked_for = {
-            "model_id": model_id,
-            "baseline": asked.baseline,
-            "generation": asking.generation,
-        }
-        run.save(evaluation=asked_for, files={**run.files, "journal": str(path)})
+        known = {"model_id": model_id, "baseline": asked.baseline, "generation": asking.generation}
+        run.save(evaluation=known, files={**run.files, "journal": str(path)})
         ledger, endpoint = self._ledger(run), self._endpoint_of(settings)
         with Journal(path) as journal:
             evaluation = Evaluation(endpoint, ledger, settings, asking, journal)
@@ -8234,8 +8516,8 @@ class OpenAISFT:
             finally:  # also what an evaluation has cost that stopped half-way
                 dollars = ledger.cost_of(journal.usage_by_model(), model_id)
                 cost = None if dollars is None else ledger.paid(evaluation_usd=dollars)
-            results = evaluation.results(asked, train_data, started)
-        if not is_score:
+            results = evaluation.results(asked, started)
+        if settings.task != "score":
             tuned = run if run.fine_tuned_model == model_id else self._runs.of_model(model_id)
             if tuned is not None and tuned.fine_tuned_model == model_id:
                 results["summary"].update(_cross_entropies(tuned.final_metrics or {}))
@@ -8250,8 +8532,9 @@ class OpenAISFT:
     def _evaluate_run(self, run: Run, splits: Splits) -> EvaluationResults:
         """The last step of a run: its evaluation, saved."""
         plan = run.known("plan")
-        model_id = plan.model_id or run.known("fine_tuned_model")
-        results = self._evaluate(run, model_id, splits, plan.asking)
+        settings = self.settings.working_as(run.settings)
+        asked = _asked_by(plan, run, self._runs, splits, settings)
+        results = self._evaluate(run, asked, plan.asking)
         path = self._save_results(run, results)
         parts = [results[f"{name}_evaluation"] for name in ("test", "valid")]
         asked = sum(part["evaluated_cases"] + part["failed_cases"] for part in parts)
@@ -8384,6 +8667,12 @@ def _estimate_run(
     )
 
 
+def _estimate_evaluation(settings: Settings, splits: Splits, plan: Plan) -> CostEstimate:
+    """Price the evaluation of a model that is still being trained."""
+    both = _estimate_run(settings, splits, plan.training, None, plan.asking)
+    return replace(both, epochs=None, training_usd=0.0)
+
+
 @contextlib.contextmanager
 def _released_on_failure(run: Run) -> Iterator[None]:
     """Let another instance take ``run`` over where this one can't go on."""
@@ -8476,9 +8765,19 @@ def _read_options(
     return filters, Asking(max_test_cases, seed, **others)
 
 
-def _scored_train_data(runs: Runs, model_id: str, given: Sequence[Example]) -> Sequence[Example]:
+def _asked_by(plan: Plan, run: Run, runs: Runs, splits: Splits, settings: Settings) -> Asked:
+    """Whom a plan asks what: as it was kept, or chosen from the splits."""
+    if plan.asked is not None:
+        return Asked.read(run.file("asked"), plan.asked)
+    model_id = plan.model_id or run.known("fine_tuned_model")
+    if settings.task == "score":
+        splits = splits._replace(train=_scored_train_data(runs, model_id, splits.train))
+    return Asked.of(model_id, splits, plan.asking, settings)
+
+
+def _scored_train_data(runs: Runs, model_id: str, given: Sequence[Example]) -> list[Example]:
     """What the score task takes the mean of: the given examples, or those recorded with a run."""
-    train_data, run = given, runs.of_model(model_id)
+    train_data, run = list(given), runs.of_model(model_id)
     if not train_data and run is not None and "manifest" in run.files:
         train_data = _read_split(run, "train")
     if train_data and not any(map(_scores_of, train_data)):

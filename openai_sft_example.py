@@ -290,7 +290,11 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
             flag, type=REAL, metavar="X", help=f"評価点（0〜100）がX{text}の対話だけを使う"
         )
     group.add_argument(
-        "--topics", nargs="+", metavar="TOPIC", help="この話題（日本語か英語）の対話だけを使う"
+        "--topics",
+        type=filled,
+        nargs="+",
+        metavar="TOPIC",
+        help="この話題（日本語か英語）の対話だけを使う",
     )
     group.add_argument(
         "--exclude-flagged",
@@ -396,8 +400,8 @@ def add_money(parser: argparse.ArgumentParser) -> None:
         ("--price-training", "学習"),
         ("--price-input", "学習済みモデルの入力"),
         ("--price-output", "学習済みモデルの出力"),
-        ("--price-base-input", "元のモデルの入力"),
-        ("--price-base-output", "元のモデルの出力"),
+        ("--price-base-input", "元のモデル（か比べるMODEL）の入力"),
+        ("--price-base-output", "元のモデル（か比べるMODEL）の出力"),
     ):
         group.add_argument(
             flag, type=REAL, metavar="X", help=f"{text}の単価（100万トークンあたりのドル）"
@@ -615,24 +619,60 @@ def list_runs(sft: OpenAISFT, options: argparse.Namespace) -> int:
 
 
 def show_runs(rows: Sequence[RunRow]) -> None:
-    """A table aligned by what a terminal shows."""
+    """A table aligned by what a terminal shows, and cut to fit where it is one."""
     notes = {None: "", "no record": "記録なし", "no job": "ジョブなし"}
     table = [["実行", "ジョブ", "状態", "モデル", "備考"]]
     for row in rows:
         cells = (row.run_id, row.job_id, row.status, row.model, notes[row.orphan])
         table.append([printable("-" if cell is None else cell) for cell in cells])
-    show(aligned(table))
+    if not any(row.orphan for row in rows):
+        table = [cells[:-1] for cells in table]
+    if sys.stdout.isatty():
+        table = fitted(table, shutil.get_terminal_size().columns)
+    show(padded(table))
+
+
+def fitted(table: Sequence[Sequence[str]], width: int) -> list[list[str]]:
+    """The runs in ``width`` columns: the models are cut first, then the statuses, then the jobs.
+
+    What ``--resume`` takes is never cut.
+    """
+    widths = widths_of(table)
+    excess = sum(widths) + 2 * (len(widths) - 1) - width
+    for index, least in ((3, 12), (2, 9), (1, 20)):
+        cut = max(0, min(excess, widths[index] - least))
+        widths[index] -= cut
+        excess -= cut
+    return [list(map(without_middle, cells, widths)) for cells in table]
+
+
+def without_middle(text: str, width: int) -> str:
+    """``text``, or its beginning and its end, in at most ``width`` columns."""
+    kept, short = len(text), text
+    while columns(short) > width:
+        kept -= 1
+        short = f"{text[: kept - kept // 2]}…{text[len(text) - kept // 2 :]}"
+    return short
+
+
+def widths_of(table: Sequence[Sequence[str]]) -> list[int]:
+    """How wide each column of a table is on a terminal."""
+    return [max(map(columns, column)) for column in zip(*table, strict=True)]
+
+
+def padded(table: Sequence[Sequence[str]]) -> Iterator[str]:
+    """The rows of a table, padded by what a terminal shows."""
+    widths = widths_of(table)
+    for row in table:
+        cells = (c + " " * (w - columns(c)) for c, w in zip(row, widths, strict=True))
+        yield "  ".join(cells).rstrip()
 
 
 def aligned(table: Sequence[Sequence[str]]) -> Iterator[str]:
-    """The rows of a table, padded by what a terminal shows; a long first column is cut to fit."""
-    widths = [max(map(columns, column)) for column in zip(*table, strict=True)]
-    room = shutil.get_terminal_size().columns - sum(width + 2 for width in widths[1:])
-    widths[0] = min(widths[0], max(room, 20))
-    for head, *cells in table:
-        row = [shortened(head, widths[0]), *cells]
-        padded = (c + " " * (w - columns(c)) for c, w in zip(row, widths, strict=True))
-        yield "  ".join(padded).rstrip()
+    """The rows of a table, padded; a long first column is cut to fit the terminal."""
+    rest = sum(width + 2 for width in widths_of(table)[1:])
+    room = max(shutil.get_terminal_size().columns - rest, 20)
+    return padded([[shortened(head, room), *cells] for head, *cells in table])
 
 
 def shortened(text: str, width: int) -> str:

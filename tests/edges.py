@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import io
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -118,8 +119,8 @@ class Gateway:
                     for piece in reply.pieces:
                         self.wfile.write(piece)
                         self.wfile.flush()
-                except OSError:
-                    pass  # the client has hung up
+                except OSError:  # the client has hung up
+                    self.wfile = io.BytesIO()  # for what is left to be written
 
             do_POST = do_DELETE = do_GET
 

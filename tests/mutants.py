@@ -79,8 +79,8 @@ MONEY = (
     ),
     Mutant(
         "an untuned baseline is paid as a tuned model",
-        "return _rates_of(model, base, given if is_base else None)",
-        "return _rates_of(model, model, given if is_base else None)",
+        "return _baseline_rates(model, base, given, is_base=is_base)",
+        "return _baseline_rates(model, model, given, is_base=is_base)",
         "test_asking.py::test_tokens_and_dollars_are_of_all_that_was_asked_of_both",
     ),
     Mutant(
@@ -91,14 +91,14 @@ MONEY = (
     ),
     Mutant(
         "epochs are forgotten in the price",
-        "training_tokens * epochs * price.training",
-        "training_tokens * price.training",
+        "_usd([training_tokens * epochs], [price.training])",
+        "_usd([training_tokens], [price.training])",
         "test_cost.py::test_ten_epochs_of_kokorochat_on_4o_mini_cost_348_dollars_and_60_cents",
     ),
     Mutant(
         "answers are priced as questions",
-        "evaluation += evaluation_output_tokens * rates[1]",
-        "evaluation += evaluation_output_tokens * rates[0]",
+        "_usd([evaluation_input_tokens, evaluation_output_tokens], rates)",
+        "_usd([evaluation_input_tokens + evaluation_output_tokens], rates[:1])",
         "test_cost.py::test_each_known_model_is_priced_by_the_published_table",
     ),
     Mutant(
@@ -109,9 +109,118 @@ MONEY = (
     ),
     Mutant(
         "a given price is the estimated baseline's too",
-        "own if baseline == model else None",
-        "own",
+        "is_base=baseline == model",
+        "is_base=True",
         "test_cost.py::test_the_base_rates_of_a_given_price_are_not_those_of_another_base_model",
+    ),
+    Mutant(
+        "a given price is no other baseline's",
+        "return given.rates(tuned=False) if rates is None and given is not None else rates",
+        "return rates",
+        "test_cost.py::test_the_base_rates_of_a_given_price_are_those_of_a_baseline_that_the_table_does_not_know",
+    ),
+    Mutant(
+        "a baseline without a price is sent to the flags of training",
+        "if all(model == self.model != self.baseline for model in self.unpriced):",
+        "if self.unpriced:",
+        "test_cost.py::test_what_is_unpriced_is_named_with_the_flags_that_price_it",
+    ),
+    Mutant(
+        "rates are by the thousand tokens",
+        "zip(tokens, rates, strict=True)) / 1e6",
+        "zip(tokens, rates, strict=True)) / 1e3",
+        "test_cost.py::test_each_known_model_is_priced_by_the_published_table",
+    ),
+    Mutant(
+        "of two uploaded files the last is priced",
+        "uploads[before.file_id] = before",
+        "pass",
+        "test_edges_money.py::test_of_two_files_that_were_uploaded_the_one_is_priced_that_is_trained_on",
+    ),
+    Mutant(
+        "a file that changed since is priced as it is now",
+        "if path and path.is_file() and _sha256_of(path) == upload.sha256:",
+        "if path and path.is_file():",
+        "test_edges_money.py::test_a_file_that_was_uploaded_and_changed_since_has_no_price_and_does_not_pass_the_limit",
+    ),
+    Mutant(
+        "a file that is uploaded again is recorded twice",
+        'uploads.pop(upload.file_id or "", None)',
+        "pass",
+        "test_edges_money.py::test_a_file_that_is_uploaded_again_after_another_is_the_same_file",
+    ),
+    Mutant(
+        "an evaluation made step by step can not be resumed",
+        'run.save(plan=replace(plan, asked=_sha256_of(run.file("asked"))))',
+        "pass",
+        "test_asking.py::test_an_evaluation_made_step_by_step_that_an_outage_ended_is_resumed_for_the_rest_alone",
+    ),
+    Mutant(
+        "an evaluation made step by step that stopped keeps its record locked",
+        "with _released_on_failure(run):\n            results = self._evaluate(run, asked, asking)",
+        "with contextlib.nullcontext():\n            results = self._evaluate(run, asked, asking)",
+        "test_asking.py::test_an_evaluation_made_step_by_step_that_an_outage_ended_is_resumed_for_the_rest_alone",
+    ),
+    Mutant(
+        "an evaluation made step by step that ended is resumed and asks its failures again",
+        "run.save(finished_at=_time_text(self._clock()))",
+        "pass",
+        "test_asking.py::test_a_second_evaluation_of_one_instance_has_a_record_without_the_plan_of_the_first",
+        within="evaluate_model_comprehensive",
+    ),
+    Mutant(
+        "cases that changed are asked",
+        "if not path.exists() or _sha256_of(path) != sha256:",
+        "if not path.exists():",
+        "test_asking.py::test_cases_that_changed_since_an_evaluation_stopped_are_not_asked",
+    ),
+    Mutant(
+        "a resumed evaluation has no mean to compare with",
+        'return cls(**{**facts, "cases": cases})',
+        'return cls(**{**facts, "cases": cases, "means": None})',
+        "test_score_task.py::test_an_evaluation_that_is_resumed_compares_with_the_mean_that_it_began_with",
+    ),
+    Mutant(
+        "a job that failed ends an evaluation beside it",
+        'if self.plan.training is not None and self.job_status in ("failed", "cancelled"):',
+        'if self.job_status in ("failed", "cancelled"):',
+        "test_asking.py::test_a_job_beside_an_unfinished_evaluation_is_watched_and_the_evaluation_is_resumed",
+    ),
+    Mutant(
+        "whoever watches a job pays for the evaluation beside it",
+        'if run.kind != "pipeline" or not run.unfinished:',
+        "if not run.unfinished:",
+        "test_asking.py::test_a_job_beside_an_unfinished_evaluation_is_watched_and_the_evaluation_is_resumed",
+    ),
+    Mutant(
+        "nobody is asked about an evaluation before its watch",
+        'if "evaluation" not in run.passed:',
+        "if False:",
+        "test_edges_money.py::test_where_nobody_can_agree_to_the_evaluation_it_stops_before_the_watch_and_names_the_flag",
+    ),
+    Mutant(
+        "an evaluation is asked about before its watch and after it",
+        'self._ledger(run).require(estimate, "evaluation")',
+        'self._ledger(run).require(estimate, "training")',
+        "test_edges_money.py::test_a_watch_that_is_taken_up_asks_once_and_first_for_the_evaluation_at_the_price_agreed_to",
+    ),
+    Mutant(
+        "before the watch an evaluation has the price of the base model",
+        "both = _estimate_run(settings, splits, plan.training, 0, plan.asking)",
+        "both = _estimate_run(settings, splits, None, 0, plan.asking)",
+        "test_edges_money.py::test_a_watch_that_is_taken_up_asks_once_and_first_for_the_evaluation_at_the_price_agreed_to",
+    ),
+    Mutant(
+        "an evaluation's price is that of its training",
+        'elif "training" in doors or not (self._run.estimate or self._run.job_id):',
+        'elif "training" in doors or not self._run.estimate:',
+        "test_edges_money.py::test_the_price_of_an_evaluation_is_not_taken_for_that_of_a_training_of_untold_tokens",
+    ),
+    Mutant(
+        "who has nothing left to ask is asked to pay",
+        "if estimate.epochs is None and not estimate.evaluation_input_tokens:",
+        "if False:",
+        "test_asking.py::test_where_nothing_is_left_to_ask_nobody_is_asked_to_pay",
     ),
     Mutant(
         "the total counts itself",
@@ -206,8 +315,8 @@ MONEY = (
     ),
     Mutant(
         "training is billed at the rate of asking",
-        "actual = job.trained_tokens * price.training",
-        "actual = job.trained_tokens * price.tuned_input",
+        "actual = _usd([job.trained_tokens], [price.training])",
+        "actual = _usd([job.trained_tokens], [price.tuned_input])",
         "test_recovery.py::test_a_job_made_elsewhere_is_watched_to_its_end_and_priced_as_what_it_is",
     ),
     Mutant(
@@ -565,7 +674,7 @@ RECOVERY = (
     ),
     Mutant(
         "a file of long ago is taken for ours",
-        "late = file.created_at >= upload.intent_time - CLOCK_SKEW_SECONDS",
+        "late = told is None or told >= upload.intent_time - CLOCK_SKEW_SECONDS",
         "late = True",
         "test_recovery.py::test_a_file_of_the_same_name_that_nobody_here_knows_is_never_adopted",
     ),
@@ -659,7 +768,7 @@ RECOVERY = (
         "answers to other settings are taken over",
         'if run.plan is not None or "journal" in run.files:',
         "if run.plan is not None:",
-        "test_asking.py::test_other_settings_are_asked_anew_and_nothing_is_taken_from_the_run_before",
+        "test_asking.py::test_an_evaluation_that_an_earlier_version_recorded_without_a_plan_gives_no_answers_away",
     ),
     Mutant(
         "a rehearsed model is the newest",
@@ -675,8 +784,8 @@ RECOVERY = (
     ),
     Mutant(
         "events come newest first",
-        "return job, fresh[::-1]",
-        "return job, fresh",
+        "unseen = {e.id: e for e in page.data if",
+        "unseen = {e.id: e for e in page.data[::-1] if",
         "test_job.py::test_every_event_is_shown_once_and_oldest_first_while_the_job_goes_on",
     ),
     Mutant(
@@ -684,6 +793,12 @@ RECOVERY = (
         "if len(unseen) < len(page.data) or not unseen or not page.has_next_page():",
         "if True:",
         "test_job.py::test_more_events_than_a_page_holds_are_all_shown_in_order",
+    ),
+    Mutant(
+        "a page of events that is missed is forgotten",
+        "return [*fresh.values()][::-1], [more] if number or again else []",
+        "return [*fresh.values()][::-1], []",
+        "test_edges_job.py::test_events_behind_a_page_that_stays_broken_are_read_when_it_is_mended",
     ),
     Mutant(
         "only the first page of jobs is read",
@@ -1101,8 +1216,8 @@ FILES = (
     ),
     Mutant(
         "a long column is not cut",
-        "widths[0] = min(widths[0], max(room, 20))",
-        "pass",
+        "return padded([[shortened(head, room), *cells] for head, *cells in table])",
+        "return padded(table)",
         "test_score_task.py::test_a_table_fits_its_terminal_by_cutting_the_items",
         file=EXAMPLE,
     ),
@@ -1235,14 +1350,14 @@ HOUSE = (
     ),
     Mutant(
         "the service takes ten epochs at most",
-        "self.training_tokens * MAX_EPOCHS * self.price.training",
-        "self.training_tokens * 10 * self.price.training",
+        "trained = self.training_tokens * MAX_EPOCHS",
+        "trained = self.training_tokens * 10",
         "test_edges_money.py::test_the_most_that_epochs_left_to_the_service_may_cost_includes_the_evaluation",
     ),
     Mutant(
         "the most a run may cost is its training",
-        "return dollars + self.evaluation_usd",
-        "return dollars",
+        "return _usd([trained], [self.price.training]) + self.evaluation_usd",
+        "return _usd([trained], [self.price.training])",
         "test_edges_money.py::test_the_most_that_epochs_left_to_the_service_may_cost_includes_the_evaluation",
     ),
     Mutant(
@@ -1253,8 +1368,8 @@ HOUSE = (
     ),
     Mutant(
         "what is ahead is priced as input alone",
-        "(counts[model][0].tokens * known[0] + counts[model][1] * known[1]) / 1e6",
-        "(counts[model][0].tokens + counts[model][1]) * known[0] / 1e6",
+        "_usd([counts[m][0].tokens, counts[m][1]], known)",
+        "_usd([counts[m][0].tokens + counts[m][1]], known[:1])",
         "test_asking.py::test_the_limit_is_held_against_questions_and_answers_at_their_own_rates",
     ),
     Mutant(
@@ -1271,8 +1386,8 @@ HOUSE = (
     ),
     Mutant(
         "answers are paid as questions",
-        'dollars += tokens["completion_tokens"] * rates[1] / 1e6',
-        'dollars += tokens["completion_tokens"] * rates[0] / 1e6',
+        '_usd([tokens["prompt_tokens"], tokens["completion_tokens"]], rates)',
+        '_usd([tokens["prompt_tokens"] + tokens["completion_tokens"]], rates[:1])',
         "test_asking.py::test_tokens_and_dollars_are_of_all_that_was_asked_of_both",
     ),
     Mutant(
@@ -1433,6 +1548,18 @@ HOUSE = (
         "test_edges_job.py::test_a_job_of_another_file_or_model_is_not_taken_for_the_one_that_never_arrived",
     ),
     Mutant(
+        "a job with the token is looked for by this clock alone",
+        ".get(INTENT_KEY) == intent.token\n",
+        ".get(INTENT_KEY) == intent.token and job.created_at >= intent.since\n",
+        "test_edges_job.py::test_a_clock_that_is_wrong_by_days_hides_no_job",
+    ),
+    Mutant(
+        "tokens below nothing make a training cheaper",
+        '0 <= cast("float", value) < math.inf',
+        'cast("float", value) < math.inf',
+        "test_edges_job.py::test_what_is_of_another_type_than_the_apis_counts_as_not_told",
+    ),
+    Mutant(
         "any of two jobs is ours",
         "if len(found) > 1 and not found[0].metadata:",
         "if False:",
@@ -1440,27 +1567,75 @@ HOUSE = (
     ),
     Mutant(
         "a job of long ago is ours",
-        "job for job in jobs if job.created_at >= since",
-        "job for job in jobs if True",
+        "if (job.created_at is None or job.created_at >= intent.since)",
+        "if True",
         "test_edges_job.py::test_a_job_of_the_same_file_and_model_from_long_before_is_not_taken_for_it_either",
     ),
     Mutant(
+        "a list is newest first everywhere",
+        "newest_first = all(a >= b for a, b in itertools.pairwise(told))",
+        "newest_first = True",
+        "test_edges_job.py::test_a_job_whose_answer_is_lost_is_found_however_many_are_listed_before_it",
+    ),
+    Mutant(
+        "a search ends at its first page",
+        "newest_first and told[-1] < since",
+        "newest_first",
+        "test_edges_job.py::test_a_job_whose_answer_is_lost_is_found_however_many_are_listed_before_it",
+    ),
+    Mutant(
         "a training whose tokens are not told is free",
-        "self.paid(training_usd=estimate)",
+        "self.paid(training_usd=dollars)",
         "pass",
         "test_edges_job.py::test_a_training_whose_tokens_are_not_told_costs_what_was_estimated",
     ),
     Mutant(
         "answers whose tokens are not told are free",
-        '{"prompt_tokens": asked.tokens, "completion_tokens": answered,',
-        '{"prompt_tokens": 0, "completion_tokens": 0,',
+        'told or _estimated_usage(\n                case, response["output"]',
+        'told and _estimated_usage(\n                case, response["output"]',
         "test_edges_job.py::test_answers_whose_tokens_are_not_told_cost_what_was_estimated",
     ),
     Mutant(
+        "an answer without words is free",
+        'told or _estimated_usage(case, "")',
+        "told",
+        "test_edges_job.py::test_an_answer_without_words_whose_tokens_are_not_told_costs_its_question",
+    ),
+    Mutant(
+        "auto costs one epoch where no tokens are told",
+        "_usd([tokens * epochs], [price",
+        "_usd([tokens], [price",
+        "test_edges_job.py::test_a_training_of_auto_whose_tokens_are_not_told_costs_the_epochs_it_tells_or_the_most",
+    ),
+    Mutant(
         "a declined run can be resumed",
-        "self._run.save(declined=None if self._run.has_sent else True)",
+        "self._run.save(declined=None if lost else True)",
         "pass",
         "test_edges_money.py::test_a_run_that_was_declined_is_closed",
+    ),
+    Mutant(
+        "a declined run that has sent something can be resumed",
+        "self._run.save(declined=None if lost else True)",
+        "self._run.save(declined=None if self._run.has_sent else True)",
+        "test_edges_money.py::test_a_run_that_was_declined_when_it_was_resumed_is_closed_too",
+    ),
+    Mutant(
+        "a declined run forgets the job that may be there",
+        "self._run.save(declined=None if lost else True)",
+        "self._run.save(declined=True)",
+        "test_edges_job.py::test_a_job_that_may_be_there_is_looked_for_again_although_another_was_declined",
+    ),
+    Mutant(
+        "an answer may drip for ever",
+        "if self._timer() > self._until:",
+        "if False:",
+        "test_edges_job.py::test_an_answer_that_drips_is_given_up_wherever_it_comes",
+    ),
+    Mutant(
+        "a watch sends the key anywhere",
+        "self._require_trust(run)\n            with contextlib",
+        "with contextlib",
+        "test_edges_job.py::test_no_key_is_sent_to_a_recorded_endpoint_that_is_not_the_one_configured",
     ),
     Mutant(
         "a run that has sent nothing is the newest",

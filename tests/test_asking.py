@@ -22,6 +22,7 @@ from edges import Forward, Gateway, Reply, Request, refusal, saying
 from endpoint import Fault, Rehearsal
 from faults import CHAT, Clock, until
 from helpers import (
+    Ended,
     LoopbackHandler,
     LoopbackServer,
     example,
@@ -39,6 +40,9 @@ from sacrebleu.metrics.chrf import CHRF
 from openai_sft import (
     BudgetError,
     ConfigurationError,
+    CostEstimate,
+    DataError,
+    Declined,
     OpenAISFT,
     Price,
     Splits,
@@ -805,6 +809,25 @@ def test_other_settings_are_asked_anew_and_nothing_is_taken_from_the_run_before(
     assert [e.request["temperature"] for e in after] == [1.0] * 4 + [0.5] * 4
 
 
+def test_an_evaluation_that_an_earlier_version_recorded_without_a_plan_gives_no_answers_away(
+    make_sft: MakeSFT, endpoint: Rehearsal, file: Path
+) -> None:
+    with make_sft() as first:
+        job_id = first.create_fine_tune_job(first.upload_training_file(file), 1, 4)
+        first.monitor_fine_tune_job(job_id)
+        first.evaluate_model_comprehensive(BASE, examples(5), [], temperature=1.0)
+    path = Path(first.files["record"])
+    record = read_json(path)
+    path.write_text(
+        json.dumps({k: v for k, v in record.items() if k not in ("plan", "finished_at")}), "utf-8"
+    )
+    later = make_sft()
+    later.monitor_fine_tune_job(job_id)
+    later.evaluate_model_comprehensive(BASE, examples(5), [], temperature=0.5)
+
+    assert [e.request["temperature"] for e in posts(endpoint, CHAT)] == [1.0] * 5 + [0.5] * 5
+
+
 def test_a_second_evaluation_of_one_instance_has_a_record_without_the_plan_of_the_first(
     make_sft: MakeSFT, endpoint: Rehearsal
 ) -> None:
@@ -818,16 +841,157 @@ def test_a_second_evaluation_of_one_instance_has_a_record_without_the_plan_of_th
 
     assert path.read_bytes() == before
     assert kept["kind"] == "steps"
-    assert {"plan", "job_id", "fine_tuned_model", "finished_at"} & kept.keys() == set()
+    assert {"job_id", "fine_tuned_model"} & kept.keys() == set()
+    assert {key for key, value in kept["plan"].items() if value is not None} == {
+        *("asking", "model_id", "asked")
+    }
+    assert (kept["plan"]["model_id"], kept["plan"]["asking"]["max_test_cases"]) == (BASE, 2)
+    assert kept["finished_at"]
     assert kept["files"].keys() == {
         *("train", "test", "valid", "manifest"),
-        *("journal", "comprehensive_evaluation"),
+        *("asked", "journal", "comprehensive_evaluation"),
     }
     assert kept["files"]["comprehensive_evaluation"] == str(saved)
     assert kept["cost"].keys() == {"evaluation_usd", "total_usd"}
     assert len(Path(kept["files"]["journal"]).read_text("utf-8").splitlines()) == 2
     assert len(make_sft().list_runs()) == 2
     assert make_sft().resume() is None
+
+
+RIVAL = "gpt-4.1-2025-04-14"
+
+
+class Outage:
+    """A gateway's reply: answers five questions, and is then down until it is told otherwise."""
+
+    def __init__(self) -> None:
+        self.left: float = 5
+
+    def __call__(self, request: Request, forward: Forward) -> Reply:
+        if request.line == ("POST", CHAT):
+            self.left -= 1
+            if self.left < 0:
+                return refusal(503)
+        return forward(request)
+
+    def end(self) -> None:
+        self.left = float("inf")
+
+
+def evaluate_until(outage: Outage, sft: OpenAISFT, **options: Any) -> None:
+    """An evaluation of data that nobody saved, step by step, ended by ``outage``."""
+    with pytest.raises(openai.InternalServerError):
+        sft.evaluate_model_comprehensive(
+            BASE, examples(7), examples(11)[7:], 3, baseline=RIVAL, concurrency=1, seed=7, **options
+        )
+    outage.end()
+
+
+@pytest.mark.parametrize("who", ["the same instance", "another", "the command line"])
+def test_an_evaluation_made_step_by_step_that_an_outage_ended_is_resumed_for_the_rest_alone(
+    make_sft: MakeSFT, endpoint: Rehearsal, cli: Callable[..., Ended], who: str, out: Path
+) -> None:
+    outage = Outage()
+    with Gateway(endpoint, outage) as gateway:
+        options: dict[str, Any] = {"client": None, "base_url": gateway.url}
+        sft = make_sft(**options)
+        evaluate_until(outage, sft, temperature=0.5, max_tokens=77)
+        name = Path(sft.files["record"]).stem
+        told = sft.describe_remote_state()
+        if who == "the command line":
+            place = ("--base-url", gateway.url, "--output-dir", out, "--yes")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("OPENAI_API_KEY", "k")
+                ended = cli("--resume", name, *place)
+            assert ended.code == 0
+        else:
+            later = sft if who == "the same instance" else make_sft(**options)
+            assert later.resume(name)
+    record = read_json(out / f"{name}.json")
+    results = read_json(record["files"]["comprehensive_evaluation"])
+    answered = [e for e in posts(endpoint, CHAT) if e.status == 200]
+    whole = make_sft().evaluate_model_comprehensive(
+        *(BASE, examples(7), examples(11)[7:], 3),
+        **{"baseline": RIVAL, "seed": 7, "temperature": 0.5, "max_tokens": 77},
+    )
+
+    assert f"--resume {name}" in told
+    assert len(answered) == len({json.dumps(e.request) for e in answered}) == 12
+    for part in ("test_evaluation", "valid_evaluation"):
+        outputs = [[r["case_id"], r["input"], r["output"]] for r in results[part]["responses"]]
+        assert outputs == [
+            [r["case_id"], r["input"], r["output"]] for r in whole[part]["responses"]
+        ]
+        assert results[part]["total_test_cases"] == whole[part]["total_test_cases"]
+    assert results["usage"] == whole["usage"]
+    assert record["cost"]["evaluation_usd"] == pytest.approx(whole["cost"]["evaluation_usd"])
+    assert record["finished_at"]
+    assert make_sft().resume() is None
+
+
+def test_the_rest_of_an_evaluation_made_step_by_step_passes_the_door_to_payment(
+    make_sft: MakeSFT, endpoint: Rehearsal
+) -> None:
+    estimates: list[CostEstimate] = []
+    outage = Outage()
+    with Gateway(endpoint, outage) as gateway:
+        options: dict[str, Any] = {"client": None, "base_url": gateway.url}
+        first = make_sft(confirm=lambda one: not estimates.append(one), **options)
+        evaluate_until(outage, first)
+        before = len(posts(endpoint, CHAT))
+        with pytest.raises(Declined):
+            make_sft(confirm=estimates.append, **options).resume()
+        with pytest.raises(BudgetError):
+            make_sft(max_cost_usd=1e-9, **options).resume()
+    whole, rest = estimates
+
+    assert len(posts(endpoint, CHAT)) == before == 5
+    assert 0 < (rest.evaluation_usd or 0.0) < (whole.evaluation_usd or 0.0)
+
+
+def test_cases_that_changed_since_an_evaluation_stopped_are_not_asked(
+    make_sft: MakeSFT, endpoint: Rehearsal
+) -> None:
+    endpoint.inject(Fault("401", "POST", CHAT, skip=2))
+    with make_sft() as sft, pytest.raises(openai.AuthenticationError):
+        sft.evaluate_model_comprehensive(BASE, examples(5), [], concurrency=1)
+    path = Path(sft.files["asked"])
+    path.write_text(path.read_text("utf-8").replace("相談", "質問"), "utf-8")
+    before = len(posts(endpoint))
+    with pytest.raises(DataError, match=re.escape(path.name)):
+        make_sft().resume()
+
+    assert len(posts(endpoint)) == before
+
+
+@pytest.mark.parametrize("end", ["succeeded", "failed"])
+def test_a_job_beside_an_unfinished_evaluation_is_watched_and_the_evaluation_is_resumed(
+    make_sft: MakeSFT, endpoint: Rehearsal, file: Path, end: str
+) -> None:
+    if end == "failed":
+        endpoint.inject(Fault("job_failed"))
+    endpoint.inject(Fault("401", "POST", CHAT, skip=1))
+    with make_sft() as sft:
+        job_id = sft.create_fine_tune_job(sft.upload_training_file(file), 1, 4)
+        sft.monitor_fine_tune_job(job_id)
+        with pytest.raises(openai.AuthenticationError):
+            sft.evaluate_model_comprehensive(BASE, examples(5), [], concurrency=1)
+    job = make_sft().attach(job_id)
+    results = make_sft().resume()
+
+    assert getattr(job, "status", None) == end
+    assert results is not None
+    assert results["summary"]["total_cases_evaluated"] == 5
+
+
+def test_where_nothing_is_left_to_ask_nobody_is_asked_to_pay(
+    make_sft: MakeSFT, endpoint: Rehearsal
+) -> None:
+    asked: list[CostEstimate] = []
+    results = make_sft(confirm=asked.append).evaluate_model_comprehensive(BASE, [], [])
+
+    assert results["summary"]["total_cases_evaluated"] == 0
+    assert asked == []
 
 
 def test_an_answer_that_was_under_way_when_another_was_refused_for_all_is_kept(
@@ -1093,6 +1257,21 @@ def test_a_budget_can_not_be_kept_where_the_price_is_unknown(
 ) -> None:
     with pytest.raises(BudgetError, match="単価が不明"):
         make_sft(max_cost_usd=100).evaluate_model_comprehensive("no-such-model", examples(2), [])
+
+    assert endpoint.exchanges == []
+
+
+def test_a_baseline_without_a_price_is_refused_by_its_name_with_the_flags_that_price_it(
+    make_sft: MakeSFT, endpoint: Rehearsal
+) -> None:
+    data = examples(2)
+    with pytest.raises(BudgetError, match=r"謎の-7b の単価が不明.*--price-base-input"):
+        make_sft(max_cost_usd=100).evaluate_model_comprehensive(BASE, data, [], baseline="謎の-7b")
+    dear = Price(3, 0.3, 1.2, base_input=1e9, base_output=0)
+    with pytest.raises(BudgetError, match="を超えるため"):
+        make_sft(max_cost_usd=100, price=dear).evaluate_model_comprehensive(
+            BASE, data, [], baseline="謎の-7b"
+        )
 
     assert endpoint.exchanges == []
 

@@ -559,6 +559,48 @@ def test_a_list_to_which_the_endpoint_adds_nothing_is_one_table(
     assert "run_20260101_000000" in one.out
 
 
+TUNED = "ft:gpt-4o-mini-2024-07-18:こころ相談室株式会社:kokorochat-counselling-v2:AbCd1234"
+
+
+def listed_on_a_terminal(*arguments: str | Path) -> list[str]:
+    terminal, inner = pty.openpty()
+    try:
+        ended = wait(shell(*arguments, "--list", stdout=inner))
+        shown = os.read(terminal, 65536).decode()
+    finally:
+        os.close(terminal)
+        os.close(inner)
+    assert ended.code == 0, ended.err
+    return shown.splitlines()
+
+
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_the_list_fits_its_terminal_and_is_whole_elsewhere(
+    cli: Callable[..., Ended],
+    asked: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    width: int,
+) -> None:
+    job_id = f"ftjob-{'AbCdEfGh' * 3}"
+    for number, status in enumerate(["succeeded", "validating_files"]):
+        facts = {"job_id": job_id, "job_status": status, "fine_tuned_model": TUNED}
+        recorded_run(Path("out"), f"20260101_00000{number}", **facts)
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = listed_on_a_terminal(*asked)
+    elsewhere = cli("--list", *asked).out
+    widths = [sum(1 + (unicodedata.east_asian_width(c) in "WFA") for c in line) for line in lines]
+    rows = [line for line in lines if line.startswith("run_2026")]
+
+    assert len(rows) == 4  # recorded, and then without a job at the endpoint
+    assert max(widths) <= width
+    assert all(re.match(r"run_20260101_00000\d  ftjob-AbC", row) for row in rows)
+    assert all(("  ft:g" in row and "1234" in row) for row in rows)
+    assert [TUNED in row for row in rows] == [width == 200] * 4
+    assert [job_id in row for row in rows] == [True, True, width > 80, width > 80]
+    assert elsewhere.count(TUNED) == elsewhere.count(job_id) == 4
+    assert "…" not in elsewhere
+
+
 # ── Loudness ─────────────────────────────────────────────────────────────────────────────────
 
 

@@ -504,6 +504,53 @@ def test_the_base_rates_of_a_given_price_are_not_those_of_another_base_model() -
     assert another.evaluation_usd == pytest.approx(3.0 + 0.15)
 
 
+OTHER = "謎のモデル-7b"
+GIVEN_BASE = Price(3.0, 0.3, 1.2, base_input=0.5, base_output=2.0)
+
+
+def test_the_base_rates_of_a_given_price_are_those_of_a_baseline_that_the_table_does_not_know() -> (
+    None
+):
+    cost = estimate_cost(
+        0,
+        1,
+        model=MINI,
+        baseline=OTHER,
+        evaluation_input_tokens=1_000_000,
+        evaluation_output_tokens=1_000_000,
+        price=GIVEN_BASE,
+    )
+
+    assert cost.unpriced == ()
+    assert cost.evaluation_usd == pytest.approx(0.3 + 1.2 + 0.5 + 2.0)
+
+
+@pytest.mark.parametrize(
+    ("model", "baseline", "price", "base_flags"),
+    [
+        (MINI, OTHER, None, True),
+        (MINI, OTHER, Price(3.0, 0.3, 1.2), True),
+        (OTHER, OTHER, Price(3.0, 0.3, 1.2), True),
+        (OTHER, OTHER, None, True),
+        (OTHER, MINI, None, False),
+        (OTHER, None, None, False),
+    ],
+)
+def test_what_is_unpriced_is_named_with_the_flags_that_price_it(
+    model: str, baseline: str | None, price: Price | None, base_flags: bool
+) -> None:
+    lines = estimate_cost(10, 1, model=model, baseline=baseline, price=price).lines()
+    (unknown,) = (line for line in lines if "単価は不明" in line)
+
+    assert OTHER in unknown
+    assert MINI not in unknown
+    assert ("--price-base-input" in unknown, "--price-base-output" in unknown) == (
+        base_flags,
+        base_flags,
+    )
+    assert "--price-training" in unknown
+
+
 def test_aliases_and_tuned_models_have_the_price_of_their_base() -> None:
     assert price_of("gpt-4o-mini") == price_of(MINI) is not None
     assert price_of(f"ft:{MINI}:org:suffix:abc:ckpt-step-3") == price_of(MINI)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import fcntl
 import importlib.util
@@ -17,7 +18,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,13 +46,19 @@ from openai_sft import (
     BudgetError,
     ConfigurationError,
     CostEstimate,
+    DataError,
     Declined,
     JobFailed,
     OpenAISFT,
     OpenAISFTError,
     TokenCounter,
     WaitTimeout,
+    check_file,
+    explain_api_error,
+    fix_file,
     load_vocabulary,
+    read_dialogues,
+    read_examples,
     split_long_example,
 )
 
@@ -120,6 +127,63 @@ def inert(text: str) -> bool:
 # ── A job whose answer is lost ───────────────────────────────────────────────────────────────
 
 
+class Crowd:
+    """Serves as the endpoint does, but loses the first creation of a job, and lists jobs of
+    others, made so many seconds before now, in pages of 100 before those of the endpoint."""
+
+    def __init__(self, clock: Callable[[], float], ages: Iterable[float], *, arrives: bool) -> None:
+        self._clock, self._ages, self._arrives = clock, [*ages], arrives
+        self._lost = False
+        self.looks: list[str] = []
+
+    def __call__(self, request: Request, forward: Forward) -> Reply:
+        if request.line == ("POST", JOBS) and not self._lost:
+            self._lost = True
+            if self._arrives:
+                forward(request)
+            return page(504)
+        if request.line != ("GET", JOBS):
+            return forward(request)
+        self.looks.append(request.query)
+        after = re.search(r"after=ftjob-other-(\d+)", request.query)
+        first = int(after[1]) + 1 if after else 0
+        if first == len(self._ages):
+            return forward(request._replace(query="limit=100"))
+        listed = [
+            {**job("running"), "id": f"ftjob-other-{n}", "created_at": int(self._clock() - age)}
+            for n, age in enumerate(self._ages[first : first + 100], first)
+        ]
+        return saying({"object": "list", "data": listed, "has_more": True})
+
+
+@pytest.mark.parametrize(
+    "ages",
+    [range(700), range(90_000, 89_300, -1), [7200.0 * (n % 2) for n in range(700)]],
+    ids=["newer ones", "oldest first", "in no order"],
+)
+def test_a_job_whose_answer_is_lost_is_found_however_many_are_listed_before_it(
+    at: MakeSFT, endpoint: Rehearsal, clock: Clock, file: Path, ages: Iterable[float]
+) -> None:
+    crowd = Crowd(clock, ages, arrives=True)
+    with Gateway(endpoint, crowd) as gateway:
+        job_id = start(at(gateway.url), file)
+
+    assert made(endpoint, JOBS) == 1
+    assert job_id == posts(endpoint, JOBS)[0].response["id"]
+
+
+def test_a_search_is_over_where_the_list_comes_to_jobs_from_long_before(
+    at: MakeSFT, endpoint: Rehearsal, clock: Clock, file: Path
+) -> None:
+    crowd = Crowd(clock, range(3500, 700_000, 100), arrives=False)
+    with Gateway(endpoint, crowd) as gateway:
+        start(at(gateway.url), file)
+
+    assert made(endpoint, JOBS) == 1
+    assert len(crowd.looks) > 10
+    assert not any("after=" in query for query in crowd.looks)
+
+
 @pytest.mark.parametrize("seconds", [7, 75, 110])
 def test_a_job_that_turns_up_late_is_found_and_not_made_again(
     at: MakeSFT, endpoint: Rehearsal, clock: Clock, file: Path, log: Log, seconds: float
@@ -131,6 +195,18 @@ def test_a_job_that_turns_up_late_is_found_and_not_made_again(
     assert made(endpoint, JOBS) == 1
     assert [job_id] == late.jobs
     assert any("確認" in line or "探し" in line for line in log())
+
+
+def test_a_clock_that_is_wrong_by_days_hides_no_job(
+    at: MakeSFT, endpoint: Rehearsal, clock: Clock, file: Path
+) -> None:
+    clock.now += 3 * 24 * 3600
+    late = Late(clock, 7)
+    with Gateway(endpoint, late) as gateway:
+        job_id = start(at(gateway.url), file)
+
+    assert [job_id] == late.jobs
+    assert made(endpoint, JOBS) == 1
 
 
 def test_a_creation_is_given_minutes(at: MakeSFT, endpoint: Rehearsal, file: Path) -> None:
@@ -180,6 +256,22 @@ def test_a_search_that_is_interrupted_goes_on_with_the_next_resume(
                 pytest.raises(KeyboardInterrupt),
             ):
                 sft.run_full_pipeline(**SHORT) if number == 1 else sft.resume()
+        late.shown = True
+        results = at(gateway.url).resume()
+
+    assert results is not None
+    assert made(endpoint, JOBS) == 1
+
+
+def test_a_job_that_may_be_there_is_looked_for_again_although_another_was_declined(
+    at: MakeSFT, endpoint: Rehearsal, clock: Clock
+) -> None:
+    late = Late(clock)
+    with Gateway(endpoint, late) as gateway:
+        with at(gateway.url, sleep=interrupt_at(1)) as sft, pytest.raises(KeyboardInterrupt):
+            sft.run_full_pipeline(**SHORT)
+        with at(gateway.url, confirm=lambda _: False) as later, pytest.raises(Declined):
+            later.resume()
         late.shown = True
         results = at(gateway.url).resume()
 
@@ -328,6 +420,25 @@ def test_where_jobs_are_not_listed_nobody_is_billed_again(at: MakeSFT, endpoint:
     assert made(endpoint, JOBS) == 1
 
 
+def test_where_no_metadata_is_kept_a_job_that_may_be_surplus_is_named_and_not_cancelled(
+    at: MakeSFT, endpoint: Rehearsal, clock: Clock, sdk: openai.OpenAI, log: Log
+) -> None:
+    endpoint.hold("validating_files")
+    late, forgetful = Late(clock), Forgetful("")
+    with Gateway(endpoint, lambda r, forward: late(r, lambda r: forgetful(r, forward))) as gateway:
+        with at(gateway.url) as sft, pytest.raises(WaitTimeout) as caught:
+            sft.run_full_pipeline(**SHORT, timeout=60)
+        late.shown = True
+        before = len(log())
+        at(gateway.url).list_runs()
+    (surplus,) = late.jobs
+    said = [line for line in log()[before:] if surplus in line]
+
+    assert any("--cancel" in line for line in said)
+    assert not any(caught.value.job_id in line for line in said)
+    assert status_at(endpoint, sdk, surplus) == "validating_files"
+
+
 # ── An empty value ───────────────────────────────────────────────────────────────────────────
 
 
@@ -345,6 +456,11 @@ def test_where_jobs_are_not_listed_nobody_is_billed_again(at: MakeSFT, endpoint:
             ("--output-dir",),
             ("--resume",),
             ("--evaluate-only", "--model-id"),
+            ("--baseline",),
+            ("--suffix",),
+            ("--system-prompt",),
+            ("--revision",),
+            ("--topics",),
         )
     ],
 )
@@ -366,7 +482,13 @@ def test_an_empty_value_of_a_flag_is_refused_and_nothing_is_sent(
     assert endpoint.exchanges == []
 
 
-@pytest.mark.parametrize("name", ["dataset", "base_url", "model", "output_dir"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("dataset", "base_url", "model", "output_dir"),
+        *("api_key", "revision", "system_prompt", "task"),
+    ],
+)
 def test_an_empty_setting_is_refused_by_name(make_sft: MakeSFT, name: str) -> None:
     with pytest.raises(ConfigurationError, match=name):
         make_sft(**{name: ""})
@@ -401,6 +523,24 @@ def test_an_empty_argument_is_refused_by_name_and_nothing_is_sent(
     assert list(out.glob("run_*")) == []
 
 
+@pytest.mark.parametrize("name", ["suffix", "baseline"])
+def test_an_empty_option_of_a_run_is_refused_by_name_and_nothing_is_sent(
+    make_sft: MakeSFT, endpoint: Rehearsal, name: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=name):
+        make_sft().run_full_pipeline(**SHORT, **{name: " "})
+
+    assert endpoint.exchanges == []
+
+
+@pytest.mark.parametrize("read", [check_file, fix_file, read_dialogues, read_examples])
+def test_an_empty_path_is_not_the_working_directory(
+    dataset: Path, read: Callable[[str], object]
+) -> None:
+    with pytest.raises((ConfigurationError, DataError)):
+        read("")
+
+
 # ── What the service doesn't tell ────────────────────────────────────────────────────────────
 
 
@@ -423,6 +563,26 @@ def test_a_training_whose_tokens_are_not_told_costs_what_was_estimated(
     assert expected
     assert cost.get("training_usd") == pytest.approx(expected)
     assert cost["total_usd"] == pytest.approx(expected + cost["evaluation_usd"])
+
+
+@pytest.mark.parametrize(("told", "epochs"), [(3, 3), ("auto", 50)])
+def test_a_training_of_auto_whose_tokens_are_not_told_costs_the_epochs_it_tells_or_the_most(
+    at: MakeSFT, endpoint: Rehearsal, told: int | str, epochs: int
+) -> None:
+    def serve(request: Request, forward: Forward) -> Reply:
+        reply = untold_tokens(request, forward)
+        if request.method == "GET" and re.fullmatch(JOB, request.path):
+            return saying({**reply.json, "hyperparameters": {"n_epochs": told}})
+        return reply
+
+    estimates: list[CostEstimate] = []
+    with Gateway(endpoint, serve) as gateway:
+        sft = at(gateway.url, confirm=lambda estimate: not estimates.append(estimate))
+        cost = sft.run_full_pipeline("auto", 4, max_test_cases=1)["cost"]
+    tokens = estimates[0].training_tokens
+
+    assert tokens
+    assert cost.get("training_usd") == pytest.approx(tokens * epochs * 3e-6)
 
 
 def test_a_training_whose_tokens_are_not_told_counts_against_the_limit(
@@ -466,6 +626,27 @@ def test_answers_whose_tokens_are_not_told_cost_what_was_estimated(
 
     assert len(said) == 9
     assert results["cost"]["evaluation_usd"] == pytest.approx((0.15 * sent + 0.60 * came) / 1e6)
+
+
+def test_an_answer_without_words_whose_tokens_are_not_told_costs_its_question(
+    at: MakeSFT, endpoint: Rehearsal
+) -> None:
+    def serve(request: Request, forward: Forward) -> Reply:
+        reply = forward(request)
+        if request.path != CHAT:
+            return reply
+        (choice,) = reply.json["choices"]
+        empty = {**choice, "message": {**choice["message"], "content": ""}}
+        return saying({**reply.json, "choices": [empty], "usage": None})
+
+    with Gateway(endpoint, serve) as gateway:
+        results = at(gateway.url).evaluate_model_comprehensive(BASE, examples(3), [])
+    counter = TokenCounter(load_vocabulary())
+    failed = results["test_evaluation"]["responses"]
+    sent = sum(counter.count(response["input"]).total for response in failed)
+
+    assert [bool(response.get("error")) for response in failed] == [True] * 3
+    assert results["cost"]["evaluation_usd"] == pytest.approx(0.15 * sent / 1e6)
 
 
 # ── A long outage in the evaluation ──────────────────────────────────────────────────────────
@@ -642,6 +823,85 @@ def test_an_answer_that_is_not_the_apis_is_gone_past_or_a_clear_error_and_the_wa
         assert "--resume run_" in back or made(endpoint, JOBS) == 0 or path == CHAT
 
 
+#: What is read of each answer, by what is asked.
+READ = {
+    ("POST", "/files"): ["id"],
+    ("POST", JOBS): ["id"],
+    ("GET", "/files"): ["data", "id", "filename", "bytes", "created_at", "purpose"],
+    ("GET", JOBS): ["data", "id", "metadata", "created_at", "status", "model", "has_more"],
+    ("GET", JOB): [
+        *("id", "status", "error", "result_files", "trained_tokens", "fine_tuned_model"),
+        *("hyperparameters", "created_at", "model"),
+    ],
+    ("GET", EVENTS): ["data", "id", "message", "created_at", "level", "type", "has_more"],
+    ("GET", CHECKPOINTS): ["data", "id", "fine_tuned_model_checkpoint", "step_number"],
+    ("GET", r"/models/.*"): ["id", "shutdown_date"],
+    ("POST", CHAT): ["choices", "message", "content", "finish_reason", "usage", "prompt_tokens"],
+}
+OTHER_TYPES = [None, {}, [None], "\ud83d"]
+
+
+def with_another(value: Any, name: str, other: object) -> Any:
+    """JSON in which every field of a name has another value."""
+    if isinstance(value, list):
+        return [with_another(item, name, other) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {k: other if k == name else with_another(v, name, other) for k, v in value.items()}
+
+
+@pytest.mark.parametrize("other", OTHER_TYPES, ids=ascii)
+@pytest.mark.parametrize(
+    ("asked_for", "names"), READ.items(), ids=[" ".join(asked_for) for asked_for in READ]
+)
+def test_a_field_of_another_type_is_gone_past_or_a_clear_error_and_makes_no_second_job(
+    at: MakeSFT, endpoint: Rehearsal, asked_for: tuple[str, str], names: list[str], other: object
+) -> None:
+    method, path = asked_for
+    for name in names:
+        looked_for = ("POST", path) if method == "GET" and path in ("/files", JOBS) else None
+        lost = [looked_for] if looked_for else []
+
+        def serve(request: Request, forward: Forward, name: str = name, lost: Any = lost) -> Reply:
+            reply = forward(request)
+            if request.line in lost:
+                lost.remove(request.line)
+                return page(504)
+            if request.method == method and re.fullmatch(path, request.path):
+                return saying(with_another(reply.json, name, other))
+            return reply
+
+        endpoint.exchanges.clear()
+        with Gateway(endpoint, serve) as gateway, at(gateway.url, output_dir=name) as sft:
+            try:
+                sft.run_full_pipeline(**SHORT, timeout=60)
+            except FAILURES as error:
+                told = str(error) if isinstance(error, OpenAISFTError) else explain_api_error(error)
+                assert told.encode()
+            assert sft.describe_remote_state()
+            assert sft.list_runs()
+
+        assert made(endpoint, JOBS) <= 1
+
+
+@pytest.mark.parametrize("told", [-1, "x", [5], float("inf")], ids=str)
+def test_what_is_of_another_type_than_the_apis_counts_as_not_told(
+    at: MakeSFT, endpoint: Rehearsal, told: object
+) -> None:
+    def serve(request: Request, forward: Forward) -> Reply:
+        reply = forward(request)
+        if request.method == "GET" and re.fullmatch(JOB, request.path):
+            return saying({**reply.json, "trained_tokens": told})
+        return reply
+
+    estimates: list[CostEstimate] = []
+    with Gateway(endpoint, serve) as gateway:
+        sft = at(gateway.url, confirm=lambda estimate: not estimates.append(estimate))
+        cost = sft.run_full_pipeline(**SHORT)["cost"]
+
+    assert cost["training_usd"] == pytest.approx(estimates[0].training_usd)
+
+
 @pytest.mark.parametrize(
     "error",
     ["残高が足りません\ud83d", {"code": None, "message": "残高が足りません\ud83d"}],
@@ -711,6 +971,36 @@ def test_an_answer_that_drips_does_not_outlast_the_wait(make_sft: MakeSFT) -> No
     assert not outlasted
 
 
+DRIPS: dict[str, Callable[[OpenAISFT], object]] = {
+    "list": lambda sft: sft.list_runs(),
+    "cancel": lambda sft: sft.cancel_job("ftjob-script"),
+    "run": lambda sft: sft.run_full_pipeline(**SHORT),
+    "evaluation": lambda sft: sft.evaluate_model_comprehensive(BASE, examples(1), []),
+    "watch": lambda sft: sft.monitor_fine_tune_job("ftjob-script", timeout=3600),
+}
+
+
+@pytest.mark.parametrize("deed", DRIPS.values(), ids=DRIPS)
+def test_an_answer_that_drips_is_given_up_wherever_it_comes(
+    at: MakeSFT, clock: Clock, deed: Callable[[OpenAISFT], object]
+) -> None:
+    pieces = itertools.count()
+
+    def drip() -> Iterator[bytes]:
+        while next(pieces) < 10_000:
+            clock.now += 5
+            yield b" "
+
+    with (
+        Gateway(None, lambda *_: Reply(200, pieces=drip())) as gateway,
+        at(gateway.url) as sft,
+        contextlib.suppress(*FAILURES),
+    ):
+        deed(sft)
+
+    assert 1 < next(pieces) < 5000
+
+
 def test_events_without_end_do_not_outlast_the_wait(at: MakeSFT, clock: Clock) -> None:
     pages: list[str] = []
 
@@ -735,9 +1025,56 @@ def test_events_without_end_do_not_outlast_the_wait(at: MakeSFT, clock: Clock) -
     assert len(pages) < 20
 
 
+def an_event(number: int) -> dict[str, Any]:
+    """Every second one tells of a step."""
+    step = {"type": "metrics", "data": {"step": number, "total_steps": 400, "train_loss": 1.0}}
+    return {
+        "id": f"ftevent-{number}",
+        "object": "fine_tuning.job.event",
+        "created_at": number,
+        "level": "info",
+        "message": f"{number}番目",
+        **({"type": "message", "data": None} if number % 2 else step),
+    }
+
+
+@pytest.mark.parametrize("broken", [page(), refusal(400)], ids=["page", "400"])
+@pytest.mark.parametrize("mended", [True, False])
+def test_events_behind_a_page_that_stays_broken_are_read_when_it_is_mended(
+    at: MakeSFT, endpoint: Rehearsal, log: Log, broken: Reply, mended: bool
+) -> None:
+    looks: list[int] = []
+
+    def serve(request: Request, forward: Forward) -> Reply:
+        if request.path.endswith("/events"):
+            newest = 340 + 10 * len(looks)  # a few more at each look
+            after = re.search(r"after=ftevent-(\d+)", request.query)
+            first = int(after[1]) - 1 if after else newest
+            if after and 100 < first <= 250 and not (mended and len(looks) > 3):
+                return broken
+            listed = [an_event(number) for number in range(first, max(0, first - 100), -1)]
+            return saying({"object": "list", "data": listed, "has_more": first > 100})
+        if request.method == "GET" and request.path.startswith(f"{JOBS}/"):
+            looks.append(1)
+            return saying(job("running" if len(looks) < 5 else "succeeded"))
+        return forward(request)
+
+    with Gateway(endpoint, serve) as gateway:
+        sft = at(gateway.url)
+        sft.monitor_fine_tune_job("ftjob-script", timeout=3600)
+    numbers = [int(line[7:-2]) for line in log() if line.startswith("[イベント]")]
+    with Path(sft.files["training_metrics"]).open(encoding="utf-8", newline="") as table:
+        steps = [float(row["step"]) for row in csv.DictReader(table)]
+    begin = 1 if mended else 251
+
+    assert numbers[:100] == list(range(251, 351))
+    assert sorted(numbers) == list(range(begin, 391))
+    assert steps == [number for number in range(begin, 391) if not number % 2]
+
+
 @pytest.mark.parametrize("deed", ["list", "search"])
 def test_jobs_without_end_are_not_all_read(
-    at: MakeSFT, endpoint: Rehearsal, clock: Clock, file: Path, deed: str
+    at: MakeSFT, endpoint: Rehearsal, clock: Clock, file: Path, log: Log, deed: str
 ) -> None:
     pages: list[str] = []
     lost = [("POST", JOBS)]
@@ -757,6 +1094,7 @@ def test_jobs_without_end_are_not_all_read(
         at(gateway.url).list_runs() if deed == "list" else start(at(gateway.url), file)
 
     assert 1 <= len(pages) < 150
+    assert any("100ページで終わらない" in line for line in log()) == (deed == "list")
 
 
 @pytest.fixture
@@ -919,6 +1257,17 @@ def test_credentials_in_a_base_url_are_neither_saved_nor_shown(
         assert secret not in everything
 
 
+@pytest.mark.parametrize(
+    "url", ["ftp://taro:{}@host/v1", "taro:{}@host", "http://taro:{}@ho st/v1", "//taro:{}/@h"]
+)
+def test_credentials_in_what_is_no_url_are_not_shown(cli: Cli, url: str) -> None:
+    ended = cli("--list", "--base-url", url.format(SECRET))
+
+    assert ended.code == 2
+    assert "base_url" in ended.err
+    assert SECRET not in ended.err
+
+
 def test_a_run_at_a_base_url_with_credentials_is_resumed_there(
     at: MakeSFT, endpoint: Rehearsal
 ) -> None:
@@ -978,13 +1327,19 @@ def configured_elsewhere(
         yield gateway
 
 
-@pytest.mark.parametrize("deed", ["resume", "run_evaluation"])
+@pytest.mark.parametrize("deed", ["resume", "run_evaluation", "watch"])
 def test_no_key_is_sent_to_a_recorded_endpoint_that_is_not_the_one_configured(
     make_sft: MakeSFT, endpoint: Rehearsal, configured_elsewhere: Gateway, deed: str
 ) -> None:
     sft = make_sft(client=None, base_url=None, api_key=None)
+    (row,) = sft.list_runs()
+    deeds: dict[str, Callable[[], object]] = {
+        "resume": sft.resume,
+        "run_evaluation": sft.run_evaluation,
+        "watch": lambda: sft.monitor_fine_tune_job(row.job_id or ""),
+    }
     with pytest.raises(OpenAISFTError, match=re.escape(endpoint.url)):
-        getattr(sft, deed)()
+        deeds[deed]()
 
     assert endpoint.exchanges == []
 

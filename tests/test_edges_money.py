@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import re
@@ -16,10 +17,11 @@ import pytest
 from edges import Forward, Gateway, Reply, Request, refusal, saying
 from endpoint import Fault, Rehearsal
 from faults import CHAT, JOBS, asked, made, until
-from helpers import Ended, examples, posts, read_json, records, write_jsonl
+from helpers import Ended, examples, posts, read_json, records, training_file, write_jsonl
 
 from openai_sft import (
     BudgetError,
+    ConfigurationError,
     CostEstimate,
     Declined,
     OpenAISFT,
@@ -27,6 +29,7 @@ from openai_sft import (
     Price,
     Splits,
     TokenCounter,
+    TrainingNotAvailable,
     estimate_cost,
     load_vocabulary,
     read_examples,
@@ -92,6 +95,26 @@ def test_a_keyword_that_no_method_knows_is_refused_at_once_and_the_nearest_is_na
     assert not out.exists() or list(out.iterdir()) == []
 
 
+PUBLIC = {
+    name: method
+    for name, method in vars(OpenAISFT).items()
+    if callable(method) and not name.startswith("_")
+}
+
+
+@pytest.mark.parametrize("method", PUBLIC)
+def test_every_public_method_refuses_a_keyword_that_it_does_not_know(
+    make_sft: MakeSFT, endpoint: Rehearsal, out: Path, method: str
+) -> None:
+    _, *known = inspect.signature(PUBLIC[method]).parameters
+    nearest = rf"「{known[0]}」のことですか" if known else ""
+    with pytest.raises(ConfigurationError, match=f"{method} に.*{nearest}"):
+        getattr(make_sft(), method)(**{f"{known[0] if known else ''}_s": 1})
+
+    assert endpoint.exchanges == []
+    assert not out.exists()
+
+
 def test_a_setting_that_is_none_is_refused_and_the_nearest_is_named(make_sft: MakeSFT) -> None:
     with pytest.raises((OpenAISFTError, TypeError), match=r"\bmax_cost_usd\b"):
         make_sft(max_cost=0.01)
@@ -153,10 +176,71 @@ def test_a_file_that_was_uploaded_elsewhere_does_not_pass_the_limit_either(
 ) -> None:
     sft = make_sft(max_cost_usd=0.000_001)
     sent = sft.client.files.create(file=("別.jsonl", file.read_bytes()), purpose="fine-tune")
-    with pytest.raises(BudgetError):
+    with pytest.raises(BudgetError, match="中止しました。--max-cost-usd を外して"):
         sft.create_fine_tune_job(sent.id, 10, 4)
 
     assert posts(endpoint, JOBS) == []
+
+
+def upload_two(sft: OpenAISFT, folder: Path) -> tuple[list[Path], list[str]]:
+    """Two training files sent by one instance: the second, much longer, is the later one."""
+    files = [training_file(folder, 12), training_file(folder, 40)]
+    return files, [sft.upload_training_file(one) for one in files]
+
+
+@pytest.mark.parametrize("asked_for", [0, 1])
+def test_of_two_files_that_were_uploaded_the_one_is_priced_that_is_trained_on(
+    make_sft: MakeSFT, endpoint: Rehearsal, clean_environment: Path, asked_for: int
+) -> None:
+    estimates: list[CostEstimate] = []
+    sft = make_sft(max_cost_usd=5, confirm=lambda estimate: not estimates.append(estimate))
+    files, ids = upload_two(sft, clean_environment)
+    sft.create_fine_tune_job(ids[asked_for], 3, 4)
+    (job,) = posts(endpoint, JOBS)
+
+    assert len(set(ids)) == 2
+    assert job.request["training_file"] == ids[asked_for]
+    assert [one.training_tokens for one in estimates] == [tokens_of(files[asked_for])]
+
+
+def test_both_of_two_uploaded_files_can_be_trained_on_by_another_instance_too(
+    make_sft: MakeSFT, clean_environment: Path
+) -> None:
+    estimates: list[CostEstimate] = []
+    with make_sft() as sender:
+        files, ids = upload_two(sender, clean_environment)
+    sft = make_sft(max_cost_usd=5, confirm=lambda estimate: not estimates.append(estimate))
+    for file_id in reversed(ids):
+        sft.create_fine_tune_job(file_id, 3, 4)
+
+    assert [one.training_tokens for one in estimates] == [tokens_of(f) for f in reversed(files)]
+
+
+def test_a_file_that_was_uploaded_and_changed_since_has_no_price_and_does_not_pass_the_limit(
+    make_sft: MakeSFT, endpoint: Rehearsal, clean_environment: Path
+) -> None:
+    sft = make_sft(max_cost_usd=5)
+    (first, _), ids = upload_two(sft, clean_environment)
+    first.write_bytes(training_file(clean_environment, 14).read_bytes())
+    with pytest.raises(BudgetError, match="トークン数が不明"):
+        sft.create_fine_tune_job(ids[0], 3, 4)
+
+    assert posts(endpoint, JOBS) == []
+
+
+def test_a_file_that_is_uploaded_again_after_another_is_the_same_file(
+    make_sft: MakeSFT, endpoint: Rehearsal, clean_environment: Path
+) -> None:
+    sft = make_sft()
+    (first, _), ids = upload_two(sft, clean_environment)
+    again = sft.upload_training_file(first)
+    endpoint.inject(Fault("training_not_available", "POST", JOBS))
+    with pytest.raises(TrainingNotAvailable) as caught:
+        sft.create_fine_tune_job(again, 3, 4)
+
+    assert again == ids[0]
+    assert sorted(caught.value.deleted) == sorted(ids)
+    assert made(endpoint, "/files") == 2
 
 
 # ── The second door: asking a model ──────────────────────────────────────────────────────────
@@ -434,6 +518,95 @@ def test_with_yes_it_goes_on_where_nobody_can_be_asked(
     assert len(posts(endpoint, JOBS)) == 1
 
 
+# ── The evaluation behind a watch that is taken up again ─────────────────────────────────────
+
+
+def interrupted_watch(make_sft: MakeSFT, endpoint: Rehearsal) -> tuple[Path, CostEstimate]:
+    """The record of a run that was stopped while its job ran, and what had been agreed to."""
+    estimates: list[CostEstimate] = []
+    endpoint.hold("running")
+    sft = make_sft(sleep=interrupt, confirm=lambda estimate: not estimates.append(estimate))
+    with sft, pytest.raises(KeyboardInterrupt):
+        sft.run_full_pipeline(**SHORT, baseline=True)
+    endpoint.release()
+    (estimate,) = estimates
+    return Path(sft.files["record"]), estimate
+
+
+def polls(endpoint: Rehearsal) -> int:
+    return sum(e.method == "GET" and e.path.startswith(f"{JOBS}/") for e in endpoint.exchanges)
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--job-id"])
+def test_where_nobody_can_agree_to_the_evaluation_it_stops_before_the_watch_and_names_the_flag(
+    make_sft: MakeSFT,
+    cli: Cli,
+    place: Callable[[str], tuple[str, ...]],
+    endpoint: Rehearsal,
+    flag: str,
+) -> None:
+    record, _ = interrupted_watch(make_sft, endpoint)
+    deed = (flag, record.stem if flag == "--resume" else read_json(record)["job_id"])
+    before = polls(endpoint)
+    stopped = cli(*place(endpoint.url), *deed)
+    watched = polls(endpoint) - before
+    gone_on = cli(*place(endpoint.url), *deed, "--yes")
+
+    assert (stopped.code, gone_on.code) == (2, 0)
+    assert "--yes" in stopped.errors[0]
+    assert f"--resume {record.stem}" in stopped.err
+    assert watched == 0
+    assert made(endpoint, JOBS) == 1
+
+
+def test_a_watch_that_is_taken_up_asks_once_and_first_for_the_evaluation_at_the_price_agreed_to(
+    make_sft: MakeSFT, endpoint: Rehearsal
+) -> None:
+    _, agreed = interrupted_watch(make_sft, endpoint)
+    before = polls(endpoint)
+    asked_at: list[tuple[CostEstimate, int]] = []
+    sft = make_sft(confirm=lambda estimate: not asked_at.append((estimate, polls(endpoint))))
+    results = sft.resume()
+    ((estimate, polled),) = asked_at
+
+    assert results is not None
+    assert polled == before
+    assert estimate.evaluation_usd == pytest.approx(agreed.evaluation_usd)
+    assert estimate.total_usd == estimate.evaluation_usd
+    assert not any(line.startswith("学習") for line in estimate.lines())
+
+
+def test_a_limit_below_the_evaluation_stops_a_watch_that_is_taken_up_before_it_begins(
+    make_sft: MakeSFT, endpoint: Rehearsal
+) -> None:
+    _, agreed = interrupted_watch(make_sft, endpoint)
+    before = polls(endpoint)
+    with pytest.raises(BudgetError, match="上限"):
+        make_sft(max_cost_usd=0.9 * (agreed.evaluation_usd or 0.0)).resume()
+
+    assert polls(endpoint) == before
+
+
+def test_the_price_of_an_evaluation_is_not_taken_for_that_of_a_training_of_untold_tokens(
+    make_sft: MakeSFT, endpoint: Rehearsal
+) -> None:
+    def untold(request: Request, forward: Forward) -> Reply:
+        reply = forward(request)
+        is_job = reply.status == 200 and b'"fine_tuning.job"' in reply.body
+        return saying({**reply.json, "trained_tokens": None}) if is_job else reply
+
+    path, _ = interrupted_watch(make_sft, endpoint)
+    record = read_json(path)
+    del record["estimate"]  # of an earlier version
+    path.write_text(json.dumps(record), "utf-8")
+    with Gateway(endpoint, untold) as gateway:
+        client = make_sft().client.with_options(base_url=gateway.url)
+        results = make_sft(client=client).resume()
+
+    assert results is not None
+    assert read_json(path)["cost"].keys() == {"evaluation_usd", "total_usd"}
+
+
 # ── What is seen ─────────────────────────────────────────────────────────────────────────────
 
 
@@ -475,6 +648,28 @@ def test_a_run_that_was_declined_is_closed(
     assert make_sft().resume() is None
     assert make_sft().resume(name) is None
     assert posts(endpoint) == []
+
+
+@pytest.mark.parametrize(
+    ("refused", "kept"),
+    [(Fault("401", "POST", JOBS), None), (Fault("insufficient_quota", "POST", CHAT), "ft:gpt-4o")],
+    ids=["files are sent", "a model is trained"],
+)
+def test_a_run_that_was_declined_when_it_was_resumed_is_closed_too(
+    make_sft: MakeSFT, endpoint: Rehearsal, refused: Fault, kept: str
+) -> None:
+    endpoint.inject(refused)
+    with make_sft() as sft, pytest.raises(openai.APIStatusError):
+        sft.run_full_pipeline(**SHORT)
+    with make_sft(confirm=lambda _: False) as later, pytest.raises(Declined, match=kept):
+        later.resume()
+    before = len(posts(endpoint))
+
+    assert make_sft().resume() is None
+    assert make_sft().resume(Path(sft.files["record"]).stem) is None
+    assert len(posts(endpoint)) == before
+    if kept:  # what was trained can be asked all the same
+        assert make_sft().run_evaluation(max_test_cases=1)["model_id"].startswith(kept)
 
 
 @pytest.mark.parametrize("end", ["interrupted", "too dear"])

@@ -242,6 +242,28 @@ def test_a_key_with_a_blank_at_its_end_ends_it_within_seconds_and_is_not_shown(
     assert endpoint.exchanges == []
 
 
+@pytest.mark.parametrize("variable", ["OPENAI_ORG_ID", "OPENAI_PROJECT_ID"])
+@pytest.mark.parametrize("value", ["id-1 ", "id\n1", "組織"], ids=["blank", "line", "wide"])
+def test_an_organisation_that_no_header_can_carry_is_refused_and_its_variable_named(
+    timed: MakeSFT, endpoint: Rehearsal, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigurationError, match=variable):
+        timed(base_url=endpoint.url)
+
+
+@pytest.mark.parametrize("act", ACTS.values(), ids=ACTS)
+def test_a_given_client_whose_key_no_header_can_carry_ends_it_within_seconds(
+    timed: MakeSFT, clock: Patience, endpoint: Rehearsal, act: Callable[[OpenAISFT], None]
+) -> None:
+    with openai.OpenAI(api_key=f"{KEY} ", base_url=endpoint.url) as client:
+        said = ends_within_seconds(timed(client=client), act, clock)
+
+    assert "ヘッダー" in said
+    assert "APIキー" in said
+    assert KEY not in said
+
+
 @pytest.mark.parametrize("act", ACTS.values(), ids=ACTS)
 def test_a_proxy_whose_package_is_missing_ends_it_at_once_with_cause_and_remedy(
     timed: MakeSFT,
@@ -278,6 +300,37 @@ def test_a_port_that_refuses_for_an_hour_in_mid_watch_is_waited_out(
         job = timed(base_url=door.url, sleep=sleep).monitor_fine_tune_job(
             start(timed(base_url=door.url), clean_environment)
         )
+
+    assert job.status == "succeeded"
+    assert 3600 < clock.waited < 3 * 3600
+
+
+def test_a_host_that_has_no_address_for_an_hour_in_mid_watch_is_waited_out(
+    timed: MakeSFT,
+    clock: Patience,
+    endpoint: Rehearsal,
+    clean_environment: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a laptop that wakes up before its network does."""
+    resolve = socket.getaddrinfo
+
+    def look_up(host: Any, *rest: Any, **options: Any) -> Any:
+        if 0 < clock.waited <= 3600:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        if clock.waited:
+            endpoint.release()
+        return resolve(host, *rest, **options)
+
+    def close_after(request: Request, forward: Forward) -> Reply:
+        return (reply := forward(request))._replace(pieces=iter([reply.body]))
+
+    endpoint.hold("running")
+    with Gateway(endpoint, close_after) as gateway:  # each request needs the address again
+        sft = timed(base_url=gateway.url)
+        job_id = start(sft, clean_environment)
+        monkeypatch.setattr(socket, "getaddrinfo", look_up)
+        job = sft.monitor_fine_tune_job(job_id)
 
     assert job.status == "succeeded"
     assert 3600 < clock.waited < 3 * 3600
@@ -723,15 +776,20 @@ def test_a_line_says_within_five_seconds_what_can_not_be_reached(
     assert unreachable[missing].soon(*words), unreachable[missing].lines
 
 
-def test_the_check_looks_at_the_hub_too(
-    endpoint: Rehearsal, clean_environment: Path, vocabulary: Path
+@pytest.mark.parametrize(
+    ("hub", "reason"), [("refusing", "Connect"), ("silent", "TimeoutError: 5秒")]
+)
+def test_the_check_looks_at_the_hub_too_and_says_why_it_knows_nothing(
+    endpoint: Rehearsal, clean_environment: Path, vocabulary: Path, hub: str, reason: str
 ) -> None:
     """In a process of its own, for where the Hub is was settled when it was imported."""
-    with socket.socket() as refusing:
-        refusing.bind(("127.0.0.1", 0))
+    with socket.socket() as port:
+        port.bind(("127.0.0.1", 0))
+        if hub == "silent":
+            port.listen()
         environment = {
             "OPENAI_API_KEY": KEY,
-            "HF_ENDPOINT": f"http://127.0.0.1:{refusing.getsockname()[1]}",
+            "HF_ENDPOINT": f"http://127.0.0.1:{port.getsockname()[1]}",
             "HF_HOME": str(clean_environment / "hub"),
         }
         command = [sys.executable, str(PROJECT / "openai_sft_example.py"), "--check", "--json"]
@@ -744,7 +802,8 @@ def test_the_check_looks_at_the_hub_too(
         )
     found = [item for item in json.loads(done.stdout) if "KokoroChat" in item["text"]]
 
-    assert [item["level"] in ("warn", "fail") for item in found] == [True]
+    assert [item["level"] for item in found] == ["warn"]
+    assert reason in found[0]["text"]
     assert found[0]["remedy"]
 
 
@@ -752,6 +811,7 @@ def test_the_check_looks_at_the_hub_too(
 
 DOTENVS = {
     "UTF-16": "OPENAI_API_KEY=k\n".encode("utf-16"),
+    "UTF-16 without a mark": "OPENAI_API_KEY=k\n".encode("utf-16-le"),
     "CP932": "# 相談用の鍵\nOPENAI_API_KEY=k\n".encode("cp932"),
 }
 
@@ -771,6 +831,19 @@ def test_a_dotenv_that_is_not_utf_8_is_one_line_that_names_it(
     assert said.count("\n") == 1
     assert ".env" in said
     assert "UTF-8" in said
+
+
+def test_a_proxy_whose_package_is_missing_is_what_the_check_blames(
+    timed: MakeSFT, endpoint: Rehearsal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1")
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    items = timed(base_url=endpoint.url).check()
+    (item,) = (item for item in items if item.name == "エンドポイント")
+
+    assert item.level == "fail"
+    assert "ALL_PROXY" in item.remedy
+    assert "--base-url" not in item.remedy
 
 
 def test_a_proxy_whose_package_is_missing_is_one_line(

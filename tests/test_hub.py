@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -168,8 +169,8 @@ from openai_sft import read_dialogues
 outcomes = []
 for name, revision in json.loads(sys.argv[1]):
     try:
-        found = [asdict(dialogue) for dialogue in read_dialogues(name, revision=revision)]
-        outcomes.append({"dialogues": found, "error": ""})
+        found = read_dialogues(name, revision=revision, hub_timeout=float(sys.argv[2]))
+        outcomes.append({"dialogues": [asdict(dialogue) for dialogue in found], "error": ""})
     except Exception as error:
         outcomes.append({"dialogues": [], "error": f"{type(error).__name__}: {error}"})
 print(json.dumps({"outcomes": outcomes, "hosts": sorted(hosts)}, default=repr))
@@ -205,11 +206,17 @@ class Reading:
         return [path.partition(name)[2] for path in self.requests if f"{name}/" in path]
 
 
-def read(hub: FakeHub, home: Path, *wanted: tuple[str, str | None], **environment: str) -> Reading:
+def read(
+    hub: FakeHub,
+    home: Path,
+    *wanted: tuple[str, str | None],
+    hub_timeout: float = 30.0,
+    **environment: str,
+) -> Reading:
     """Read each of ``wanted``, in this order, in one process with its cache in ``home``."""
     seen, strayed = len(hub.requests), len(hub.strays)
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", READER, json.dumps(wanted)],
+        [sys.executable, "-W", "error", "-c", READER, json.dumps(wanted), str(hub_timeout)],
         env=hub.environment(home) | {"PYTHONPATH": str(PROJECT)} | environment,
         cwd=home,
         capture_output=True,
@@ -417,6 +424,38 @@ def test_a_hub_that_may_not_be_asked_is_an_error_and_no_wait(hub: FakeHub, tmp_p
     assert error.startswith("DataError: ")
     assert "koto/parquet" in error
     assert reading.requests == reading.strays == reading.hosts == []
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """The URL of a Hub that takes every connection and never answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as listening:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+def test_a_hub_that_says_nothing_ends_it_in_time_with_cause_and_remedy(
+    hub: FakeHub, tmp_path: Path, silent: str
+) -> None:
+    wanted = [("koto/parquet", None), ("koto/pinned", "v1")]
+    reading = read(hub, tmp_path, *wanted, hub_timeout=0.5, HF_ENDPOINT=silent)
+
+    for name, revision in wanted:
+        error = reading.of(name, revision).error
+        assert error.startswith(f"DataError: Hugging Face Hub（{silent}）が0.5秒以内に応答せず")
+        assert name in error
+        assert "--dataset" in error
+    assert reading.hosts == ["127.0.0.1"]
+
+
+@pytest.mark.usefixtures("again")
+def test_what_was_read_once_is_read_again_where_the_hub_says_nothing(
+    hub: FakeHub, kept: Path, tmp_path: Path, silent: str
+) -> None:
+    wanted = [(name, None) for name in SAME_DATA]
+    home = shutil.copytree(kept, tmp_path / "home", symlinks=True)
+    reading = read(hub, home, *wanted, hub_timeout=0.5, HF_ENDPOINT=silent)
+
+    assert [reading.of(*one).ids for one in wanted] == [ALL_IDS] * len(wanted)
 
 
 # ── The Hub itself ───────────────────────────────────────────────────────────────────────────

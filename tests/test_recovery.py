@@ -741,20 +741,17 @@ def test_two_processes_never_write_one_record(timed: MakeSFT, endpoint: Rehearsa
 
 
 def test_a_rehearsal_is_marked_and_never_resumed_nor_the_newest_model(
-    make_sft: MakeSFT, out: Path
+    make_sft: MakeSFT, endpoint: Rehearsal, out: Path
 ) -> None:
     def interrupt(_: float) -> None:
         raise KeyboardInterrupt
 
     with OpenAISFT(rehearse=True, output_dir=out, verbose=False) as done:
         done.run_full_pipeline(epochs=1, max_test_cases=1)
-    stopped = OpenAISFT(rehearse=True, output_dir=out, verbose=False, sleep=interrupt)
-    place = stopped._endpoint_of(stopped.settings)
-    assert place.client
-    assert place._server
-    place._server.hold("running")
-    with stopped, pytest.raises(KeyboardInterrupt):
-        stopped.run_full_pipeline(epochs=50, batch_size=1, max_test_cases=1)
+    endpoint.hold("running")
+    with make_sft(rehearse=True, sleep=interrupt) as stopped, pytest.raises(KeyboardInterrupt):
+        stopped.run_full_pipeline(**SHORT)
+    endpoint.release()
     runs = sorted(out.glob("run_*.json"))
 
     assert [read_json(path)["rehearsal"] for path in runs] == [True, True]

@@ -968,6 +968,24 @@ def test_a_fresh_instance_takes_the_mean_of_the_recorded_split(
     assert results["mean_reference"]["scores"] == finished.results["mean_reference"]["scores"]
 
 
+def test_an_evaluation_that_is_resumed_compares_with_the_mean_that_it_began_with(
+    make_sft: MakeSFT, endpoint: Rehearsal
+) -> None:
+    endpoint.inject(Fault("401", "POST", "/chat/completions", skip=1))
+    with make_sft(task="score") as first, pytest.raises(openai.AuthenticationError):
+        first.evaluate_model_comprehensive(
+            MODEL, rated_examples(3), [], train_data=rated_examples(2, 1), concurrency=1
+        )
+    results = make_sft().resume()
+    whole = make_sft(task="score").evaluate_model_comprehensive(
+        MODEL, rated_examples(3), [], train_data=rated_examples(2, 1)
+    )
+
+    assert results is not None
+    assert results["summary"]["total_cases_evaluated"] == 3
+    assert results["mean_reference"] == whole["mean_reference"]
+
+
 def test_without_training_data_the_mean_is_left_out_and_it_is_said(
     make_sft: MakeSFT, log: Log
 ) -> None:
