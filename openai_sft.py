@@ -7461,14 +7461,10 @@ class Evaluation:
         started = time.perf_counter()
         try:
             answer = self._endpoint.ask(model_id, lambda: pool.attempt(create))
-            told = _usage(answer)
-            response["usage"] = told or _estimated_usage(
-                case, "", self._task.request
-            )  # billed without words too
+            told, sent = _usage(answer), self._task.request
+            response["usage"] = told or _estimated_usage(case, "", sent)  # billed without words too
             response["finish_reason"], response["output"] = _read_answer(answer)
-            response["usage"] = told or _estimated_usage(
-                case, response["output"], self._task.request
-            )
+            response["usage"] = told or _estimated_usage(case, response["output"], sent)
             if fault := self._task.find_fault(response["output"]):
                 response["invalid"] = fault
         except (openai.APIError, BrokenAnswer) as error:

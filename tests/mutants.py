@@ -1591,8 +1591,8 @@ HOUSE = (
     ),
     Mutant(
         "answers whose tokens are not told are free",
-        'told or _estimated_usage(\n                case, response["output"]',
-        'told and _estimated_usage(\n                case, response["output"]',
+        'told or _estimated_usage(case, response["output"]',
+        'told and _estimated_usage(case, response["output"]',
         "test_edges_job.py::test_answers_whose_tokens_are_not_told_cost_what_was_estimated",
     ),
     Mutant(
