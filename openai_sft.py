@@ -1072,9 +1072,12 @@ def _is_whole(value: object, low: int, high: int) -> bool:
     return type(value) is int and low <= value <= high
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 def _is_text(value: str | None) -> bool:
     """Whether ``value`` can be written as UTF-8; an odd byte of a command line can't."""
-    return value is None or not any("\ud800" <= character <= "\udfff" for character in value)
+    return value is None or _SURROGATE.search(value) is None
 
 
 def _without_credentials(url: str) -> str:
@@ -2039,6 +2042,8 @@ class TokenCounter:
         """For each text the number of tokens up to its end, those before it included."""
         if not texts:
             return []
+        if not _is_text("".join(texts)):  # half of a surrogate pair
+            texts = [text.encode(errors="replace").decode() for text in texts]
         if self._encoding is None:
             bytes_so_far = itertools.accumulate(len(text.encode()) for text in texts)
             return [round(TOKENS_PER_BYTE * count) for count in bytes_so_far]

@@ -275,6 +275,13 @@ def test_a_million_characters_in_a_row_are_counted_to_a_few_tokens(
     assert whole == pytest.approx(part * 1_000_000 / 30_720, abs=20)
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_half_an_emoji_is_counted(encoding: Any, exact: bool) -> None:
+    counter = TokenCounter(encoding if exact else None)
+
+    assert counter.count_texts(["眠れない\ud83d"]) == counter.count_texts(["眠れない?"])
+
+
 @given(st.lists(awkward_text, min_size=1, max_size=4), st.integers(0, 3))
 def test_a_long_run_does_not_change_how_the_texts_beside_it_are_counted(
     texts: list[str], place: int
