@@ -332,9 +332,11 @@ KNOWN_STATUSES = TERMINAL_STATUSES | frozenset(
 # messages of 5,989 dialogues; 0.2279 to 0.2284 on samples of 600), and 0.2 to 0.25 on English.
 TOKENS_PER_BYTE = 0.228
 VOCABULARY = "o200k_base"
-# Older tiktoken overflows its stack on a million characters of one class in a row, and all do on
-# blanks. 65,536 is a multiple of the blanks and line ends that make one token.
-LONG_RUN = 65_536
+# tiktoken overflows its stack on a million blanks in a row, and older ones on a million letters,
+# for which they need the square of the time as well: in a long text such runs are cut. 1,024 is
+# a multiple of the blanks, line ends, dashes or letters that make one token.
+LONG_TEXT = 65_536
+LONG_RUN = 1024
 
 # https://platform.openai.com/docs/deprecations, read 2026-11-22.
 CLOSED_TO_NEW_SINCE = "2026-05-07"  # organisations that never fine-tuned
@@ -1222,9 +1224,12 @@ def _is_whole(value: object, low: int, high: int) -> bool:
     return type(value) is int and low <= value <= high
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 def _is_text(value: str | None) -> bool:
     """Whether ``value`` can be written as UTF-8; an odd byte of a command line can't."""
-    return value is None or not any("\ud800" <= character <= "\udfff" for character in value)
+    return value is None or _SURROGATE.search(value) is None
 
 
 def _without_credentials(url: str) -> str:
@@ -3524,6 +3529,8 @@ class TokenCounter:
         """For each text the number of tokens up to its end, those before it included."""
         if not texts:
             return []
+        if not _is_text("".join(texts)):  # half of a surrogate pair
+            texts = [text.encode(errors="replace").decode() for text in texts]
         if self._encoding is None:
             bytes_so_far = itertools.accumulate(len(text.encode()) for text in texts)
             return [round(TOKENS_PER_BYTE * count) for count in bytes_so_far]
@@ -3531,7 +3538,7 @@ class TokenCounter:
         # merges with its neighbours. Text that holds one itself, or a run too long for the
         # tokeniser, is counted one by one.
         joined = self.SEPARATOR.join(texts)
-        if joined.count(self.SEPARATOR) != len(texts) - 1 or max(map(len, texts)) > LONG_RUN:
+        if joined.count(self.SEPARATOR) != len(texts) - 1 or max(map(len, texts)) > LONG_TEXT:
             encode = self._encoding.encode_ordinary
             counts = (sum(len(encode(piece)) for piece in _cut_runs(text)) for text in texts)
             return list(itertools.accumulate(counts))
@@ -3542,11 +3549,16 @@ class TokenCounter:
         return [end - index for index, end in enumerate([*separators, len(tokens)])]
 
 
-_RUN = re.compile(rf"(?<!\s)\s{{{LONG_RUN},}}|(?<!\S)\S{{{LONG_RUN},}}")
+_RUN = re.compile(
+    "|".join(rf"(?<!{kind}){kind}{{{LONG_RUN},}}" for kind in (r"\s", r"[^\W\d]", r"[^\w\s]"))
+)
 
 
 def _cut_runs(text: str) -> Iterator[str]:
-    """``text``, cut where blanks or other characters stand in a row for too long."""
+    """``text``, cut where blanks, letters or signs stand in a row for too long."""
+    if len(text) <= LONG_TEXT:
+        yield text
+        return
     cuts = [0]
     for run in _RUN.finditer(text):
         cuts += range(run.start() + LONG_RUN, run.end(), LONG_RUN)

@@ -93,7 +93,8 @@ FILE_PURPOSES: Final = frozenset({"assistants", "batch", "fine-tune", "vision", 
 TERMINAL: Final = frozenset({"succeeded", "failed", "cancelled"})
 
 SPECIAL_TOKEN: Final = re.compile(
-    r"<\|(im_(start|end|sep)|endof(text|prompt)|fim_(prefix|middle|suffix))\|>"
+    r"<\|(im_(start|end|sep)|endof(text|prompt|system)|fim_(prefix|middle|suffix)"
+    r"|startoftext|return|constrain|channel|start|end|message|call|reserved_[0-9]+)\|>"
 )
 SURROGATE: Final = re.compile("[\ud800-\udfff]")
 LINE_KEYS: Final = frozenset({"messages", "tools", "parallel_tool_calls"})
