@@ -6741,7 +6741,11 @@ def _check_data(settings: Settings) -> Iterator[CheckItem]:
     if name is None:
         return
     if Path(name).expanduser().exists():
-        yield CheckItem("データ", "ok", f"{name} があります")
+        if settings.config is None and settings.revision is None:
+            yield CheckItem("データ", "ok", f"{name} があります")
+        else:
+            remedy = "--config と --revision の指定を外してください"
+            yield CheckItem("データ", "fail", "構成と版はHubのデータだけが持ちます", remedy)
         return
     if _looks_like_path(name):
         yield CheckItem("データ", "fail", f"{name} がありません", "--dataset を確認してください")
