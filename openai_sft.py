@@ -1751,13 +1751,8 @@ def _find_key(turn: Mapping[str, Any], keys: Sequence[str]) -> str | None:
 
 def _records(source: str, revision: str | None, config: str | None) -> Iterator[Record]:
     path = Path(source).expanduser()
-    is_local = path.exists() or _looks_like_path(source)
-    for option, value in (("config", config), ("revision", revision)):
-        if is_local and value is not None:
-            raise ConfigurationError(
-                f"{option} はHugging Face Hubのデータにだけ指定できます（指定: {printable(value)}、"
-                f"データ: {printable(source)}）。{option} の指定を外してください。"
-            )
+    if path.exists() or _looks_like_path(source):
+        _require_unset(source, revision=revision, config=config)
     if path.is_dir():
         return _folder_records(path)
     if path.exists():
@@ -1768,6 +1763,16 @@ def _records(source: str, revision: str | None, config: str | None) -> Iterator[
             f"またはHugging Face Hubの名前（例: {DEFAULT_DATASET}）を指定してください。"
         )
     return _hub_records(source, revision, config)
+
+
+def _require_unset(source: str, **options: str | None) -> None:
+    """Raise :class:`ConfigurationError` for an option that a data set of no Hub can't have."""
+    for name, value in options.items():
+        if value is not None:
+            raise ConfigurationError(
+                f"{name} はHugging Face Hubのデータにだけ指定できます（指定: {printable(value)}、"
+                f"データ: {printable(source)}）。{name} の指定を外してください。"
+            )
 
 
 def _folder_records(folder: Path) -> Iterator[Record]:
@@ -5650,6 +5655,8 @@ class Preparation:
         if name is None:
             from openai_sft_rehearsal import example_dialogues
 
+            revision, config = self._settings.revision, self._settings.config
+            _require_unset("リハーサル用の対話", revision=revision, config=config)
             logger.info("リハーサル用の対話を使います（--dataset で変えられます）。")
             return [
                 parse_dialogue(record, fallback_id=str(number), source=f"例[{number}]")

@@ -210,6 +210,11 @@ def test_what_only_the_hub_has_is_refused_for_a_path(dataset: Path, option: str)
     for place in (dataset, dataset.parent, "./not-here.jsonl"):
         with pytest.raises(ConfigurationError, match=f"^{option} はHugging Face Hubのデータにだけ"):
             read_dialogues(str(place), **{option: "ja"})
+    with (
+        OpenAISFT(rehearse=True, verbose=False, **{option: "ja"}) as sft,
+        pytest.raises(ConfigurationError, match=f"^{option} は.*リハーサル用の対話"),
+    ):
+        sft.prepare_data()
 
 
 def test_an_unknown_role_stops_however_many_dialogues_are_good(tmp_path: Path) -> None:

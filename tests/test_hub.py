@@ -174,6 +174,22 @@ REPOSITORIES |= {
     "koto/several-scripted": {"main": {**CARD, "several-scripted.py": SCRIPT}, CONVERSION: TABLES},
     "koto/several-folders": {"main": {**CARD, "several-folders.py": SCRIPT, **LINES}},
 }
+SPEAKERS = ("counselor", "client")
+REPOSITORIES["koto/turns"] = {
+    "main": {
+        **CARD,
+        "train.parquet": as_parquet(
+            [
+                {
+                    "dialogue_id": f"t{turn % 2}",
+                    "speaker": SPEAKERS[turn // 2 % 2],
+                    "text": f"{turn}",
+                }
+                for turn in range(8)
+            ]
+        ),
+    }
+}
 SEVERAL = ["koto/several", "koto/several-scripted", "koto/several-folders"]
 SAME_DATA = ["koto/parquet", "koto/lines", "koto/json", "koto/script", "koto/plain"]
 
@@ -429,6 +445,13 @@ def test_a_revision_that_is_not_there_is_named(pinned: Reading) -> None:
     assert error.startswith("DataError: ")
     assert "koto/json" in error
     assert "v9" in error
+
+
+def test_rows_that_are_single_turns_are_put_together_to_dialogues(unpinned: Reading) -> None:
+    outcome = unpinned.of("koto/turns")
+
+    assert outcome.ids == ["t0", "t1"]
+    assert [text for _, text in outcome.dialogues[1]["turns"]] == ["1", "3", "5", "7"]
 
 
 # ── Configurations and splits ────────────────────────────────────────────────────────────────
