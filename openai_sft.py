@@ -610,6 +610,7 @@ class Dialogue:
     ``source`` says where it stands, for messages to the user. ``digest`` is the sha256 of the
     content: the split is drawn in its order, so that neither file names nor their order matter.
     ``chat`` holds ``messages`` (and ``tools``) of data that is in the service's form already.
+    ``part`` is the split that it was published in, where the published splits are kept.
     """
 
     id: str
@@ -621,6 +622,7 @@ class Dialogue:
     review_en: Mapping[str, Any] = field(default_factory=dict)
     chat: Mapping[str, Any] | None = None
     system: str | None = None
+    part: SplitName | None = None
 
     @property
     def score(self) -> float | None:
@@ -995,7 +997,7 @@ class CostEstimate:
 
 def _removed_line(removed: Mapping[str, int]) -> str:
     """What the duplicates and each filter took out, in Japanese."""
-    labels = {"duplicates": "重複"}
+    labels = {"duplicates": "重複", "held_out": "学習のうちテスト・検証にもある対話"}
     parts = (f"{labels.get(name, name)} {count:,}件" for name, count in removed.items())
     return f"除いた対話: {'、'.join(parts)}"
 
@@ -1424,6 +1426,7 @@ class Loaded(NamedTuple):
     removed: Mapping[str, int]
     leakage: Mapping[str, float]
     sources: tuple[Mapping[str, str], ...]  # of each split: dialogue id to where it stands
+    published: tuple[SplitName, ...]  # the splits that are kept as published; none: 8:1:1
 
     def without_dialogues(self) -> Loaded:
         """What there is to say, without holding the dialogues in memory."""
@@ -2508,12 +2511,15 @@ def dialogue_row(dialogue: Dialogue) -> dict[str, Any]:
 
 # ── Reading: what a source holds ─────────────────────────────────────────────────────────────────
 
-# The names under which data sets publish their splits.
+# The names under which data sets publish their splits; ``_sft`` stands beside splits of the same
+# data for other kinds of training.
 PARTS: dict[str, SplitName] = {
-    "train": "train",
-    "test": "test",
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "valid"),
+    **dict.fromkeys(("train", "train_sft"), "train"),
+    **dict.fromkeys(("test", "test_sft"), "test"),
+    **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "valid"),
 }
+CONVERSION = "refs/convert/parquet"  # the revision in which the Hub keeps its own
+DEFAULT_CONFIG = "default"  # the configuration of a data set that names none
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
 ENCODING_NAMES = {
     "utf-8": "UTF-8",
@@ -2851,8 +2857,12 @@ def _joined(records: Iterable[Record]) -> Iterator[Record]:
         yield opening._replace(value={"dialogue": turns, **({"id": name} if key else {})})
 
 
-def _records(source: str, revision: str | None, hub_timeout: float) -> Iterator[Record]:
+def _records(
+    source: str, revision: str | None, config: str | None, hub_timeout: float
+) -> Iterator[Record]:
     path = Path(source).expanduser()
+    if path.exists() or _looks_like_path(source):
+        _require_unset(source, revision=revision, config=config)
     if path.is_dir():
         return _folder_records(path)
     if path.exists():
@@ -2862,7 +2872,17 @@ def _records(source: str, revision: str | None, hub_timeout: float) -> Iterator[
             f"データがありません: {source}。フォルダー、JSON・JSONL・CSV・Parquetファイル、"
             f"またはHugging Face Hubの名前（例: {DEFAULT_DATASET}）を指定してください。"
         )
-    return _hub_records(source, revision, hub_timeout)
+    return _hub_records(_Wanted(source, revision, config), hub_timeout)
+
+
+def _require_unset(source: str, **options: str | None) -> None:
+    """Raise :class:`ConfigurationError` for an option that a data set of no Hub can't have."""
+    for name, value in options.items():
+        if value is not None:
+            raise ConfigurationError(
+                f"{name} はHugging Face Hubのデータにだけ指定できます（指定: {printable(value)}、"
+                f"データ: {printable(source)}）。{name} の指定を外してください。"
+            )
 
 
 def _folder_records(folder: Path) -> Iterator[Record]:
@@ -2873,13 +2893,23 @@ def _folder_records(folder: Path) -> Iterator[Record]:
         for name in sorted(names):
             if name.startswith("."):
                 continue
+            path = Path(place, name)
             if _is_data_file(name):
-                yield from _file_records(Path(place, name))
+                part = _part_of(path.relative_to(folder))
+                yield from (record._replace(part=part) for record in _file_records(path))
             else:
-                passed_over.append(str(Path(place, name).relative_to(folder)))
+                passed_over.append(str(path.relative_to(folder)))
     if passed_over:
         shown = "、".join(map(printable, passed_over[:5])) + " ほか" * (len(passed_over) > 5)
         logger.info("データでないファイル%s件は読みません: %s", f"{len(passed_over):,}", shown)
+
+
+def _part_of(path: Path) -> SplitName | None:
+    """The split that a file of a folder holds, by the names of the Hub: ``test-00000-of-00001.…``,
+    ``test.jsonl`` or ``test/….json``."""
+    names = (re.split("[-.]", path.name)[0], *reversed(path.parent.parts))
+    folded = (name.lower().removeprefix("partial-") for name in names)
+    return next((PARTS[name] for name in folded if name in PARTS), None)
 
 
 def _file_records(path: Path) -> Iterator[Record]:
@@ -2905,77 +2935,171 @@ def _looks_like_path(source: str) -> bool:
     )
 
 
-def _hub_records(name: str, revision: str | None, timeout: float) -> Iterator[Record]:
+class _Wanted(NamedTuple):
+    """A data set of the Hub; ``offline``: the Hub isn't asked, what is kept from it serves."""
+
+    name: str
+    revision: str | None
+    config: str | None
+    offline: bool = False
+
+
+def _hub_records(wanted: _Wanted, timeout: float) -> Iterator[Record]:
     """Records of a Hub data set by the first of three ways that works.
 
     ``load_dataset`` fails on KokoroChat's JSON, whose review fields are null in most files and
     text in a few, and runs no loader script; the Hub's own Parquet conversion (of the main
     revision only) and the repository's JSON files don't have these troubles.
     """
-    import datasets
     import huggingface_hub
 
+    ways: dict[str, Callable[[_Wanted], Iterator[Record]]] = {}
+    revision = wanted.revision
+    ways[f"load_dataset(revision={revision})" if revision else "load_dataset"] = _load_records
+    if revision is None:
+        ways[CONVERSION] = _fetch_conversion
+    ways["JSONファイル"] = _fetch_json
     # Its package asks a Hub that says nothing six times, and then goes on to the next file.
-    with _telling_when_late("Hugging Face Hub からの応答がまだありません。"):
-        silent = isinstance(_hub_failure(name, revision, timeout), TimeoutError)
-    unreachable = silent
+    late = "Hugging Face Hub からの応答がまだありません。"
+    with _telling_when_late(late):
+        failure = _hub_failure(wanted.name, revision, timeout)
+    silent = isinstance(failure, TimeoutError)
+    wanted = wanted._replace(offline=silent)
     failures = []
-    for attempt in [revision] if revision else [None, "refs/convert/parquet"]:
-        label = f"load_dataset(revision={attempt})" if attempt else "load_dataset"
-        # Without a cache of its own, an attempt that fails is given what another one has built.
-        cache = Path(datasets.config.HF_DATASETS_CACHE, "openai_sft", *(attempt or "").split("/"))
-        late = _telling_when_late("Hugging Face Hub からの応答がまだありません。")
+    for label, read in ways.items():
         try:
-            with late, _offline(enabled=unreachable):
-                loaded = datasets.load_dataset(
-                    name, revision=attempt, cache_dir=str(cache) if attempt else None
-                )
+            with _telling_when_late(late):
+                records = read(wanted)
+        except DataError:  # another configuration has to be named, whichever way it is read
+            raise
         except Exception as error:  # noqa: BLE001  # builders raise anything; all are told
             failures.append(f"{label}: {_reason(error)}")
-            logger.info("%s では読めません。次の方法を試します。", failures[-1])
-            unreachable = unreachable or isinstance(error, ConnectionError)
-            continue
-        for split, rows in loaded.items():
-            for number, row in enumerate(rows):
-                where = f"{name}:{split}[{number}]"
-                yield Record(f"{split}-{number}", where, _table_row(row), part=PARTS.get(split))
-        return
-    try:
-        records = _hub_files(name, revision, offline=unreachable)
-    except (OSError, ValueError, RuntimeError) as error:
-        failures.append(f"JSONファイル: {_reason(error)}")
-        if silent:
-            raise DataError(
-                f"Hugging Face Hub（{huggingface_hub.constants.ENDPOINT}）が{timeout:g}秒以内に"
-                f"応答せず、{name} は手元にも保存されていません。ネットワークとプロキシの設定を"
-                "確かめるか、ダウンロードしたフォルダーを --dataset で指定してください。"
-            ) from error
+            logger.info("%s では読めません。", failures[-1])
+            wanted = wanted._replace(offline=wanted.offline or isinstance(error, ConnectionError))
+        else:
+            yield from records
+            return
+    if silent:
         raise DataError(
-            f"データセット {name} を読み込めません。試した方法と理由: {' / '.join(failures)}。"
-            "ネットワークと名前を確かめるか、ダウンロードしたフォルダーを --dataset で"
-            "指定してください。"
-        ) from error
-    yield from records
+            f"Hugging Face Hub（{huggingface_hub.constants.ENDPOINT}）が{timeout:g}秒以内に"
+            f"応答せず、{wanted.name} は手元にも保存されていません。ネットワークとプロキシの設定を"
+            "確かめるか、ダウンロードしたフォルダーを --dataset で指定してください。"
+        )
+    raise DataError(
+        f"データセット {wanted.name} を読み込めません。試した方法と理由: {' / '.join(failures)}。"
+        "ネットワークと名前を確かめるか、ダウンロードしたフォルダーを --dataset で"
+        "指定してください。"
+    )
 
 
-def _hub_files(name: str, revision: str | None, *, offline: bool) -> list[Record]:
-    """Records of the JSON files of a Hub data set; of those that are kept here if ``offline``."""
+def _require_config(name: str, config: str | None, known: Sequence[str]) -> None:
+    """Raise :class:`DataError` unless ``config`` is one of the configurations ``known``."""
+    if config not in known:
+        what = "には構成が複数あります"
+        if config is not None:
+            what = f"に構成「{printable(config)}」はありません"
+        raise DataError(
+            f"データセット {name} {what}。--config で選んでください（ある構成: "
+            f"{printable('、'.join(known))}）。"
+        )
+
+
+def _load_records(wanted: _Wanted) -> Iterator[Record]:
+    """The rows that ``load_dataset`` gives, of all splits."""
+    import datasets
+
+    name, revision, config, offline = wanted
+
+    # Without a cache of its own, a revision that can't be had is given what was built of another.
+    cache = Path(datasets.config.HF_DATASETS_CACHE, "openai_sft", *(revision or "").split("/"))
+    try:
+        with _offline(enabled=offline):
+            loaded = datasets.load_dataset(
+                name, config, revision=revision, cache_dir=str(cache) if revision else None
+            )
+    except ValueError as error:
+        if not offline and "Couldn't find cache" not in str(error):  # else no Hub tells of them
+            known = datasets.get_dataset_config_names(name, revision=revision)
+            default = datasets.get_dataset_default_config_name(name, revision=revision)
+            _require_config(name, config or default, known)
+        raise
+    used = next(iter(loaded.values())).info.config_name
+    if config is None and used != DEFAULT_CONFIG:
+        logger.info("構成「%s」を使います（--config で変えられます）。", printable(used))
+    return itertools.chain.from_iterable(
+        _joined(
+            Record(f"{split}-{number}", f"{name}:{split}[{number}]", _table_row(row), part=part)
+            for number, row in enumerate(rows)
+        )
+        for split, rows in loaded.items()
+        for part in (PARTS.get(split.lower()),)
+    )
+
+
+def _fetch_conversion(wanted: _Wanted) -> Iterator[Record]:
+    """The rows of the Hub's own conversion, where each configuration is a folder."""
     import huggingface_hub
 
-    folder = huggingface_hub.snapshot_download(
-        name,
-        repo_type="dataset",
-        revision=revision,
-        allow_patterns=["*.json", "*.jsonl"],
-        local_files_only=offline,
+    config = wanted.config
+    folder = _snapshot(wanted._replace(revision=CONVERSION), "parquet")
+    fetched = _folders(folder)
+    if config is None and len(fetched) > 1:
+        _require_config(wanted.name, None, fetched)
+    if config is not None and config not in fetched and not wanted.offline:
+        files = huggingface_hub.HfApi().list_repo_files(
+            wanted.name, revision=CONVERSION, repo_type="dataset"
+        )
+        known = sorted({file.split("/")[0] for file in files if "/" in file})
+        _require_config(wanted.name, config, known)
+    return _dialogues_of(folder, wanted, "Parquet")
+
+
+def _fetch_json(wanted: _Wanted) -> Iterator[Record]:
+    """The records of the JSON files themselves, in whatever folder; a configuration is one."""
+    if wanted.config == DEFAULT_CONFIG:
+        wanted = wanted._replace(config=None)
+    folder = _snapshot(wanted, "json", "jsonl")
+    if wanted.config is not None and wanted.config not in _folders(folder):
+        raise FileNotFoundError(f"構成「{wanted.config}」のフォルダーがありません")
+    return _dialogues_of(folder, wanted, "JSON")
+
+
+def _snapshot(wanted: _Wanted, *suffixes: str) -> Path:
+    """A folder with the files of these suffixes, of one configuration's folder or of all."""
+    import huggingface_hub
+
+    prefix = f"{wanted.config}/" if wanted.config else ""
+    patterns = [f"{prefix}*.{suffix}" for suffix in suffixes]
+    return Path(
+        huggingface_hub.snapshot_download(
+            wanted.name,
+            repo_type="dataset",
+            revision=wanted.revision,
+            allow_patterns=patterns,
+            local_files_only=wanted.offline,
+        )
     )
-    records = [
-        record._replace(where=record.where.replace(folder, f"{name}:", 1).replace(":/", ":", 1))
-        for record in _folder_records(Path(folder))
-    ]
-    if not any(find_form(record.value) for record in records):
-        raise FileNotFoundError("対話のJSONファイルがありません")
-    return records
+
+
+def _folders(place: Path) -> list[str]:
+    return sorted(path.name for path in place.glob("*/"))
+
+
+def _dialogues_of(folder: Path, wanted: _Wanted, kind: str) -> Iterator[Record]:
+    """The records of a snapshot. Raises FileNotFoundError where none of them is a dialogue."""
+
+    def named(record: Record) -> Record:
+        where = record.where.replace(str(folder), f"{wanted.name}:", 1).replace(":/", ":", 1)
+        return record._replace(where=where)
+
+    records = map(named, _folder_records(folder / (wanted.config or "")))
+    opening = []
+    for record in records:
+        opening.append(record)
+        if find_form(record.value) is not None:
+            return itertools.chain(opening, records)
+    errors = [f"（{record.value}）" for record in opening if isinstance(record.value, DataError)]
+    raise FileNotFoundError(f"対話の{kind}ファイルがありません{''.join(errors[:1])}")
 
 
 def _hub_failure(name: str, revision: str | None, timeout: float) -> Exception | None:
@@ -3056,27 +3180,34 @@ def read_dialogues(
     source: str,
     *,
     revision: str | None = None,
+    config: str | None = None,
     speakers: Speakers | None = None,
+    resplit: bool = False,
     skip_unreadable: bool = False,
     hub_timeout: float = HUB_SECONDS,
 ) -> list[Dialogue]:
     """Read every dialogue of ``source``: a folder, a data file, or a Hub name.
 
     A folder is read with its subfolders: every file of :data:`DATA_SUFFIXES`, also as ``.gz``.
-    A name that is no path is fetched from the Hub at ``revision``, all its splits. The forms
-    are :data:`FORMS`; ``speakers`` says whose the turns are where the data don't. A Hub that
-    says nothing for ``hub_timeout`` seconds is asked no more: what was fetched from it before
+    A name that is no path is fetched from the Hub, its configuration ``config`` at ``revision``.
+    The forms are :data:`FORMS`; ``speakers`` says whose the turns are where the data don't. A Hub
+    that says nothing for ``hub_timeout`` seconds is asked no more: what was fetched from it before
     serves, if anything.
+
+    Where the splits of the Hub, or files and folders named like them (:data:`PARTS`), hold
+    training and test or validation data, dialogues tell theirs in ``part``; others than these
+    are named in the log and left out. With ``resplit`` there are no parts, and all is read.
 
     A file, line or row that can't be read or isn't a dialogue is named in the log and left out.
     Raises :class:`DataError` where these are more than 1 % (unless ``skip_unreadable``), or
-    where there is no dialogue; :class:`UnknownRole` for speakers whose roles can't be known and
-    :class:`OtherPurpose` for files that are for another kind of training.
+    where there is no dialogue; :class:`UnknownRole` for speakers whose roles can't be known,
+    :class:`OtherPurpose` for files that are for another kind of training, and
+    :class:`ConfigurationError` for ``revision`` or ``config`` of a path.
     """
     _require_filled(source=source)
     reading = Reading(speakers)
     with _gc_paused():
-        records = _records(source, revision, hub_timeout)
+        records = _records(source, revision, config, hub_timeout)
         dialogues, unreadable = _parse_records(records, reading)
     total = len(dialogues) + len(unreadable)
     for problem in unreadable if skip_unreadable else unreadable[:10]:
@@ -3091,7 +3222,7 @@ def read_dialogues(
     if not dialogues:
         raise DataError(f"対話が1件もありません: {source}。中身と指定を確認してください。")
     reading.tell()
-    return _with_unique_ids(dialogues)
+    return _with_unique_ids(_keep_parts(dialogues, resplit=resplit))
 
 
 def _parse_records(
@@ -3107,14 +3238,13 @@ def _parse_records(
             if (error := _record_error(record, reading)) is not None:
                 unreadable.append(error)
             elif record.value is not None:
-                dialogues.append(
-                    parse_dialogue(
-                        record.value,
-                        fallback_id=record.fallback_id,
-                        source=record.where,
-                        reading=reading,
-                    )
+                dialogue = parse_dialogue(
+                    record.value,
+                    fallback_id=record.fallback_id,
+                    source=record.where,
+                    reading=reading,
                 )
+                dialogues.append(replace(dialogue, part=record.part) if record.part else dialogue)
         except UnknownRole as error:
             unknown = unknown or error
         except OtherPurpose:
@@ -3139,6 +3269,30 @@ def _record_error(record: Record, reading: Reading) -> DataError | None:
         elif fault.code != "blank_line":
             return DataError(f"{record.where}: {text} → {remedy.format(*fault.details)}")
     return None
+
+
+def _keep_parts(dialogues: list[Dialogue], *, resplit: bool) -> list[Dialogue]:
+    """The dialogues of published splits, or all of them without a part."""
+    parts = {dialogue.part for dialogue in dialogues}
+    if resplit or not ("train" in parts and parts & {"test", "valid"}):
+        return [
+            replace(dialogue, part=None) if dialogue.part else dialogue for dialogue in dialogues
+        ]
+    others = collections.Counter(
+        _RECORD_NUMBER.sub("", dialogue.source) for dialogue in dialogues if dialogue.part is None
+    )
+    if others:
+        shown = [f"{printable(name)}（{count:,}件）" for name, count in others.most_common(5)]
+        logger.warning(
+            "学習・テスト・検証のどれでもないデータは使いません: %s%s。--resplit なら、すべてを"
+            "8:1:1に分けて使います。",
+            "、".join(shown),
+            f"、ほか{len(others) - 5:,}" if len(others) > 5 else "",
+        )
+    return [dialogue for dialogue in dialogues if dialogue.part is not None]
+
+
+_RECORD_NUMBER = re.compile(r"(?::\d+|\[[^\]]*\])$")
 
 
 def _with_unique_ids(dialogues: list[Dialogue]) -> list[Dialogue]:
@@ -3173,12 +3327,15 @@ def select_dialogues(
 ) -> tuple[list[Dialogue], dict[str, int]]:
     """Leave out exact duplicates, then what the filters exclude; count what each took out.
 
-    A dialogue without a score falls to ``min_score`` and ``max_score``. Raises
-    :class:`DataError` for a topic that no dialogue has.
+    Of duplicates the one stays that was published for the test, then the one for validation;
+    ``held_out`` counts what training loses so. A dialogue without a score falls to ``min_score``
+    and ``max_score``. Raises :class:`DataError` for a topic that no dialogue has.
     """
-    ordered = sorted(dialogues, key=lambda dialogue: (dialogue.digest, dialogue.id))
+    ordered = sorted(dialogues, key=lambda d: (d.digest, _PART_ORDER.index(d.part), d.id))
     kept = [next(same) for _, same in itertools.groupby(ordered, key=lambda d: d.digest)]
-    removed = {"duplicates": len(ordered) - len(kept)}
+    held_out = {d.digest for d in kept if d.part in ("test", "valid")}
+    leaked = sum(d.part == "train" and d.digest in held_out for d in ordered)
+    removed = {"duplicates": len(ordered) - len(kept) - leaked, "held_out": leaked}
     low, high = selection.min_score, selection.max_score
     if selection.topics:
         known = {
@@ -3207,6 +3364,9 @@ def select_dialogues(
     return kept, {name: count for name, count in removed.items() if count or name in filters}
 
 
+_PART_ORDER = ("test", "valid", "train", None)
+
+
 def split_dialogues(
     dialogues: Iterable[Dialogue],
     *,
@@ -3216,23 +3376,32 @@ def split_dialogues(
 ) -> Splits:
     """Shuffle by ``seed`` and split 8:1:1: ``test = valid = round(n / 10)``, the rest trains.
 
-    ``max_samples`` takes a seeded sample first; a smaller sample is part of a larger one. The
-    same dialogues give the same split on every machine, in whatever order they come. With
-    ``group_by`` no counsellor, client or pair stands in two splits: groups are drawn by
-    ``seed``, and test and validation come as near to their sizes as whole groups allow; raises
-    :class:`DataError` below three groups, and :class:`ConfigurationError` for a value out of
-    range.
+    Dialogues that were published for test or validation (``part``) stay there; of the others only
+    those are held out that make up for a part that nothing was published for.
+    ``max_samples`` takes a seeded sample first, the same share of each published part; a smaller
+    sample is part of a larger one. The same dialogues give the same split on every machine, in
+    whatever order they come. With ``group_by`` no counsellor, client or pair stands in two splits:
+    groups are drawn by ``seed``, and test and validation come as near to their sizes as whole
+    groups allow; raises :class:`DataError` below three groups. Raises
+    :class:`ConfigurationError` for a value out of range, and for ``group_by`` with published parts.
     """
     Selection(max_samples, seed, group_by=group_by)  # checks the values
     shuffled = sorted(dialogues, key=lambda dialogue: (dialogue.digest, dialogue.id))
     random.Random(seed).shuffle(shuffled)
-    chosen = shuffled[:max_samples]
+    chosen = _sample(shuffled, max_samples)
     held_out = round(len(chosen) / 10)
     if group_by is None:
-        return Splits(
-            train=chosen[2 * held_out :],
-            test=chosen[:held_out],
-            valid=chosen[held_out : 2 * held_out],
+        test, valid = ([d for d in chosen if d.part == part] for part in ("test", "valid"))
+        train = [d for d in chosen if d.part not in ("test", "valid")]
+        if not test:
+            test, train = train[:held_out], train[held_out:]
+        if not valid:
+            valid, train = train[:held_out], train[held_out:]
+        return Splits(train, test, valid)
+    if any(dialogue.part for dialogue in chosen):
+        raise ConfigurationError(
+            f"公開時の分割を使うデータでは group_by={group_by} で分けられません。分け直すには "
+            "--resplit（resplit=True）を指定してください。"
         )
     groups: dict[Hashable, list[Dialogue]] = {}
     for dialogue in chosen:
@@ -3254,6 +3423,18 @@ def split_dialogues(
         parts.append([d for index, group in enumerate(rest) if index in taken for d in group])
         rest = [group for index, group in enumerate(rest) if index not in taken]
     return Splits([d for group in rest for d in group], *parts)
+
+
+def _sample(shuffled: Sequence[Dialogue], count: int | None) -> list[Dialogue]:
+    """The first ``count``, where those of all published parts take turns by their shares."""
+    sizes = collections.Counter(dialogue.part for dialogue in shuffled)
+    before: collections.Counter[str | None] = collections.Counter()
+    shares = []
+    for dialogue in shuffled:
+        shares.append(before[dialogue.part] / sizes[dialogue.part])
+        before[dialogue.part] += 1
+    order = sorted(range(len(shuffled)), key=shares.__getitem__)
+    return [shuffled[index] for index in order[:count]]
 
 
 def _nearest_subset(sizes: Sequence[int], target: int, left: int) -> set[int]:
@@ -6640,22 +6821,28 @@ class Preparation:
             max_samples=selection.max_samples,
             group_by=selection.group_by,
         )
-        logger.info(
-            "対話 %s件 → 学習 %s / テスト %s / 検証 %s（seed=%s）",
-            *(f"{n:,}" for n in (len(kept), *map(len, splits))),
-            selection.seed,
-        )
+        published = tuple(name for name in SPLIT_NAMES if any(d.part == name for d in kept))
+        if published:
+            _tell_published(splits, published, selection.seed)
+        else:
+            logger.info(
+                "対話 %s件 → 学習 %s / テスト %s / 検証 %s（seed=%s）",
+                *(f"{n:,}" for n in (len(kept), *map(len, splits))),
+                selection.seed,
+            )
         leakage = {} if selection.group_by else measure_leakage(splits)
         if leakage:
             logger.info("%s", _leakage_line(leakage))
         sources = tuple({dialogue.id: dialogue.source for dialogue in part} for part in splits)
-        return Loaded(splits, selection, removed, leakage, sources)
+        return Loaded(splits, selection, removed, leakage, sources, published)
 
     def _read(self) -> list[Dialogue]:
         name = self._settings.dataset
         if name is None:
             from openai_sft_rehearsal import example_dialogues
 
+            revision, config = self._settings.revision, self._settings.config
+            _require_unset("リハーサル用の対話", revision=revision, config=config)
             logger.info("リハーサル用の対話を使います（--dataset で変えられます）。")
             return [
                 parse_dialogue(record, fallback_id=str(number), source=f"例[{number}]")
@@ -6665,7 +6852,9 @@ class Preparation:
         dialogues = read_dialogues(
             name,
             revision=self._settings.revision,
+            config=self._settings.config,
             speakers=self._settings.speakers,
+            resplit=self._settings.resplit,
             skip_unreadable=self._settings.skip_unreadable,
         )
         is_kokorochat = "kokorochat" in name.casefold() or bool(dialogues[0].review_en)
@@ -6680,10 +6869,10 @@ class Preparation:
         prepared = Prepared(self.convert_all(loaded), loaded)
         count = len(prepared.splits.train)
         if count < MIN_TRAINING_EXAMPLES:
+            needed = "" if loaded.published else "8:1:1に分けるので、対話は12件以上必要です。"
             raise DataError(
                 f"学習データが{count}件しかありません。サービスは{MIN_TRAINING_EXAMPLES}件以上を"
-                "求めます（8:1:1に分けるので、対話は12件以上必要です。--max-samples を"
-                "確認してください）。"
+                f"求めます（{needed}--max-samples を確認してください）。"
             )
         return prepared
 
@@ -6804,12 +6993,30 @@ class Preparation:
             "version": 1,
             "dataset": self._settings.dataset or "openai_sft_rehearsal",
             "revision": self._settings.revision,
+            "config": self._settings.config,
+            "published_splits": loaded.published if loaded else None,
             "system_prompt": self._settings.system_prompt,
             "selection": asdict(loaded.selection) if loaded else None,
             "removed": loaded.removed if loaded else None,
             "leakage": loaded.leakage if loaded else None,
             "splits": splits,
         }
+
+
+def _tell_published(splits: Splits, published: Sequence[SplitName], seed: int) -> None:
+    """Say which splits are kept as they were published, and which are drawn from training."""
+    counts = "学習 {:,} / テスト {:,} / 検証 {:,}".format(*map(len, splits))
+    logger.info("公開時の分割を使います: %s（--resplit で8:1:1に分け直せます）", counts)
+    for name, part in (("test", splits.test), ("valid", splits.valid)):
+        if name not in published:
+            label = SPLIT_LABELS[name]
+            drawn = f"{len(part):,}"
+            logger.info(
+                "公開時の%sがないため、学習から%s件を取り分けました（seed=%s）。",
+                label,
+                drawn,
+                seed,
+            )
 
 
 def _encode_splits(prepared: Prepared) -> tuple[dict[SplitName, list[bytes]], list[Finding]]:
@@ -7775,7 +7982,11 @@ def _check_data(settings: Settings) -> Iterator[CheckItem]:
     if name is None:
         return
     if Path(name).expanduser().exists():
-        yield CheckItem("データ", "ok", f"{name} があります")
+        if settings.config is None and settings.revision is None:
+            yield CheckItem("データ", "ok", f"{name} があります")
+        else:
+            remedy = "--config と --revision の指定を外してください"
+            yield CheckItem("データ", "fail", "構成と版はHubのデータだけが持ちます", remedy)
         return
     if _looks_like_path(name):
         yield CheckItem("データ", "fail", f"{name} がありません", "--dataset を確認してください")

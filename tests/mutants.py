@@ -934,8 +934,8 @@ DATA = (
     ),
     Mutant(
         "validation is tested",
-        "valid=chosen[held_out : 2 * held_out]",
-        "valid=chosen[:held_out]",
+        "test, train = train[:held_out], train[held_out:]",
+        "test = train[:held_out]",
         "test_data.py::test_messages_pass_unchanged_through_the_files",
     ),
     Mutant(
@@ -950,6 +950,48 @@ DATA = (
         "kept = [next(same) for _, same in itertools.groupby(ordered, key=lambda d: d.digest)]",
         "kept = ordered",
         "test_selection.py::test_each_filter_counts_what_it_took_of_what_the_ones_before_it_left",
+    ),
+    Mutant(
+        "what is held out is trained on too",
+        "key=lambda d: (d.digest, _PART_ORDER.index(d.part), d.id)",
+        "key=lambda d: (d.digest, -_PART_ORDER.index(d.part), d.id)",
+        "test_selection.py::test_of_a_dialogue_in_two_published_parts_the_held_out_one_stays",
+    ),
+    Mutant(
+        "a published test is trained on",
+        'train = [d for d in chosen if d.part not in ("test", "valid")]',
+        'train = [d for d in chosen if d.part != "valid"]',
+        "test_selection.py::test_published_parts_stay_whole_and_only_a_missing_one_is_drawn_from_training",
+    ),
+    Mutant(
+        "a published validation is drawn anew",
+        "        if not valid:\n",
+        "        if True:\n",
+        "test_selection.py::test_published_parts_stay_whole_and_only_a_missing_one_is_drawn_from_training",
+    ),
+    Mutant(
+        "a sample takes as many of each part",
+        "shares.append(before[dialogue.part] / sizes[dialogue.part])",
+        "shares.append(before[dialogue.part])",
+        "test_selection.py::test_a_sample_holds_the_same_share_of_each_published_part_and_smaller_ones",
+    ),
+    Mutant(
+        "groups are torn by published parts",
+        "if any(dialogue.part for dialogue in chosen):",
+        "if False:",
+        "test_selection.py::test_published_splits_are_not_grouped_by_who_took_part",
+    ),
+    Mutant(
+        "what was published beside the splits is trained on",
+        "return [dialogue for dialogue in dialogues if dialogue.part is not None]",
+        "return dialogues",
+        "test_selection.py::test_what_is_drawn_left_out_and_held_out_is_told_by_the_command_line",
+    ),
+    Mutant(
+        "configurations are mixed",
+        "if config is None and len(fetched) > 1:",
+        "if False:",
+        "test_hub.py::test_a_data_set_of_several_configurations_stops_with_their_names",
     ),
     Mutant(
         "the client has the last word",
@@ -1094,8 +1136,8 @@ DATA = (
     ),
     Mutant(
         "what is on the Hub's other revision is read",
-        '[revision] if revision else [None, "refs/convert/parquet"]',
-        '[revision, "refs/convert/parquet"] if revision else [None, "refs/convert/parquet"]',
+        "    if revision is None:\n        ways[",
+        "    if True:\n        ways[",
         "test_hub.py::test_a_pinned_revision_is_the_one_that_is_read",
     ),
     Mutant(

@@ -222,7 +222,7 @@ def test_tools_of_a_table_have_no_parameters_of_other_tools(run: Run) -> None:
 
     assert code == 0, err
     assert "null" not in text
-    assert text.count('"query"') == text.count('"name": "search"')
+    assert text.count('"query": {') == text.count('"name": "search"')
 
 
 def test_tools_are_seen_by_the_count_the_price_and_the_cases(clean_environment: Path) -> None:

@@ -171,6 +171,12 @@ def test_an_endpoint_that_does_not_work_fails_within_seconds(
     assert now[0] - at("2026-11-22")() <= 10
 
 
+@pytest.mark.parametrize("option", ["config", "revision"])
+def test_what_only_the_hub_has_fails_for_data_here(make_sft: MakeSFT, option: str) -> None:
+    assert named(make_sft().check(), "データ").level == "ok"
+    assert named(make_sft(**{option: "ja"}).check(), "データ").level == "fail"
+
+
 def test_the_age_of_the_price_table_is_told_and_grows_to_a_warning(make_sft: MakeSFT) -> None:
     today = named(make_sft(clock=at("2026-11-22")).check(), "料金表")
     later = named(make_sft(clock=at("2027-11-22")).check(), "料金表")

@@ -20,6 +20,7 @@ from helpers import KOKOROCHAT, PROJECT, awkward_text, record, records, turns, w
 from hypothesis import given
 from hypothesis import strategies as st
 
+import openai_sft_example
 from openai_sft import (
     ROLES,
     ConfigurationError,
@@ -179,6 +180,41 @@ def test_more_than_one_percent_that_cannot_be_read_stops_the_run(tmp_path: Path)
     path.write_text(many(196, "{oops", "7"), "utf-8")
     with pytest.raises(DataError, match=r"198件のうち2件.*a\.jsonl:51"):
         read_dialogues(str(path))
+
+
+def test_on_demand_everything_that_cannot_be_read_is_named_and_left_out(
+    clean_environment: Path, capsys: pytest.CaptureFixture[str], log: Callable[[], list[str]]
+) -> None:
+    (clean_environment / "a.jsonl").write_text(many(60, *["{oops"] * 25), "utf-8")
+    arguments = ["--data-only", "--dataset", "a.jsonl"]
+
+    def named() -> list[str]:
+        return [line.split(":")[2] for line in log() if line.startswith("除外: a.jsonl:")]
+
+    refused = openai_sft_example.main(arguments)
+    error = capsys.readouterr().err
+    before = named()
+    code = openai_sft_example.main([*arguments, "--skip-unreadable"])
+
+    assert (refused, code) == (2, 0)
+    assert "85件のうち25件" in error
+    assert "--skip-unreadable" in error
+    assert before == [str(line) for line in range(51, 61)]
+    assert named()[len(before) :] == [str(line) for line in range(51, 76)]
+    assert any("対話として読めない25件を除きました" in line for line in log())
+    assert "学習 48件、テスト 6件、検証 6件" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["config", "revision"])
+def test_what_only_the_hub_has_is_refused_for_a_path(dataset: Path, option: str) -> None:
+    for place in (dataset, dataset.parent, "./not-here.jsonl"):
+        with pytest.raises(ConfigurationError, match=f"^{option} はHugging Face Hubのデータにだけ"):
+            read_dialogues(str(place), **{option: "ja"})
+    with (
+        OpenAISFT(rehearse=True, verbose=False, **{option: "ja"}) as sft,
+        pytest.raises(ConfigurationError, match=f"^{option} は.*リハーサル用の対話"),
+    ):
+        sft.prepare_data()
 
 
 def test_an_unknown_role_stops_however_many_dialogues_are_good(tmp_path: Path) -> None:

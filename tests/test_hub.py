@@ -145,12 +145,59 @@ REPOSITORIES: dict[str, dict[str, Files]] = {
     "koto/empty": {"main": CARD},
     "koto/bad-card": {"main": {"README.md": b"---\nlicense: [mit\n: : :\n---\n", **as_json(ROWS)}},
 }
+
+# Each has the configurations ja, of three splits, and en, of one.
+CHOICE = """---
+configs:
+- config_name: ja
+  data_files:
+  - {split: train, path: ja/train.jsonl}
+  - {split: test, path: ja/test.jsonl}
+  - {split: hard, path: ja/hard.jsonl}
+- config_name: en
+  data_files: en/train.jsonl
+---
+"""
+JA, EN, TESTED, HARD = ROWS[:8], EARLIER[:2], ROWS[8:10], [*ROWS[10:], EARLIER[2]]
+JA_IDS, EN_IDS = [str(number) for number in range(101, 111)], ["201", "202"]
+ALL_JA_IDS = [*JA_IDS, "111", "203"]
+FILES = {"ja/train": JA, "ja/test": TESTED, "ja/hard": HARD, "en/train": EN}
+LINES = {f"{place}.jsonl": as_jsonl(rows) for place, rows in FILES.items()}
+TABLES = {f"{place}/0000.parquet": as_parquet(rows) for place, rows in FILES.items()}
+REPOSITORIES |= {
+    "koto/several": {"main": {"README.md": CHOICE.encode(), **LINES}},
+    "koto/one-default": {
+        "main": {
+            "README.md": CHOICE.replace("name: en", "name: en\n  default: true").encode(),
+            **LINES,
+        }
+    },
+    "koto/several-scripted": {"main": {**CARD, "several-scripted.py": SCRIPT}, CONVERSION: TABLES},
+    "koto/several-folders": {"main": {**CARD, "several-folders.py": SCRIPT, **LINES}},
+}
+SPEAKERS = ("counselor", "client")
+REPOSITORIES["koto/turns"] = {
+    "main": {
+        **CARD,
+        "train.parquet": as_parquet(
+            [
+                {
+                    "dialogue_id": f"t{turn % 2}",
+                    "speaker": SPEAKERS[turn // 2 % 2],
+                    "text": f"{turn}",
+                }
+                for turn in range(8)
+            ]
+        ),
+    }
+}
+SEVERAL = ["koto/several", "koto/several-scripted", "koto/several-folders"]
 SAME_DATA = ["koto/parquet", "koto/lines", "koto/json", "koto/script", "koto/plain"]
 
 # ── Reading them in another process ──────────────────────────────────────────────────────────
 
 READER = """
-import json, sys
+import json, logging, sys
 from dataclasses import asdict
 
 hosts = set()
@@ -167,39 +214,54 @@ sys.addaudithook(watch)
 from openai_sft import read_dialogues
 
 outcomes = []
-for name, revision in json.loads(sys.argv[1]):
+for name, revision, config in json.loads(sys.argv[1]):
+    log = []
+    handler = logging.Handler()
+    handler.emit = lambda record, log=log: log.append(record.getMessage())
+    logging.getLogger("openai_sft").setLevel("INFO")
+    logging.getLogger("openai_sft").handlers = [handler]
     try:
-        found = read_dialogues(name, revision=revision, hub_timeout=float(sys.argv[2]))
+        timeout = float(sys.argv[2])
+        found = read_dialogues(name, revision=revision, config=config, hub_timeout=timeout)
         outcomes.append({"dialogues": [asdict(dialogue) for dialogue in found], "error": ""})
     except Exception as error:
         outcomes.append({"dialogues": [], "error": f"{type(error).__name__}: {error}"})
+    outcomes[-1]["log"] = log
 print(json.dumps({"outcomes": outcomes, "hosts": sorted(hosts)}, default=repr))
 """
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one ``read_dialogues``: the dialogues, or the error's class and text."""
+    """What came of one ``read_dialogues``: the dialogues, or the error's class and text; what
+    was logged."""
 
     dialogues: list[dict[str, Any]]
     error: str
+    log: list[str]
 
     @property
     def ids(self) -> list[str]:
         return sorted(dialogue["id"] for dialogue in self.dialogues)
+
+    def ids_of(self, part: str | None) -> list[str]:
+        return sorted(d["id"] for d in self.dialogues if d["part"] == part)
+
+
+Wanted = tuple[str, str | None] | tuple[str, str | None, str | None]  # name, revision, config
 
 
 @dataclass(frozen=True)
 class Reading:
     """What one process read, the paths it asked of the Hub, the hosts it turned to."""
 
-    outcomes: dict[tuple[str, str | None], Outcome]
+    outcomes: dict[tuple[str | None, ...], Outcome]
     requests: list[str]
     strays: list[str]
     hosts: list[str]
 
-    def of(self, name: str, revision: str | None = None) -> Outcome:
-        return self.outcomes[name, revision]
+    def of(self, name: str, revision: str | None = None, config: str | None = None) -> Outcome:
+        return self.outcomes[name, revision, config]
 
     def asked(self, name: str) -> list[str]:
         """The paths of ``name`` that were asked for, without what stands before the name."""
@@ -209,14 +271,15 @@ class Reading:
 def read(
     hub: FakeHub,
     home: Path,
-    *wanted: tuple[str, str | None],
+    *wanted: Wanted,
     hub_timeout: float = 30.0,
     **environment: str,
 ) -> Reading:
     """Read each of ``wanted``, in this order, in one process with its cache in ``home``."""
     seen, strayed = len(hub.requests), len(hub.strays)
+    asked = [(*one, None)[:3] for one in wanted]
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", READER, json.dumps(wanted), str(hub_timeout)],
+        [sys.executable, "-W", "error", "-c", READER, json.dumps(asked), str(hub_timeout)],
         env=hub.environment(home) | {"PYTHONPATH": str(PROJECT)} | environment,
         cwd=home,
         capture_output=True,
@@ -228,7 +291,7 @@ def read(
     result = json.loads(done.stdout)
     outcomes = (Outcome(**outcome) for outcome in result["outcomes"])
     return Reading(
-        dict(zip(wanted, outcomes, strict=True)),
+        dict(zip(asked, outcomes, strict=True)),
         hub.requests[seen:],
         hub.strays[strayed:],
         result["hosts"],
@@ -257,6 +320,14 @@ def unpinned(hub: FakeHub, kept: Path) -> Reading:
 def again(hub: FakeHub, kept: Path, unpinned: Reading) -> Reading:
     """Data sets that are kept from ``unpinned``, and a revision of one of them that isn't."""
     return read(hub, kept, *[(name, None) for name in SAME_DATA], ("koto/script", "v1"))
+
+
+@pytest.fixture(scope="module")
+def configured(hub: FakeHub, tmp_path_factory: pytest.TempPathFactory) -> Reading:
+    """Data sets of several configurations, read by the name of one and by a wrong one."""
+    wanted = [(name, None, config) for name in SEVERAL for config in ("ja", "en", "fr")]
+    home = tmp_path_factory.mktemp("configured")
+    return read(hub, home, *wanted, ("koto/one-default", None), ("koto/parquet", None, "fr"))
 
 
 @pytest.fixture(scope="module")
@@ -311,7 +382,7 @@ def test_without_a_usable_conversion_the_json_files_are_read_in_whatever_folder_
     name: str, unpinned: Reading
 ) -> None:
     assert unpinned.of(name).ids == ALL_IDS
-    assert f"/resolve/{CONVERSION}/README.md" in unpinned.asked(name)
+    assert f"/revision/{CONVERSION}" in unpinned.asked(name)
 
 
 def test_a_data_card_that_cannot_be_parsed_does_not_stand_in_the_way(unpinned: Reading) -> None:
@@ -382,6 +453,122 @@ def test_a_revision_that_is_not_there_is_named(pinned: Reading) -> None:
     assert error.startswith("DataError: ")
     assert "koto/json" in error
     assert "v9" in error
+
+
+def test_rows_that_are_single_turns_are_put_together_to_dialogues(unpinned: Reading) -> None:
+    outcome = unpinned.of("koto/turns")
+
+    assert outcome.ids == ["t0", "t1"]
+    assert [text for _, text in outcome.dialogues[1]["turns"]] == ["1", "3", "5", "7"]
+
+
+# ── Configurations and splits ────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", ["koto/several", "koto/several-scripted"])
+def test_a_data_set_of_several_configurations_stops_with_their_names(
+    name: str, unpinned: Reading
+) -> None:
+    error = unpinned.of(name).error
+
+    assert error.startswith(f"DataError: データセット {name} には構成が複数あります")
+    assert "--config" in error
+    assert "ja" in error.rpartition("ある構成: ")[2]
+    assert "en" in error.rpartition("ある構成: ")[2]
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_a_configuration_is_read_alone_whichever_way_it_comes(
+    name: str, configured: Reading
+) -> None:
+    assert configured.of(name, None, "en").ids == EN_IDS
+    assert set(configured.of(name, None, "ja").ids) >= set(JA_IDS)
+    assert set(configured.of(name, None, "ja").ids) <= set(ALL_JA_IDS)
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_a_configuration_once_read_is_read_again_without_the_hub(
+    hub: FakeHub, name: str, kept: Path
+) -> None:
+    online, offline = (
+        read(hub, kept, (name, None, "en"), **environment)
+        for environment in ({}, {"HF_HUB_OFFLINE": "1"})
+    )
+
+    assert online.of(name, None, "en").ids == EN_IDS
+    assert offline.of(name, None, "en").ids == EN_IDS
+    assert offline.requests == []
+
+
+@pytest.mark.parametrize(
+    ("name", "names"),
+    [
+        ("koto/several", ["ja", "en"]),
+        ("koto/several-scripted", ["ja", "en"]),
+        ("koto/several-folders", ["fr"]),  # nothing tells which there are
+        ("koto/parquet", ["default"]),
+    ],
+)
+def test_a_wrong_configuration_is_told_those_there_are(
+    name: str, names: list[str], configured: Reading
+) -> None:
+    outcome = configured.of(name, None, "fr")
+
+    assert outcome.error.startswith("DataError: ")
+    assert "構成「fr」" in outcome.error
+    assert all(known in outcome.error for known in names)
+    assert "試した方法" not in outcome.error or name == "koto/several-folders"
+
+
+def test_the_default_of_several_configurations_is_read_and_named(configured: Reading) -> None:
+    outcome = configured.of("koto/one-default")
+
+    assert outcome.ids == EN_IDS
+    assert any("構成「en」" in line and "--config" in line for line in outcome.log)
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_published_splits_are_kept_and_others_are_left_out_by_name(
+    name: str, configured: Reading
+) -> None:
+    outcome = configured.of(name, None, "ja")
+    (line,) = [line for line in outcome.log if "使いません" in line]
+
+    assert outcome.ids_of("train") == [str(number) for number in range(101, 109)]
+    assert outcome.ids_of("test") == ["109", "110"]
+    assert outcome.ids == JA_IDS
+    assert "hard" in line
+    assert "（2件）" in line
+    assert "--resplit" in line
+
+
+def test_a_data_set_of_one_split_has_no_published_ones(configured: Reading) -> None:
+    outcome = configured.of("koto/several", None, "en")
+
+    assert outcome.ids_of(None) == EN_IDS
+    assert not any("使いません" in line for line in outcome.log)
+
+
+def test_the_command_line_ends_with_2_where_a_configuration_is_to_be_chosen(
+    hub: FakeHub, kept: Path
+) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, str(PROJECT / "openai_sft_example.py"), "--data-only", *arguments],
+            env=hub.environment(kept) | {"PYTHONPATH": str(PROJECT)},
+            cwd=kept,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=60,
+            check=False,
+        )
+
+    unnamed = run("--dataset", "koto/several")
+    local = run("--dataset", ".", "--config", "ja")
+
+    assert (unnamed.returncode, local.returncode) == (2, 2)
+    assert "エラー: データセット koto/several には構成が複数あります" in unnamed.stderr
+    assert "エラー: config はHugging Face Hubのデータにだけ" in local.stderr
 
 
 # ── When nothing helps ───────────────────────────────────────────────────────────────────────

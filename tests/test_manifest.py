@@ -285,10 +285,17 @@ def test_an_option_that_would_change_the_split_is_refused_by_name(
 
 
 @pytest.mark.parametrize(
-    "settings", [{"dataset": "other.jsonl"}, {"system_prompt": "別の指示"}, {"revision": "v2"}]
+    "settings",
+    [
+        {"dataset": "other.jsonl"},
+        {"system_prompt": "別の指示"},
+        {"revision": "v2"},
+        {"config": "ja"},
+        {"resplit": True},
+    ],
 )
 def test_other_data_or_another_prompt_would_change_the_split_too(
-    make_sft: MakeSFT, endpoint: Rehearsal, tuned: Tuned, settings: dict[str, str]
+    make_sft: MakeSFT, endpoint: Rehearsal, tuned: Tuned, settings: dict[str, Any]
 ) -> None:
     (name,) = settings
     with pytest.raises(ConfigurationError, match=name):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import record, records, write_jsonl
+from helpers import read_json, record, records, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -295,6 +297,172 @@ def test_a_sample_is_drawn_before_it_is_grouped() -> None:
 
     assert {dialogue.id for part in splits for dialogue in part} == sample
     assert measure_leakage(splits)["counselor"] == 0
+
+
+# ── Published splits ─────────────────────────────────────────────────────────────────────────
+
+PARTS = ("train", "test", "valid")
+
+
+def published(**sizes: int) -> list[Dialogue]:
+    """Dialogues that were published in splits of these sizes."""
+    names = [name for name, size in sizes.items() for _ in range(size)]
+    pool = parse(records(len(names)))
+    return [replace(one, part=name) for one, name in zip(pool, names, strict=True)]  # type: ignore[arg-type]
+
+
+@given(
+    sizes=st.fixed_dictionaries(
+        {"train": st.integers(2, 40)},
+        optional={"test": st.integers(1, 9), "valid": st.integers(1, 9)},
+    ),
+    data=st.data(),
+)
+def test_published_parts_stay_whole_and_only_a_missing_one_is_drawn_from_training(
+    sizes: dict[str, int], data: st.DataObject
+) -> None:
+    pool = published(**sizes)
+    splits = split_dialogues(pool)
+    shuffled = data.draw(st.permutations(pool))
+    drawn = {name: round(len(pool) / 10) for name in ("test", "valid") if name not in sizes}
+
+    assert split_dialogues(shuffled) == splits
+    assert {d.id for part in splits for d in part} == {d.id for d in pool}
+    assert len(splits.train) == sizes["train"] - sum(drawn.values())
+    assert all(d.part == "train" for d in splits.train)
+    for name in ("test", "valid"):
+        part = getattr(splits, name)
+
+        assert len(part) == drawn.get(name, sizes.get(name))
+        assert {d.part for d in part} <= {"train" if name in drawn else name}
+
+
+@given(st.integers(3, 130), st.integers(3, 130), st.integers(0, 9))
+def test_a_sample_holds_the_same_share_of_each_published_part_and_smaller_ones(
+    one: int, other: int, seed: int
+) -> None:
+    pool = published(train=90, test=30, valid=10)
+    small, large = (
+        split_dialogues(pool, max_samples=count, seed=seed) for count in sorted((one, other))
+    )
+
+    assert sum(map(len, small)) == min(one, other)
+    for part, whole, more in zip(small, (90, 30, 10), large, strict=True):
+        assert abs(len(part) - whole * min(one, other) / 130) < 2  # for no part is left empty
+        assert len(part) >= 1
+        assert {d.id for d in part} <= {d.id for d in more}
+
+
+def test_published_splits_are_not_grouped_by_who_took_part() -> None:
+    with pytest.raises(ConfigurationError, match="--resplit"):
+        split_dialogues(published(train=20, test=5), group_by="pair")
+
+
+def test_of_a_dialogue_in_two_published_parts_the_held_out_one_stays() -> None:
+    for parts in itertools.permutations(("train", "train", "valid", "test", "test")):
+        pool = [replace(d, part=part, digest="same") for d, part in zip(TWINS, parts, strict=True)]
+        kept, removed = select_dialogues(pool, Selection())
+
+        assert [dialogue.part for dialogue in kept] == ["test"]
+        assert removed == {"duplicates": 2, "held_out": 2}
+
+
+TWINS = parse(records(5))
+
+
+def write_parts(folder: Path, layout: dict[str, int]) -> Path:
+    """A folder whose files hold so many dialogues each, all different."""
+    rows = iter(records(sum(layout.values())))
+    for name, count in layout.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(path, itertools.islice(rows, count))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"train.jsonl": 20, "test.jsonl": 3, "validation.jsonl": 4},
+        {
+            "data/train-00000-of-00002.json": 8,
+            "data/train-00001-of-00002.json": 12,
+            "data/test-00000-of-00001.json": 3,
+            "data/val-00000-of-00001.json": 4,
+        },
+        {"train/a.jsonl": 9, "train/b.jsonl": 11, "Test/a.jsonl": 3, "valid/a.jsonl": 4},
+        {"default/partial-train/0000.jsonl": 20, "default/test/0.jsonl": 3, "val.jsonl": 4},
+    ],
+    ids=["files", "shards", "folders", "conversion"],
+)
+def test_a_folder_laid_out_as_on_the_hub_keeps_its_splits(
+    clean_environment: Path, log: Callable[[], list[str]], layout: dict[str, int]
+) -> None:
+    folder = write_parts(clean_environment / "test", layout)  # its own name says nothing
+    options: dict[str, Any] = {"dataset": str(folder), "offline": True, "verbose": False}
+    summary = OpenAISFT(**options).prepare_data()
+    manifest = read_json(summary.files["manifest"])
+    again = OpenAISFT(**options, resplit=True).prepare_data()
+
+    assert summary.examples == {"train": 20, "test": 3, "valid": 4}
+    for name, pattern in zip(PARTS, ("train", "test", "val"), strict=True):
+        for line in manifest["splits"][name]["lines"]:
+            assert pattern in line["source"].removeprefix(str(folder)).lower()
+    assert manifest["published_splits"] == ["train", "test", "valid"]
+    assert any(
+        line == "公開時の分割を使います: 学習 20 / テスト 3 / 検証 4"
+        "（--resplit で8:1:1に分け直せます）"
+        for line in log()
+    )
+    assert again.examples == {"train": 21, "test": 3, "valid": 3}
+    assert read_json(again.files["manifest"])["published_splits"] == []
+    assert read_json(again.files["record"])["settings"]["resplit"] is True
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"train.jsonl": 20},
+        {"train.jsonl": 15, "more.jsonl": 5},
+        {"test.jsonl": 15, "valid.jsonl": 5},
+        {"training.jsonl": 15, "testing.jsonl": 5},
+    ],
+    ids=str,
+)
+def test_without_training_and_held_out_data_by_name_all_is_split_8_1_1(
+    clean_environment: Path, log: Callable[[], list[str]], layout: dict[str, int]
+) -> None:
+    folder = write_parts(clean_environment / "data", layout)
+    summary = OpenAISFT(dataset=str(folder), offline=True, verbose=False).prepare_data()
+
+    assert summary.examples == {"train": 16, "test": 2, "valid": 2}
+    assert read_json(summary.files["manifest"])["published_splits"] == []
+    assert not any("公開時の" in line for line in log())
+
+
+def test_what_is_drawn_left_out_and_held_out_is_told_by_the_command_line(
+    clean_environment: Path, capsys: pytest.CaptureFixture[str], log: Callable[[], list[str]]
+) -> None:
+    folder = write_parts(
+        clean_environment / "data", {"train.jsonl": 24, "test.jsonl": 6, "hard.jsonl": 5}
+    )
+    first = (folder / "test.jsonl").read_text("utf-8").split("\n")[0]
+    twin = {**json.loads(first), "id": "twin"}
+    with (folder / "train.jsonl").open("a") as file:
+        file.write(json.dumps(twin) + "\n")
+    arguments = ["--data-only", "--dataset", str(folder)]
+    codes = [
+        openai_sft_example.main([*arguments, *more]) for more in ([], ["--group-by", "client"])
+    ]
+    out, err = capsys.readouterr()
+
+    assert codes == [0, 2]
+    assert "学習 21件、テスト 6件、検証 3件" in out
+    assert "除いた対話: 学習のうちテスト・検証にもある対話 1件" in out
+    assert "公開時の検証がないため、学習から3件を取り分けました（seed=42）。" in log()
+    assert any("hard.jsonl（5件）。--resplit なら" in line for line in log())
+    assert "エラー: 公開時の分割を使うデータでは group_by=client" in err
+    assert "--resplit" in err
 
 
 # ── Leakage ──────────────────────────────────────────────────────────────────────────────────
