@@ -8340,14 +8340,7 @@ class OpenAISFT:
             job_id,
             printable(job.status),
         )
-        for run in self._runs.of_job(job_id):
-            if self._run is not None and run.path == self._run.path:
-                self._run.save(job_status=job.status)
-                continue
-            with contextlib.suppress(ConfigurationError):  # who watches the job records it
-                run.lock()
-                run.save(job_status=job.status)
-                run.release()
+        _record_status(job, self._runs.of_job(job_id), self._run)
         return job
 
     def list_runs(self, *, first: Callable[[list[RunRow]], None] | None = None) -> list[RunRow]:
@@ -8890,6 +8883,18 @@ def _estimate_evaluation(settings: Settings, splits: Splits, plan: Plan) -> Cost
     """Price the evaluation of a model that is still being trained."""
     both = _estimate_run(settings, splits, plan.training, None, plan.asking)
     return replace(both, epochs=None, training_usd=0.0)
+
+
+def _record_status(job: FineTuningJob, runs: Iterable[Run], current: Run | None) -> None:
+    """Keep how a job stands in the runs that know it."""
+    for run in runs:
+        if current is not None and run.path == current.path:
+            current.save(job_status=job.status)
+            continue
+        with contextlib.suppress(ConfigurationError):  # who watches the job records it
+            run.lock()
+            run.save(job_status=job.status)
+            run.release()
 
 
 @contextlib.contextmanager

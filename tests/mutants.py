@@ -206,8 +206,8 @@ MONEY = (
     ),
     Mutant(
         "before the watch an evaluation has the price of the base model",
-        "both = _estimate_run(settings, splits, plan.training, 0, plan.asking)",
-        "both = _estimate_run(settings, splits, None, 0, plan.asking)",
+        "both = _estimate_run(settings, splits, plan.training, None, plan.asking)",
+        "both = _estimate_run(settings, splits, None, None, plan.asking)",
         "test_edges_money.py::test_a_watch_that_is_taken_up_asks_once_and_first_for_the_evaluation_at_the_price_agreed_to",
     ),
     Mutant(
@@ -1639,7 +1639,7 @@ HOUSE = (
     ),
     Mutant(
         "an answer without words is free",
-        'told or _estimated_usage(case, "")',
+        'told or _estimated_usage(case, "", sent)',
         "told",
         "test_edges_job.py::test_an_answer_without_words_whose_tokens_are_not_told_costs_its_question",
     ),
