@@ -74,7 +74,7 @@ import uuid
 import weakref
 import zlib
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import date, datetime
 from pathlib import Path
@@ -141,6 +141,7 @@ __all__ = [
     "JobFailed",
     "Journal",
     "Ledger",
+    "Lines",
     "Loaded",
     "OpenAISFT",
     "OpenAISFTError",
@@ -335,6 +336,7 @@ MODEL_LOADING_SECONDS = 600.0  # a model may answer 404 for a while after its jo
 OUTAGE_STATUSES = frozenset({502, 503, 504})  # nothing behind the gateway answers
 MISSING_STATUSES = frozenset({404, 405, 501})  # the endpoint lacks this part of the API
 COUNTED_AT_ONCE = 64  # conversations a call of the tokeniser
+COUNTED_AHEAD = 16  # calls that may be under way
 MIN_FREE_BYTES = 2**30
 MIN_KEY_LENGTH = 12
 NO_KEY = (
@@ -1309,13 +1311,6 @@ class Loaded(NamedTuple):
 def _source_of(example_id: str, sources: Mapping[str, str]) -> str | None:
     """Where an example's dialogue stands; a part of a long one is called ``ID/NUMBER``."""
     return sources.get(example_id) or sources.get(example_id.rpartition("/")[0])
-
-
-class Prepared(NamedTuple):
-    """The examples of the three splits, and the load that they were made from."""
-
-    splits: Splits
-    loaded: Loaded | None
 
 
 # ── Problems ───────────────────────────────────────────────────────────────────────────────────
@@ -2700,24 +2695,26 @@ def _count_examples(examples: Iterable[Example]) -> tuple[int, bool]:
     return sum(count.total for count in counts), counter.exact
 
 
-def _count_splits(splits: Splits) -> tuple[dict[SplitName, TokenStats], bool]:
-    """Tokens of each split on threads, and whether they are exact.
+def _counted(
+    examples: Iterator[Example], counter: TokenCounter
+) -> Iterator[tuple[Example, Tokens]]:
+    """The examples with their tokens, which are counted on threads some chunks ahead.
 
     Threads do, for the tokeniser works outside the interpreter's lock; a chunk of conversations
     a call, for the end of each call has to wait for that lock.
     """
-    counter = TokenCounter(load_vocabulary())
-    stats: dict[SplitName, TokenStats] = {}
+    ahead: collections.deque[tuple[list[Example], Future[list[Tokens]]]] = collections.deque()
     with ThreadPoolExecutor(thread_name_prefix="openai-sft-tokens") as executor:
-        for name, examples in zip(SPLIT_NAMES, splits, strict=True):
-            conversations = [example["messages"] for example in examples]
-            chunks = [
-                conversations[start : start + COUNTED_AT_ONCE]
-                for start in range(0, len(conversations), COUNTED_AT_ONCE)
-            ]
-            counts = itertools.chain.from_iterable(executor.map(counter.count_many, chunks))
-            stats[name] = token_stats(list(counts))
-    return stats, counter.exact
+        while True:
+            while len(ahead) < COUNTED_AHEAD and (
+                chunk := list(itertools.islice(examples, COUNTED_AT_ONCE))
+            ):
+                conversations = [example["messages"] for example in chunk]
+                ahead.append((chunk, executor.submit(counter.count_many, conversations)))
+            if not ahead:
+                return
+            chunk, counts = ahead.popleft()
+            yield from zip(chunk, counts.result(), strict=True)
 
 
 def token_stats(tokens: Sequence[Tokens]) -> TokenStats:
@@ -5439,6 +5436,61 @@ class Ledger:
 # ── Preparation ──────────────────────────────────────────────────────────────────────────────
 
 
+class Lines:
+    """The lines of a file that is to be written, and what is known of each.
+
+    ``tokens`` are there as far as they were counted. ``numbers`` tells where a line stands first;
+    ``trained`` are those of the training file, for the validation file.
+    """
+
+    def __init__(self, trained: Mapping[bytes, int] | None = None) -> None:
+        self.ids: list[str] = []
+        self.encoded: list[bytes] = []
+        self.tokens: list[Tokens] = []
+        self.numbers: dict[bytes, int] = {}
+        self._problems: list[tuple[int, _Problem]] = []
+        self._trained = {} if trained is None else trained
+
+    @classmethod
+    def of_splits(cls) -> dict[SplitName, Lines]:
+        """None yet, for each of the three files."""
+        train = cls()
+        return {"train": train, "test": cls(), "valid": cls(train.numbers)}
+
+    def add(self, example: Example) -> None:
+        """Encode and check an example."""
+        encoded, problems = _encode_example(example)
+        self.ids.append(example["id"])
+        self.encoded.append(encoded)
+        number = len(self.encoded)
+        problems += _find_repeats(number, encoded, self.numbers, encoded, self._trained)
+        self._problems += [(number, problem) for problem in problems]
+
+    def findings(self, path: Path) -> list[Finding]:
+        """Everything that is wrong with them as the lines of ``path``."""
+        return [_finding(str(path), number, problem) for number, problem in self._problems]
+
+
+def _encode_example(example: Example) -> tuple[bytes, list[_Problem]]:
+    line, unwritable = "", []
+    try:
+        line = example_line(example)
+    except ValueError as error:
+        unwritable = [_Problem("invalid_json", None, (printable(error),))]
+    sent = {key: item for key, item in example.items() if key != "id"}
+    return line.encode(errors="replace") + b"\n", _find_problems(sent, line) + unwritable
+
+
+class Prepared(NamedTuple):
+    """The lines of the three files, the load they were made from, the examples that are needed
+    after they are written, and whether the tokens are exact (``None``: they weren't counted)."""
+
+    lines: Mapping[SplitName, Lines]
+    loaded: Loaded | None
+    splits: Splits
+    exact_tokens: bool | None = None
+
+
 class Preparation:
     """From a data set to the three files, by the settings of one instance or run."""
 
@@ -5504,10 +5556,22 @@ class Preparation:
         return dialogues
 
     def prepare(self, selection: Selection) -> Prepared:
-        """Load, split and convert. Raises :class:`DataError` for too few training examples."""
+        """Load, split, convert, count and encode, and let go of each dialogue on the way.
+
+        Raises :class:`DataError` for too few training examples.
+        """
         loaded = self.load(selection)
-        prepared = Prepared(self.convert_all(loaded), loaded)
-        count = len(prepared.splits.train)
+        counter = TokenCounter(load_vocabulary())
+        said, splits = loaded.without_dialogues(), Splits([], [], [])
+        prepared = Prepared(Lines.of_splits(), said, splits, counter.exact)
+        for name, dialogues, kept in zip(SPLIT_NAMES, loaded.splits, splits, strict=True):
+            lines = prepared.lines[name]
+            for example, tokens in _counted(self._examples(_let_go(dialogues), name), counter):
+                lines.add(example)
+                lines.tokens.append(tokens)
+                if name != "train" or self._settings.task == "score":  # of which it takes a mean
+                    kept.append(example)
+        count = len(prepared.lines["train"].ids)
         if count < MIN_TRAINING_EXAMPLES:
             raise DataError(
                 f"学習データが{count}件しかありません。サービスは{MIN_TRAINING_EXAMPLES}件以上を"
@@ -5524,7 +5588,11 @@ class Preparation:
     def convert(self, rows: Iterable[Dialogue | Mapping[str, Any]], split: str) -> list[Example]:
         """The examples of dialogues, or of the rows of a ``Dataset``; see
         :meth:`OpenAISFT.prepare_dataset`."""
-        examples: list[Example] = []
+        return list(self._examples(rows, split))
+
+    def _examples(
+        self, rows: Iterable[Dialogue | Mapping[str, Any]], split: str
+    ) -> Iterator[Example]:
         left_out = []
         for number, row in enumerate(rows, 1):
             dialogue = row
@@ -5536,7 +5604,7 @@ class Preparation:
             if example is None:
                 left_out.append(dialogue.id)
             else:
-                examples.extend(self._fit_length(example))
+                yield from self._fit_length(example)
         if left_out:
             logger.warning(
                 "%s: %s対話を%d件除きました（ID: %s%s）",
@@ -5546,7 +5614,6 @@ class Preparation:
                 "、".join(left_out[:10]),
                 " ほか" if len(left_out) > 10 else "",
             )
-        return examples
 
     def _fit_length(self, example: Example) -> list[Example]:
         messages = example["messages"]
@@ -5570,28 +5637,26 @@ class Preparation:
         logger.warning("%s。発話の切れ目で%d件に分けました。", place, len(parts))
         return parts
 
-    def write(
-        self,
-        runs: Runs,
-        stamp: str,
-        prepared: Prepared,
-        tokens: Mapping[SplitName, TokenStats] | None = None,
-    ) -> dict[str, Any]:
+    def write(self, runs: Runs, stamp: str, prepared: Prepared) -> dict[str, Any]:
         """Check and write the data files under ``stamp``; return what a run says of them.
 
         Problems that the service would refuse raise :class:`DataError` before anything is
         written. Beside the files goes ``manifest_STAMP.json``.
         """
         paths = {name: runs.folder / f"{name}_data_{stamp}.jsonl" for name in SPLIT_NAMES}
-        lines, findings = _encode_splits(prepared.splits, paths)
-        _require_no_errors(findings)
+        lines = prepared.lines
+        _require_no_errors(
+            finding for name in lines for finding in lines[name].findings(paths[name])
+        )
         data: dict[SplitName, DataFile] = {}
-        for name, content in lines.items():
+        for name in SPLIT_NAMES:
+            content = lines[name].encoded
             write_new_file(paths[name], content)
             digest = hashlib.sha256()
             for encoded in content:
                 digest.update(encoded)
-            total = tokens[name].total if tokens else None
+            counted = prepared.exact_tokens is not None
+            total = sum(count.total for count in lines[name].tokens) if counted else None
             data[name] = DataFile(digest.hexdigest(), len(content), total)
             logger.info("保存しました: %s（%s件）", paths[name], f"{len(content):,}")
         manifest_path = runs.folder / f"manifest_{stamp}.json"
@@ -5601,6 +5666,7 @@ class Preparation:
         return {
             "files": {**files, "manifest": str(manifest_path)},
             "data": data,
+            "exact_tokens": prepared.exact_tokens,
             "selection": prepared.loaded.selection if prepared.loaded else None,
         }
 
@@ -5615,11 +5681,13 @@ class Preparation:
         splits = {}
         for index, name in enumerate(SPLIT_NAMES):
             sources = loaded.sources[index] if loaded else {}
-            ids = [example["id"] for example in prepared.splits[index]]
             splits[name] = {
                 "file": paths[name].name,
                 "examples": data[name].examples,
-                "lines": [{"id": id_, "source": _source_of(id_, sources)} for id_ in ids],
+                "lines": [
+                    {"id": id_, "source": _source_of(id_, sources)}
+                    for id_ in prepared.lines[name].ids
+                ],
                 "sha256": data[name].sha256,
             }
         return {
@@ -5634,32 +5702,11 @@ class Preparation:
         }
 
 
-def _encode_splits(
-    splits: Splits, paths: Mapping[SplitName, Path]
-) -> tuple[dict[SplitName, list[bytes]], list[Finding]]:
-    """The encoded lines of each file, and everything that is wrong with them."""
-    lines: dict[SplitName, list[bytes]] = {}
-    findings: list[Finding] = []
-    seen: dict[SplitName, dict[bytes, int]] = {name: {} for name in SPLIT_NAMES}
-    for name, examples in zip(SPLIT_NAMES, splits, strict=True):
-        lines[name] = []
-        for number, example in enumerate(examples, 1):
-            encoded, problems = _encode_example(example)
-            lines[name].append(encoded)
-            trained = seen["train"] if name == "valid" else {}
-            problems += _find_repeats(number, encoded, seen[name], encoded, trained)
-            findings += [_finding(str(paths[name]), number, problem) for problem in problems]
-    return lines, findings
-
-
-def _encode_example(example: Example) -> tuple[bytes, list[_Problem]]:
-    line, unwritable = "", []
-    try:
-        line = example_line(example)
-    except ValueError as error:
-        unwritable = [_Problem("invalid_json", None, (printable(error),))]
-    sent = {key: item for key, item in example.items() if key != "id"}
-    return line.encode(errors="replace") + b"\n", _find_problems(sent, line) + unwritable
+def _let_go(items: list[T]) -> Iterator[T]:
+    """The items in their order; the list lets go of each when it is taken."""
+    items.reverse()
+    while items:
+        yield items.pop()
 
 
 def _read_split(run: Run, name: SplitName) -> list[Example]:
@@ -6975,10 +7022,10 @@ class OpenAISFT:
         """Load, split, convert and write the three files, and price them. Needs no key."""
         training = Training(epochs, "auto", seed=seed)
         filters, asking = _read_options(options, max_test_cases, seed)
-        _, splits, tokens = self._make_data("data", Selection(max_samples, seed, **filters))
+        run, splits, tokens = self._make_data("data", Selection(max_samples, seed, **filters))
         loaded = self._loads[-1]
         return DataSummary(
-            examples={name: len(part) for name, part in zip(SPLIT_NAMES, splits, strict=True)},
+            examples={name: run.data[name].examples for name in SPLIT_NAMES},
             tokens=tokens,
             files=self.files,
             estimate=_estimate_run(self.settings, splits, training, tokens["train"].total, asking),
@@ -7090,7 +7137,11 @@ class OpenAISFT:
         """
         splits = Splits(*map(list, (train_data, test_data, valid_data)))
         loaded = next((load for load in reversed(self._loads) if load.holds(splits)), None)
-        run = self._save_data(Prepared(splits, loaded), "steps")
+        prepared = Prepared(Lines.of_splits(), loaded, splits)
+        for name, examples in zip(SPLIT_NAMES, splits, strict=True):
+            for example in examples:
+                prepared.lines[name].add(example)
+        run = self._save_data(prepared, "steps")
         return {name: run.files[name] for name in SPLIT_NAMES}
 
     def _make_data(
@@ -7102,28 +7153,22 @@ class OpenAISFT:
         """
         with _gc_paused():
             prepared = self._preparation.prepare(selection)
-            tokens, exact = _count_splits(prepared.splits)
+            tokens = {name: token_stats(lines.tokens) for name, lines in prepared.lines.items()}
             if prepared.loaded is not None:
-                self._loads.append(prepared.loaded.without_dialogues())
+                self._loads.append(prepared.loaded)
             self._train_data = prepared.splits.train
-            run = self._save_data(prepared, kind, tokens, plan=plan, exact_tokens=exact)
+            run = self._save_data(prepared, kind, plan)
         return run, prepared.splits, tokens
 
-    def _save_data(
-        self,
-        prepared: Prepared,
-        kind: RunKind,
-        tokens: Mapping[SplitName, TokenStats] | None = None,
-        **facts: Any,
-    ) -> Run:
+    def _save_data(self, prepared: Prepared, kind: RunKind, plan: Plan | None = None) -> Run:
         """Write the files of the data stages, and the record of the run that they begin."""
         stamp = self._runs.claim_stamp()
         try:
-            written = self._preparation.write(self._runs, stamp, prepared, tokens)
+            written = self._preparation.write(self._runs, stamp, prepared)
         except BaseException:
             self._runs.unclaim(stamp)
             raise
-        return self._begin(kind, stamp=stamp, **written, **facts)
+        return self._begin(kind, stamp=stamp, plan=plan, **written)
 
     def estimate(
         self,
