@@ -238,6 +238,7 @@ ROLES: dict[str, Literal["assistant", "user", "system", "tool"]] = {
     **dict.fromkeys(("tool", "function"), "tool"),
 }
 
+TURN_BREAK = "\ud800"  # half a character: a text that holds one is refused
 CHAT_ROLES = frozenset({"system", "user", "assistant", "tool"})
 GROUPS = ("counselor", "client", "pair")
 Group = Literal["counselor", "client", "pair"]
@@ -563,20 +564,29 @@ class Example(TypedDict):
 class Dialogue:
     """A dialogue as read: stripped, non-empty utterances in order, or a ready ``chat``.
 
-    ``source`` says where it stands, for messages to the user. ``digest`` is the sha256 of the
-    content: the split is drawn in its order, so that neither file names nor their order matter.
+    ``source`` says where it stands, for messages to the user. ``roles`` are those of the turns,
+    ``texts`` what they say, joined by :data:`TURN_BREAK`: as one text they take a third of the
+    memory. ``digest`` is the sha256 of the content: the split is drawn in its order, so that
+    neither file names nor their order matter.
     ``chat`` holds ``messages`` (and ``tools``) of data that is in the service's form already.
     """
 
     id: str
     source: str
-    turns: tuple[tuple[Role, str], ...]
+    roles: tuple[Role, ...]
+    texts: str
     digest: str
     topic: Mapping[str, Any] = field(default_factory=dict)
     review_jp: Mapping[str, Any] = field(default_factory=dict)
     review_en: Mapping[str, Any] = field(default_factory=dict)
     chat: Mapping[str, Any] | None = None
     system: str | None = None
+
+    @property
+    def turns(self) -> tuple[tuple[Role, str], ...]:
+        """Who says what."""
+        # Without turns the texts are one, which is empty.
+        return tuple(zip(self.roles, self.texts.split(TURN_BREAK), strict=False))
 
     @property
     def score(self) -> float | None:
@@ -2008,7 +2018,8 @@ def parse_dialogue(
     return Dialogue(
         id=dialogue_id,
         source=source,
-        turns=said.turns,
+        roles=tuple(role for role, _ in said.turns),
+        texts=TURN_BREAK.join(text for _, text in said.turns),
         digest=digest,
         topic=_mapping(record, "topic", source),
         review_jp=_mapping(record, "review_by_client_jp", source),
@@ -2034,7 +2045,11 @@ def _mapping(record: Mapping[str, Any], key: str, source: str) -> Mapping[str, A
     if not isinstance(value, Mapping):
         raise DataError(f"{source}: {key} はオブジェクトでなければなりません。")
     # The Hub's conversion makes datetimes of what the files hold as text.
-    return {k: v.isoformat() if isinstance(v, datetime) else v for k, v in value.items()}
+    # The keys of all records are the same ones.
+    return {
+        sys.intern(str(k)): v.isoformat() if isinstance(v, datetime) else v
+        for k, v in value.items()
+    }
 
 
 def _rows_of(record: Mapping[str, Any], key: str, place: str) -> list[Any]:

@@ -87,13 +87,16 @@ class Example(TypedDict):
 class Dialogue:
     id: str
     source: str
-    turns: tuple[tuple[Role, str], ...]
+    roles: tuple[Role, ...]
+    texts: str
     digest: str
     topic: Mapping[str, Any] = field(default_factory=dict)
     review_jp: Mapping[str, Any] = field(default_factory=dict)
     review_en: Mapping[str, Any] = field(default_factory=dict)
     chat: Mapping[str, Any] | None = None
     system: str | None = None
+    @property
+    def turns(self) -> tuple[tuple[Role, str], ...]: ...
     @property
     def score(self) -> float | None: ...
     def group(self, by: Group) -> Hashable | None: ...
