@@ -85,7 +85,7 @@ from collections.abc import (
     MutableMapping,
     Sequence,
 )
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import date, datetime
 from pathlib import Path
@@ -156,6 +156,7 @@ __all__ = [
     "JobFailed",
     "Journal",
     "Ledger",
+    "Lines",
     "Loaded",
     "OpenAISFT",
     "OpenAISFTError",
@@ -260,6 +261,7 @@ ROLES: dict[str, str] = {
     "function": "function",  # of the form before tools
 }
 
+TURN_BREAK = "\ud800"  # half a character: a text that holds one is refused
 CHAT_ROLES = frozenset({"system", "user", "assistant", "tool"})
 GROUPS = ("counselor", "client", "pair")
 Group = Literal["counselor", "client", "pair"]
@@ -366,6 +368,7 @@ MODEL_LOADING_SECONDS = 600.0  # a model may answer 404 for a while after its jo
 OUTAGE_STATUSES = frozenset({502, 503, 504})  # nothing behind the gateway answers
 MISSING_STATUSES = frozenset({404, 405, 501})  # the endpoint lacks this part of the API
 COUNTED_AT_ONCE = 64  # conversations a call of the tokeniser
+COUNTED_AHEAD = 16  # calls that may be under way
 MIN_FREE_BYTES = 2**30
 MIN_KEY_LENGTH = 12
 NO_KEY = (
@@ -607,15 +610,18 @@ class Example(TypedDict):
 class Dialogue:
     """A dialogue as read: stripped, non-empty utterances in order, or a ready ``chat``.
 
-    ``source`` says where it stands, for messages to the user. ``digest`` is the sha256 of the
-    content: the split is drawn in its order, so that neither file names nor their order matter.
+    ``source`` says where it stands, for messages to the user. ``roles`` are those of the turns,
+    ``texts`` what they say, joined by :data:`TURN_BREAK`: as one text they take a third of the
+    memory. ``digest`` is the sha256 of the content: the split is drawn in its order, so that
+    neither file names nor their order matter.
     ``chat`` holds ``messages`` (and ``tools``) of data that is in the service's form already.
     ``part`` is the split that it was published in, where the published splits are kept.
     """
 
     id: str
     source: str
-    turns: tuple[tuple[Role, str], ...]
+    roles: tuple[Role, ...]
+    texts: str
     digest: str
     topic: Mapping[str, Any] = field(default_factory=dict)
     review_jp: Mapping[str, Any] = field(default_factory=dict)
@@ -623,6 +629,12 @@ class Dialogue:
     chat: Mapping[str, Any] | None = None
     system: str | None = None
     part: SplitName | None = None
+
+    @property
+    def turns(self) -> tuple[tuple[Role, str], ...]:
+        """Who says what."""
+        # Without turns the texts are one, which is empty.
+        return tuple(zip(self.roles, self.texts.split(TURN_BREAK), strict=False))
 
     @property
     def score(self) -> float | None:
@@ -1444,13 +1456,6 @@ class Loaded(NamedTuple):
 def _source_of(example_id: str, sources: Mapping[str, str]) -> str | None:
     """Where an example's dialogue stands; a part of a long one is called ``ID/NUMBER``."""
     return sources.get(example_id) or sources.get(example_id.rpartition("/")[0])
-
-
-class Prepared(NamedTuple):
-    """The examples of the three splits, and the load that they were made from."""
-
-    splits: Splits
-    loaded: Loaded | None
 
 
 # ── What is wrong with an example ────────────────────────────────────────────────────────────────
@@ -2306,7 +2311,8 @@ def parse_dialogue(
     return Dialogue(
         id=dialogue_id,
         source=source,
-        turns=said.turns,
+        roles=tuple(role for role, _ in said.turns),
+        texts=TURN_BREAK.join(text for _, text in said.turns),
         digest=digest,
         topic=_mapping(record, "topic", source),
         review_jp=_mapping(record, "review_by_client_jp", source),
@@ -2332,7 +2338,11 @@ def _mapping(record: Mapping[str, Any], key: str, source: str) -> Mapping[str, A
     if not isinstance(value, Mapping):
         raise DataError(f"{source}: {key} はオブジェクトでなければなりません。")
     # The Hub's conversion makes datetimes of what the files hold as text.
-    return {k: v.isoformat() if isinstance(v, datetime) else v for k, v in value.items()}
+    # The keys of all records are the same ones.
+    return {
+        sys.intern(str(k)): v.isoformat() if isinstance(v, datetime) else v
+        for k, v in value.items()
+    }
 
 
 def _rows_of(record: Mapping[str, Any], key: str, place: str) -> list[Any]:
@@ -3867,24 +3877,26 @@ def _sum_up(counts: Sequence[Tokens], counter: TokenCounter) -> _Count:
     )
 
 
-def _count_splits(splits: Splits) -> tuple[dict[SplitName, TokenStats], bool]:
-    """Tokens of each split on threads, and whether the vocabulary was there.
+def _counted(
+    examples: Iterator[Example], counter: TokenCounter
+) -> Iterator[tuple[Example, Tokens]]:
+    """The examples with their tokens, which are counted on threads some chunks ahead.
 
     Threads do, for the tokeniser works outside the interpreter's lock; a chunk of conversations
     a call, for the end of each call has to wait for that lock.
     """
-    counter = TokenCounter(load_vocabulary())
-    stats: dict[SplitName, TokenStats] = {}
+    ahead: collections.deque[tuple[list[Example], Future[list[Tokens]]]] = collections.deque()
     with ThreadPoolExecutor(thread_name_prefix="openai-sft-tokens") as executor:
-        for name, examples in zip(SPLIT_NAMES, splits, strict=True):
-            parts = list(map(_counted_parts, examples))
-            chunks = [
-                parts[start : start + COUNTED_AT_ONCE]
-                for start in range(0, len(parts), COUNTED_AT_ONCE)
-            ]
-            counts = itertools.chain.from_iterable(executor.map(counter.count_many, chunks))
-            stats[name] = token_stats(list(counts))
-    return stats, counter.exact
+        while True:
+            while len(ahead) < COUNTED_AHEAD and (
+                chunk := list(itertools.islice(examples, COUNTED_AT_ONCE))
+            ):
+                parts = list(map(_counted_parts, chunk))
+                ahead.append((chunk, executor.submit(counter.count_many, parts)))
+            if not ahead:
+                return
+            chunk, counts = ahead.popleft()
+            yield from zip(chunk, counts.result(), strict=True)
 
 
 def token_stats(tokens: Sequence[Tokens]) -> TokenStats:
@@ -6791,6 +6803,75 @@ class Ledger:
 # ── Preparation ──────────────────────────────────────────────────────────────────────────────
 
 
+class Lines:
+    """The lines of a file that is to be written, and what is known of each.
+
+    ``tokens`` are there as far as they were counted, ``findings`` at the places where the
+    dialogues stand (``sources``, by id). ``numbers`` tells where an example stands first;
+    ``trained`` are those of the training file, for the validation file.
+    """
+
+    def __init__(
+        self,
+        name: SplitName,
+        sources: Mapping[str, str],
+        trained: Mapping[int, int] | None = None,
+    ) -> None:
+        self.name = name
+        self.ids: list[str] = []
+        self.encoded: list[bytes] = []
+        self.tokens: list[Tokens] = []
+        self.findings: list[Finding] = []
+        self.numbers: dict[int, int] = {}
+        self._sources = sources
+        self._trained = {} if trained is None else trained
+
+    @classmethod
+    def of_splits(cls, loaded: Loaded | None) -> dict[SplitName, Lines]:
+        """None yet, for each of the three files."""
+        train, test, valid = loaded.sources if loaded else ({}, {}, {})
+        first = cls("train", train)
+        return {
+            "train": first,
+            "test": cls("test", test),
+            "valid": cls("valid", valid, first.numbers),
+        }
+
+    def add(self, example: Example) -> None:
+        """Encode and check an example."""
+        encoded, problems = _encode_example(example)
+        self.ids.append(example["id"])
+        self.encoded.append(encoded)
+        number = len(self.encoded)
+        problems += _find_repeats(number, example, self.numbers, self._trained)
+        if problems:
+            place = _source_of(example["id"], self._sources)
+            place = place or f"{self.name}[{number}]（{example['id']}）"
+            line = place.rpartition(":")[2]
+            at = int(line) if line.isdecimal() else None
+            self.findings += [_finding(place, at, problem) for problem in problems]
+
+
+def _encode_example(example: Example) -> tuple[bytes, list[_Problem]]:
+    line, unwritable = "", []
+    try:
+        line = example_line(example)
+    except ValueError as error:
+        unwritable = [_Problem("invalid_json", None, (printable(error),))]
+    sent = {key: item for key, item in example.items() if key != "id"}
+    return line.encode(errors="replace") + b"\n", _find_problems(sent, line) + unwritable
+
+
+class Prepared(NamedTuple):
+    """The lines of the three files, the load they were made from, the examples that are needed
+    after they are written, and whether the tokens are exact (``None``: they weren't counted)."""
+
+    lines: Mapping[SplitName, Lines]
+    loaded: Loaded | None
+    splits: Splits
+    exact_tokens: bool | None = None
+
+
 class Preparation:
     """From a data set to the three files, by the settings of one instance or run."""
 
@@ -6864,10 +6945,22 @@ class Preparation:
         return dialogues
 
     def prepare(self, selection: Selection) -> Prepared:
-        """Load, split and convert. Raises :class:`DataError` for too few training examples."""
+        """Load, split, convert, count and encode, and let go of each dialogue on the way.
+
+        Raises :class:`DataError` for too few training examples.
+        """
         loaded = self.load(selection)
-        prepared = Prepared(self.convert_all(loaded), loaded)
-        count = len(prepared.splits.train)
+        counter = TokenCounter(load_vocabulary())
+        said, splits = loaded.without_dialogues(), Splits([], [], [])
+        prepared = Prepared(Lines.of_splits(said), said, splits, counter.exact)
+        for name, dialogues, kept in zip(SPLIT_NAMES, loaded.splits, splits, strict=True):
+            lines = prepared.lines[name]
+            for example, tokens in _counted(self._examples(_let_go(dialogues), name), counter):
+                lines.add(example)
+                lines.tokens.append(tokens)
+                if name != "train" or self._settings.task == "score":  # of which it takes a mean
+                    kept.append(example)
+        count = len(prepared.lines["train"].ids)
         if count < MIN_TRAINING_EXAMPLES:
             needed = "" if loaded.published else "8:1:1に分けるので、対話は12件以上必要です。"
             raise DataError(
@@ -6884,7 +6977,11 @@ class Preparation:
     def convert(self, rows: Iterable[Dialogue | Mapping[str, Any]], split: str) -> list[Example]:
         """The examples of dialogues, or of the rows of a ``Dataset``; see
         :meth:`OpenAISFT.prepare_dataset`."""
-        examples: list[Example] = []
+        return list(self._examples(rows, split))
+
+    def _examples(
+        self, rows: Iterable[Dialogue | Mapping[str, Any]], split: str
+    ) -> Iterator[Example]:
         left_out = []
         for number, row in enumerate(rows, 1):
             dialogue = row
@@ -6896,7 +6993,7 @@ class Preparation:
             if example is None:
                 left_out.append(dialogue.id)
             else:
-                examples.extend(self._fit_length(example))
+                yield from self._fit_length(example)
         if left_out:
             logger.warning(
                 "%s: %s対話を%d件除きました（ID: %s%s）",
@@ -6906,7 +7003,6 @@ class Preparation:
                 "、".join(left_out[:10]),
                 " ほか" if len(left_out) > 10 else "",
             )
-        return examples
 
     def _fit_length(self, example: Example) -> list[Example]:
         messages, tools = example["messages"], example.get("tools")
@@ -6933,30 +7029,25 @@ class Preparation:
         logger.warning("%s。発話の切れ目で%d件に分けました。", place, len(parts))
         return parts
 
-    def write(
-        self,
-        runs: Runs,
-        stamp: str,
-        prepared: Prepared,
-        tokens: Mapping[SplitName, TokenStats] | None = None,
-    ) -> dict[str, Any]:
+    def write(self, runs: Runs, stamp: str, prepared: Prepared) -> dict[str, Any]:
         """Check and write the data files under ``stamp``; return what a run says of them.
 
         Problems that the service would refuse raise :class:`DataError` before anything is
         written. Beside the files goes ``manifest_STAMP.json``.
         """
         paths = {name: runs.folder / f"{name}_data_{stamp}.jsonl" for name in SPLIT_NAMES}
-        lines, findings = _encode_splits(prepared)
-        _require_no_errors(findings)
+        lines = prepared.lines
+        _require_no_errors(finding for name in SPLIT_NAMES for finding in lines[name].findings)
         data: dict[SplitName, DataFile] = {}
-        for name, content in lines.items():
+        for name in SPLIT_NAMES:
+            content = lines[name].encoded
             write_new_file(paths[name], content)
             digest = hashlib.sha256()
             for encoded in content:
                 digest.update(encoded)
             data[name] = DataFile(digest.hexdigest(), len(content))
-            if tokens is not None:
-                stats = tokens[name]
+            if prepared.exact_tokens is not None:
+                stats = token_stats(lines[name].tokens)
                 data[name] = replace(
                     data[name], tokens=stats.total, tools=stats.tools, images=stats.images
                 )
@@ -6968,6 +7059,7 @@ class Preparation:
         return {
             "files": {**files, "manifest": str(manifest_path)},
             "data": data,
+            "exact_tokens": prepared.exact_tokens,
             "selection": prepared.loaded.selection if prepared.loaded else None,
         }
 
@@ -6982,11 +7074,13 @@ class Preparation:
         splits = {}
         for index, name in enumerate(SPLIT_NAMES):
             sources = loaded.sources[index] if loaded else {}
-            ids = [example["id"] for example in prepared.splits[index]]
             splits[name] = {
                 "file": paths[name].name,
                 "examples": data[name].examples,
-                "lines": [{"id": id_, "source": _source_of(id_, sources)} for id_ in ids],
+                "lines": [
+                    {"id": id_, "source": _source_of(id_, sources)}
+                    for id_ in prepared.lines[name].ids
+                ],
                 "sha256": data[name].sha256,
             }
         return {
@@ -7019,39 +7113,11 @@ def _tell_published(splits: Splits, published: Sequence[SplitName], seed: int) -
             )
 
 
-def _encode_splits(prepared: Prepared) -> tuple[dict[SplitName, list[bytes]], list[Finding]]:
-    """The encoded lines of each file, and everything that is wrong with them, at the places where
-    the dialogues stand."""
-    lines: dict[SplitName, list[bytes]] = {}
-    findings: list[Finding] = []
-    seen: dict[SplitName, dict[int, int]] = {name: {} for name in SPLIT_NAMES}
-    for index, name in enumerate(SPLIT_NAMES):
-        lines[name] = []
-        sources = prepared.loaded.sources[index] if prepared.loaded else {}
-        for number, example in enumerate(prepared.splits[index], 1):
-            encoded, problems = _encode_example(example)
-            lines[name].append(encoded)
-            trained = seen["train"] if name == "valid" else {}
-            problems += _find_repeats(number, example, seen[name], trained)
-            where = _source_of(example["id"], sources) or f"{name}[{number}]（{example['id']}）"
-            findings += [_finding(where, _line_in(where), problem) for problem in problems]
-    return lines, findings
-
-
-def _line_in(where: str) -> int | None:
-    """The line that a place ends with."""
-    line = where.rpartition(":")[2]
-    return int(line) if line.isdecimal() else None
-
-
-def _encode_example(example: Example) -> tuple[bytes, list[_Problem]]:
-    line, unwritable = "", []
-    try:
-        line = example_line(example)
-    except ValueError as error:
-        unwritable = [_Problem("invalid_json", None, (printable(error),))]
-    sent = {key: item for key, item in example.items() if key != "id"}
-    return line.encode(errors="replace") + b"\n", _find_problems(sent, line) + unwritable
+def _let_go(items: list[T]) -> Iterator[T]:
+    """The items in their order; the list lets go of each when it is taken."""
+    items.reverse()
+    while items:
+        yield items.pop()
 
 
 def _read_split(run: Run, name: SplitName) -> list[Example]:
@@ -8398,7 +8464,7 @@ class OpenAISFT:
         counted = run.data["train"].count(exact=bool(run.exact_tokens))
         loaded = self._loads[-1]
         return DataSummary(
-            examples={name: len(part) for name, part in zip(SPLIT_NAMES, splits, strict=True)},
+            examples={name: run.data[name].examples for name in SPLIT_NAMES},
             tokens=tokens,
             files=self.files,
             estimate=_estimate_run(self.settings, splits, training, counted, asking),
@@ -8510,7 +8576,11 @@ class OpenAISFT:
         """
         splits = Splits(*map(list, (train_data, test_data, valid_data)))
         loaded = next((load for load in reversed(self._loads) if load.holds(splits)), None)
-        run = self._save_data(Prepared(splits, loaded), "steps")
+        prepared = Prepared(Lines.of_splits(loaded), loaded, splits)
+        for name, examples in zip(SPLIT_NAMES, splits, strict=True):
+            for example in examples:
+                prepared.lines[name].add(example)
+        run = self._save_data(prepared, "steps")
         return {name: run.files[name] for name in SPLIT_NAMES}
 
     def _make_data(
@@ -8522,28 +8592,22 @@ class OpenAISFT:
         """
         with _gc_paused():
             prepared = self._preparation.prepare(selection)
-            tokens, exact = _count_splits(prepared.splits)
+            tokens = {name: token_stats(lines.tokens) for name, lines in prepared.lines.items()}
             if prepared.loaded is not None:
-                self._loads.append(prepared.loaded.without_dialogues())
+                self._loads.append(prepared.loaded)
             self._train_data = prepared.splits.train
-            run = self._save_data(prepared, kind, tokens, plan=plan, exact_tokens=exact)
+            run = self._save_data(prepared, kind, plan)
         return run, prepared.splits, tokens
 
-    def _save_data(
-        self,
-        prepared: Prepared,
-        kind: RunKind,
-        tokens: Mapping[SplitName, TokenStats] | None = None,
-        **facts: Any,
-    ) -> Run:
+    def _save_data(self, prepared: Prepared, kind: RunKind, plan: Plan | None = None) -> Run:
         """Write the files of the data stages, and the record of the run that they begin."""
         stamp = self._runs.claim_stamp()
         try:
-            written = self._preparation.write(self._runs, stamp, prepared, tokens)
+            written = self._preparation.write(self._runs, stamp, prepared)
         except BaseException:
             self._runs.unclaim(stamp)
             raise
-        return self._begin(kind, stamp=stamp, **written, **facts)
+        return self._begin(kind, stamp=stamp, plan=plan, **written)
 
     def estimate(
         self,

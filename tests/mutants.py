@@ -1141,6 +1141,30 @@ DATA = (
         "test_hub.py::test_a_pinned_revision_is_the_one_that_is_read",
     ),
     Mutant(
+        "a NUL ends a turn",
+        'TURN_BREAK = "\\ud800"',
+        'TURN_BREAK = "\\0"',
+        "test_data.py::test_a_nul_in_what_is_said_makes_no_turn_two",
+    ),
+    Mutant(
+        "what is counted last is written first",
+        "chunk, counts = ahead.popleft()",
+        "chunk, counts = ahead.pop()",
+        "test_data.py::test_more_dialogues_than_are_counted_at_once_are_all_written_in_their_order",
+    ),
+    Mutant(
+        "a dialogue that is converted stays",
+        "yield items.pop()",
+        "yield from items[::-1]; return",
+        "test_data.py::test_a_dialogue_is_let_go_once_it_is_converted",
+    ),
+    Mutant(
+        "the mean isn't that of the data stage",
+        'if name != "train" or self._settings.task == "score":',
+        'if name != "train":',
+        "test_score_task.py::test_the_mean_is_by_default_that_of_what_the_data_stage_wrote",
+    ),
+    Mutant(
         "the manifest's dialogue is that of the first part",
         ' or sources.get(example_id.rpartition("/")[0])',
         "",
@@ -1878,7 +1902,7 @@ HOUSE = (
     ),
     Mutant(
         "an instance does not know its own record",
-        "if self._run is not None and run.path == self._run.path:",
+        "if current is not None and run.path == current.path:",
         "if False:",
         "test_recovery.py::test_an_instance_that_holds_the_record_of_a_job_records_its_cancellation",
     ),

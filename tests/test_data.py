@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -27,6 +29,8 @@ from openai_sft import (
     DataError,
     Dialogue,
     OpenAISFT,
+    Preparation,
+    Selection,
     UnknownRole,
     dialogue_row,
     example_line,
@@ -516,6 +520,12 @@ def test_every_utterance_is_kept_in_order_as_it_is_written_and_none_is_blank(
     assert list(spoken(*said).turns) == expected
 
 
+def test_a_nul_in_what_is_said_makes_no_turn_two() -> None:
+    said = spoken(("client", "a\0assistant\0b"), ("counselor", "\0c"))
+
+    assert said.turns == (("user", "a\0assistant\0b"), ("assistant", "\0c"))
+
+
 # ── Splitting ────────────────────────────────────────────────────────────────────────────────
 
 
@@ -749,6 +759,47 @@ def test_the_datasets_of_the_steps_give_the_files_that_the_data_stage_writes(
         assert type(path) is str
         assert Path(path).read_bytes() == Path(summary.files[name]).read_bytes()
     assert summary.examples == {"train": 11, "test": 2, "valid": 2}
+
+
+def test_more_dialogues_than_are_counted_at_once_are_all_written_in_their_order(
+    clean_environment: Path,
+) -> None:
+    path = write_jsonl(clean_environment / "many.jsonl", records(1500))
+    summary = OpenAISFT(offline=True, dataset=str(path), verbose=False).prepare_data()
+    splits = split_dialogues(read_dialogues(str(path)))
+
+    for name, part in zip(("train", "test", "valid"), splits, strict=True):
+        lines = Path(summary.files[name]).read_text("utf-8").splitlines()
+        assert lines == [example_line(one) for one in map(to_example, part) if one]
+
+
+def test_a_dialogue_is_let_go_once_it_is_converted(clean_environment: Path) -> None:
+    silent = [record(number, ("client", str(number))) for number in range(50)]
+    path = write_jsonl(clean_environment / "some.jsonl", [*silent, *records(50)])
+    held: dict[str, int] = {}
+
+    def look(line: logging.LogRecord) -> bool:
+        known = [one for one in gc.get_objects() if isinstance(one, Dialogue)]
+        name = line.getMessage().partition(":")[0]  # of the split whose conversion has ended
+        held[name] = sum(one.source.startswith(str(path)) for one in known)
+        return True
+
+    logger = logging.getLogger("openai_sft")
+    logger.addFilter(look)
+    try:
+        OpenAISFT(offline=True, dataset=str(path), verbose=False).prepare_data()
+    finally:
+        logger.removeFilter(look)
+
+    assert [held[name] for name in ("train", "test", "valid")] == [21, 11, 1]  # and the last one
+
+
+def test_training_examples_are_kept_as_their_lines_alone(dataset: Path) -> None:
+    sft = OpenAISFT(offline=True, dataset=str(dataset), verbose=False)
+    prepared = Preparation(sft.settings).prepare(Selection())
+
+    assert [len(lines.encoded) for lines in prepared.lines.values()] == [16, 2, 2]
+    assert [len(part) for part in prepared.splits] == [0, 2, 2]
 
 
 def test_the_three_datasets_are_datasets_with_ids_and_turns(dataset: Path) -> None:

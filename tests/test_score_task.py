@@ -949,6 +949,19 @@ def test_the_mean_is_by_default_that_of_what_this_instance_prepared(make_sft: Ma
     assert results["mean_reference"]["scores"][FIRST] == pytest.approx(4.5)
 
 
+def test_the_mean_is_by_default_that_of_what_the_data_stage_wrote(
+    make_sft: MakeSFT, clean_environment: Path
+) -> None:
+    path = write_jsonl(clean_environment / "rated.jsonl", varied(20))
+    sft = make_sft(task="score", dataset=str(path))
+    files = sft.prepare_data().files
+    rows = [json.loads(one["messages"][2]["content"]) for one in read_examples(files["train"])]
+    results = sft.evaluate_model_comprehensive(MODEL, rated_examples(2), [])
+
+    expected = sum(row[FIRST] for row in rows) / len(rows)
+    assert results["mean_reference"]["scores"][FIRST] == pytest.approx(expected)
+
+
 def test_the_mean_of_a_run_is_that_of_its_training_file(finished: Finished) -> None:
     rows = [
         json.loads(one["messages"][2]["content"]) for one in read_examples(finished.files["train"])
