@@ -896,6 +896,9 @@ MODEL_ALIASES = {
     "gpt-4.1": "gpt-4.1-2025-04-14",
     "gpt-4.1-mini": "gpt-4.1-mini-2025-04-14",
 }
+# https://developers.openai.com/api/docs/guides/vision-fine-tuning names the first, Microsoft's
+# documents both; of the other models of the table the images are skipped or refused.
+IMAGE_MODELS = frozenset({"gpt-4o-2024-08-06", "gpt-4.1-2025-04-14"})
 
 
 PRICE_FLAGS = "--price-training、--price-input、--price-output"
@@ -1535,6 +1538,11 @@ PROBLEMS: dict[str, tuple[Literal["error", "warning"], str, str]] = {
         "error",
         "画像の場所 {0} はサービスから読めません",
         "https:// のURLか、data:image/…;base64,… にしてください",
+    ),
+    "model_without_images": (
+        "error",
+        "モデル {0} は画像を学習できません",
+        "画像のない例にするか、画像を学習できるモデルを --model で指定してください",
     ),
     "legacy_functions": (
         "error",
@@ -6837,9 +6845,10 @@ class Lines:
             "valid": cls("valid", valid, first.numbers),
         }
 
-    def add(self, example: Example) -> None:
-        """Encode and check an example."""
+    def add(self, example: Example, *known: _Problem) -> None:
+        """Encode and check an example, of which some problems may be ``known``."""
         encoded, problems = _encode_example(example)
+        problems += known
         self.ids.append(example["id"])
         self.encoded.append(encoded)
         number = len(self.encoded)
@@ -6956,7 +6965,7 @@ class Preparation:
         for name, dialogues, kept in zip(SPLIT_NAMES, loaded.splits, splits, strict=True):
             lines = prepared.lines[name]
             for example, tokens in _counted(self._examples(_let_go(dialogues), name), counter):
-                lines.add(example)
+                lines.add(example, *_find_image_problems(tokens.images, self._settings.model))
                 lines.tokens.append(tokens)
                 if name != "train" or self._settings.task == "score":  # of which it takes a mean
                     kept.append(example)
@@ -7111,6 +7120,13 @@ def _tell_published(splits: Splits, published: Sequence[SplitName], seed: int) -
                 drawn,
                 seed,
             )
+
+
+def _find_image_problems(images: int, model: str) -> Iterator[_Problem]:
+    """An example with images for a model that is known to learn from text alone."""
+    base = MODEL_ALIASES.get(model, model)
+    if images and base in PRICES and base not in IMAGE_MODELS:
+        yield _Problem("model_without_images", None, (model,))
 
 
 def _let_go(items: list[T]) -> Iterator[T]:

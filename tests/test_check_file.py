@@ -383,7 +383,14 @@ REPEATS = {"duplicate_line", "shared_conversation"}
 
 
 def test_every_problem_there_is_has_a_test_above() -> None:
-    apart = {"not_jsonl", "foreign_encoding", "too_long", "too_few_examples", "file_too_large"}
+    apart = {
+        "model_without_images",
+        "not_jsonl",
+        "foreign_encoding",
+        "too_long",
+        "too_few_examples",
+        "file_too_large",
+    }
 
     assert {code for code, *_ in IN_A_LINE} | apart | REPEATS == set(PROBLEMS)
 

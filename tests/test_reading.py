@@ -23,6 +23,7 @@ from openai_sft import (
     ConfigurationError,
     DataError,
     Dialogue,
+    OpenAISFT,
     OtherPurpose,
     Reading,
     Speakers,
@@ -378,3 +379,28 @@ def test_a_damaged_archive_or_table_is_named(tmp_path: Path) -> None:
     for name in ("a.jsonl.gz", "b.csv"):
         with pytest.raises(DataError, match=name):
             read_dialogues(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("model", "fits"), [("gpt-4o-mini", False), ("gpt-4o", True), ("somebodys-own", True)]
+)
+def test_images_are_refused_for_a_model_that_learns_from_text_alone(
+    clean_environment: Path, model: str, fits: bool
+) -> None:
+    image = {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": [image, {"type": "text", "text": f"{n}"}]},
+                {"role": "assistant", "content": "猫です"},
+            ]
+        }
+        for n in range(12)
+    ]
+    path = write_jsonl(clean_environment / "a.jsonl", rows)
+    sft = OpenAISFT(offline=True, verbose=False, dataset=str(path), model=model)
+    if fits:
+        sft.prepare_data(1)
+    else:
+        with pytest.raises(DataError, match=r"a\.jsonl:\d+: .*model_without_images"):
+            sft.prepare_data(1)
