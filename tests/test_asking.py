@@ -939,10 +939,10 @@ def test_the_rest_of_an_evaluation_made_step_by_step_passes_the_door_to_payment(
         first = make_sft(confirm=lambda one: not estimates.append(one), **options)
         evaluate_until(outage, first)
         before = len(posts(endpoint, CHAT))
-        with pytest.raises(Declined):
-            make_sft(confirm=estimates.append, **options).resume()
         with pytest.raises(BudgetError):
             make_sft(max_cost_usd=1e-9, **options).resume()
+        with pytest.raises(Declined):  # which closes it
+            make_sft(confirm=estimates.append, **options).resume()
     whole, rest = estimates
 
     assert len(posts(endpoint, CHAT)) == before == 5
