@@ -2708,8 +2708,7 @@ class RecordFile:
                 yield Record(f"{self.stem}-{number}", where, value, faults=faults)
 
     def _read_csv(self) -> Iterator[Record]:
-        csv.field_size_limit(2**31 - 1)  # a cell may hold a whole dialogue
-        with self._text() as text:
+        with self._text() as text, _long_cells():
             rows = csv.DictReader(text)
             line = 2
             for number, row in enumerate(rows, 1):
@@ -2741,6 +2740,16 @@ class RecordFile:
 
 _JSON = json.JSONDecoder()
 _JSON_GAP = re.compile(r"[\s,]*")
+
+
+@contextlib.contextmanager
+def _long_cells() -> Iterator[None]:
+    """Within, a cell of a CSV file may hold a whole dialogue."""
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _after_gap(text: str, start: int) -> int:

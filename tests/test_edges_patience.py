@@ -817,10 +817,17 @@ DOTENVS = {
 
 
 @pytest.mark.parametrize("content", DOTENVS.values(), ids=DOTENVS)
-def test_a_dotenv_that_is_not_utf_8_is_one_line_that_names_it(
-    dataset: Path, capsys: pytest.CaptureFixture[str], content: bytes
-) -> None:
+def test_a_dotenv_that_is_not_utf_8_is_read(clean_environment: Path, content: bytes) -> None:
     Path(".env").write_bytes(content)
+    sft = OpenAISFT(verbose=False)
+
+    assert (sft.settings.api_key, sft.settings.api_key_source) == ("k", ".env")
+
+
+def test_a_dotenv_that_is_no_text_is_one_line_that_names_it(
+    dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(".env").write_bytes(b"OPENAI_API_KEY=\xff\xfe\xff\n")
     with pytest.raises(ConfigurationError, match=r"\.env.*UTF-8"):
         OpenAISFT(offline=True)
     code = openai_sft_example.main(["--data-only", "--dataset", str(dataset)])

@@ -26,7 +26,7 @@ import pytest
 from fake_hub import FakeHub, Files
 from helpers import PROJECT
 
-from openai_sft import parse_dialogue
+from openai_sft import TURN_BREAK, parse_dialogue
 
 CONVERSION = "refs/convert/parquet"
 CARD = {"README.md": "---\nlicense: mit\n---\n# 対話\n".encode()}
@@ -459,7 +459,7 @@ def test_rows_that_are_single_turns_are_put_together_to_dialogues(unpinned: Read
     outcome = unpinned.of("koto/turns")
 
     assert outcome.ids == ["t0", "t1"]
-    assert [text for _, text in outcome.dialogues[1]["turns"]] == ["1", "3", "5", "7"]
+    assert outcome.dialogues[1]["texts"].split(TURN_BREAK) == ["1", "3", "5", "7"]
 
 
 # ── Configurations and splits ────────────────────────────────────────────────────────────────

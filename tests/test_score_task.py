@@ -275,7 +275,7 @@ def test_awkward_text_comes_back_whole_from_the_file(
     read = json.loads(line)["messages"]
     assert read == example["messages"]
     marks = {"counselor": "カウンセラー: ", "client": "クライアント: "}
-    kept = [marks[role] + text.strip() for role, text in said if text.strip()]
+    kept = [marks[role] + text for role, text in said if text.strip()]
     assert read[1]["content"] == "\n".join(kept)
     assert parse_scores(read[2]["content"]) == dict(zip(ITEMS, points, strict=True))
 
