@@ -346,7 +346,7 @@ def test_no_limit_can_be_kept_with_images_and_nothing_is_sent(
         clean_environment / "seen.jsonl", [{"messages": one["messages"]} for one in said]
     )
     with (
-        make_sft(dataset=str(source), max_cost_usd=1000) as sft,
+        make_sft(dataset=str(source), max_cost_usd=1000, model="gpt-4o") as sft,
         pytest.raises(BudgetError, match=r"画像\d+枚のトークン数が不明"),
     ):
         sft.run_full_pipeline(**SHORT)
