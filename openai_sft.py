@@ -2383,30 +2383,27 @@ def _read_turns(record: Mapping[str, Any], reading: Reading, place: str) -> Conv
     text_key = _find_key(opening, TEXT_KEYS) or TEXT_KEYS[0]
     if key != "dialogue" and (name_key, text_key) == ("role", "content"):
         return _read_chat({**record, "messages": turns}, reading, place)
-    number = 0
     try:
-        names = []
-        for number, turn in enumerate(turns, 1):  # noqa: B007  # the error tells it
-            names.append((turn[name_key], turn[text_key]))
-        number = next((n for n, (_, text) in enumerate(names, 1) if type(text) is not str), 0)
-        if number:
-            raise TypeError
-        roles = reading.roles(dict.fromkeys(name for name, _ in names))
-    except (KeyError, TypeError, AttributeError) as error:
+        names = [turn[name_key] for turn in turns]
+        texts: list[str] = [turn[text_key] for turn in turns]
+        "".join(texts)  # raises TypeError for what is no text
+        roles = reading.roles(dict.fromkeys(names))
+    except (KeyError, TypeError) as error:
+        number = next((n for n, t in enumerate(turns, 1) if not _is_said(t, name_key, text_key)), 1)
         raise DataError(
             f"{place}の{number}番目の発話に文字列の {name_key} と {text_key} がありません"
             f"（あるキー: {printable('、'.join(map(str, opening))) or 'なし'}）。"
         ) from error
     if not _TURN_ROLES.issuperset(roles.values()):
-        number = next(n for n, (name, _) in enumerate(names, 1) if roles[name] not in _TURN_ROLES)
-        name = printable(names[number - 1][0])
+        number = next(n for n, name in enumerate(names, 1) if roles[name] not in _TURN_ROLES)
         raise UnknownRole(
-            f"{place}の{number}番目の発話の話者（{name_key}）「{name}」が分かりません。"
-            f"あるキー: {printable('、'.join(map(str, record)))}。"
+            f"{place}の{number}番目の発話の話者（{name_key}）「{printable(names[number - 1])}」が"
+            f"分かりません。あるキー: {printable('、'.join(map(str, record)))}。"
         )
-    if "assistant" not in roles.values() and _system_answers(names, roles):
+    if "assistant" not in roles.values() and _system_answers([roles[name] for name in names]):
         roles = {name: "user" if role == "user" else "assistant" for name, role in roles.items()}
-    said = [(roles[name], text) for name, text in names if text and not text.isspace()]
+    turned = zip(names, texts, strict=True)
+    said = [(roles[name], text) for name, text in turned if text and not text.isspace()]
     instructions = [text for role, text in said if role == "system"]
     if instructions:
         said = [turn for turn in said if turn[0] != "system"]
@@ -2419,11 +2416,17 @@ def _read_turns(record: Mapping[str, Any], reading: Reading, place: str) -> Conv
 _TURN_ROLES = frozenset({"system", "user", "assistant"})
 
 
-def _system_answers(
-    turns: Sequence[tuple[object, str]], roles: Mapping[object, str | None]
-) -> bool:
+def _is_said(turn: object, name_key: str, text_key: str) -> bool:
+    return (
+        isinstance(turn, Mapping)
+        and isinstance(turn.get(name_key), Hashable)
+        and name_key in turn
+        and isinstance(turn.get(text_key), str)
+    )
+
+
+def _system_answers(spoken: Sequence[str | None]) -> bool:
     """Whether a speaker called SYSTEM answers the user, as in data sets of task dialogues."""
-    spoken = [roles[name] for name, _ in turns]
     return "user" in spoken and "system" in spoken[spoken.index("user") :]
 
 
@@ -4055,15 +4058,14 @@ def _example_key(example: object) -> int:
     if not isinstance(example, dict) or not isinstance(messages, list):
         return hash(json.dumps(example, sort_keys=True))
     rest = {key: example[key] for key in LINE_KEYS - {"messages"} if key in example}
-    return hash((json.dumps(rest, sort_keys=True), *map(_message_key, messages)))
-
-
-def _message_key(message: object) -> object:
-    if isinstance(message, dict) and len(message) == 2:
-        role, content = message.get("role"), message.get("content")
-        if type(role) is type(content) is str:
-            return role, content
-    return json.dumps(message, sort_keys=True)
+    said: object
+    try:
+        said = tuple([(m["role"], m["content"]) for m in messages if len(m) == 2])
+        if len(said) == len(messages):
+            return hash((said, json.dumps(rest, sort_keys=True) if rest else ""))
+    except (KeyError, TypeError):  # no messages, or contents that are lists
+        pass
+    return hash(json.dumps([messages, rest], sort_keys=True))
 
 
 def _find_file_problems(count: int, needed: int, size: int, limit: int) -> Iterator[_Problem]:
@@ -7023,6 +7025,8 @@ class Preparation:
             )
 
     def _fit_length(self, example: Example) -> list[Example]:
+        if _surely_fits(example):
+            return [example]
         messages, tools = example["messages"], example.get("tools")
         texts, besides = _billed_tools(tools)
         for message in messages:
@@ -7129,6 +7133,18 @@ def _tell_published(splits: Splits, published: Sequence[SplitName], seed: int) -
                 drawn,
                 seed,
             )
+
+
+def _surely_fits(example: Example) -> bool:
+    """Whether an example of nothing but roles and texts is far below the limit of tokens: none is
+    shorter than a byte, and no character takes more than four."""
+    messages = example["messages"]
+    try:
+        size = len("".join([message["content"] for message in messages]))
+    except (KeyError, TypeError):
+        return False
+    plain = len(example) == 2 and max(map(len, messages), default=0) <= 2
+    return plain and 4 * size + 5 * len(messages) + 3 <= MAX_EXAMPLE_TOKENS
 
 
 def _find_image_problems(images: int, model: str) -> Iterator[_Problem]:
