@@ -2595,13 +2595,13 @@ class RecordFile:
         self.encoding = ""
         self.layout = "parquet"
         self._content: bytes | None = None
+        self._whole: tuple[Any] | None = None  # the value of a file that is one
         name = path.name.lower().removesuffix(".gz")
         self._name = path.name[: len(name)]
         with self._telling():
             if not name.endswith(".parquet"):
-                if name.endswith(".json"):  # small ones by the thousand are opened once each
-                    with self._open() as file:
-                        self._content = file.read()
+                if name.endswith(".json") and self._is_read_whole():
+                    return
                 self.encoding, self._damaged = self._find_encoding()
                 self.layout = "csv" if name.endswith(".csv") else self._find_layout()
 
@@ -2637,6 +2637,17 @@ class RecordFile:
         if self.path.suffix.lower() == ".gz":
             return cast("IO[bytes]", gzip.open(self.path))
         return self.path.open("rb")
+
+    def _is_read_whole(self) -> bool:
+        """Read a small file at once, of which there are thousands; whether it is one JSON value."""
+        with self._open() as file:
+            self._content = file.read()
+        try:
+            self._whole = (json.loads(self._content.decode()),)
+        except (ValueError, RecursionError):
+            return False
+        self.encoding, self.layout, self._content = "utf-8", "document", None
+        return True
 
     def _find_encoding(self) -> tuple[str, bool]:
         """The codec, and whether some bytes don't belong in it."""
@@ -2682,6 +2693,9 @@ class RecordFile:
                 yield Record(f"{self.stem}-{number}", where, value, number, raw, faults)
 
     def _read_document(self) -> Iterator[Record]:
+        if self._whole is not None:
+            yield from self._read_members(*self._whole)
+            return
         with self._text() as file:
             text = file.read()
         values: list[tuple[int, Any]] = []
@@ -2700,15 +2714,18 @@ class RecordFile:
             line = text.count("\n", 0, at) + 1
             yield Record(self.stem, f"{self.path}:{line}", None, line, "", (fault,))
         elif len(values) == 1:
-            for name, value in _members(values[0][1]):
-                where = f"{self.path}[{name}]" if name else str(self.path)
-                own = f"{self.stem}-{name}" if name else self.stem
-                yield Record(own, where, value, faults=_NULL * (value is None))
+            yield from self._read_members(values[0][1])
         else:
             for number, (at, value) in enumerate(values, 1):
                 where = f"{self.path}:{text.count(chr(10), 0, at) + 1}"
                 faults = _NULL * (value is None)
                 yield Record(f"{self.stem}-{number}", where, value, faults=faults)
+
+    def _read_members(self, document: Any) -> Iterator[Record]:
+        for name, value in _members(document):
+            where = f"{self.path}[{name}]" if name else str(self.path)
+            own = f"{self.stem}-{name}" if name else self.stem
+            yield Record(own, where, value, faults=_NULL * (value is None))
 
     def _read_csv(self) -> Iterator[Record]:
         with self._text() as text, _long_cells():
@@ -2920,26 +2937,25 @@ def _folder_records(folder: Path) -> Iterator[Record]:
     passed_over = []
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if name.startswith("."):
+        inner = Path(place).relative_to(folder)
+        parts = map(_part_of, reversed(inner.parts))
+        whole = next((part for part in parts if part is not None), None)
+        for name in sorted(name for name in names if not name.startswith(".")):
+            if not _is_data_file(name):
+                passed_over.append(str(inner / name))
                 continue
-            path = Path(place, name)
-            if _is_data_file(name):
-                part = _part_of(path.relative_to(folder))
-                yield from (record._replace(part=part) for record in _file_records(path))
-            else:
-                passed_over.append(str(path.relative_to(folder)))
+            part = _part_of(re.split("[-.]", name)[0]) or whole
+            for record in _file_records(Path(place, name)):
+                yield record._replace(part=part) if part else record
     if passed_over:
         shown = "、".join(map(printable, passed_over[:5])) + " ほか" * (len(passed_over) > 5)
         logger.info("データでないファイル%s件は読みません: %s", f"{len(passed_over):,}", shown)
 
 
-def _part_of(path: Path) -> SplitName | None:
-    """The split that a file of a folder holds, by the names of the Hub: ``test-00000-of-00001.…``,
+def _part_of(name: str) -> SplitName | None:
+    """The split that a file or folder holds, by the names of the Hub: ``test-00000-of-00001.…``,
     ``test.jsonl`` or ``test/….json``."""
-    names = (re.split("[-.]", path.name)[0], *reversed(path.parent.parts))
-    folded = (name.lower().removeprefix("partial-") for name in names)
-    return next((PARTS[name] for name in folded if name in PARTS), None)
+    return PARTS.get(name.lower().removeprefix("partial-"))
 
 
 def _file_records(path: Path) -> Iterator[Record]:
