@@ -2619,6 +2619,8 @@ class RecordFile:
     @property
     def faults(self) -> tuple[_Problem, ...]:
         """What is wrong with the file as a whole, beside its layout."""
+        if self.encoding == "utf-8-sig" and self.layout != "lines":  # whose first line has it
+            return (_Problem("bom"),)
         if not self.encoding or self.encoding.startswith("utf-8"):
             return ()
         return (_Problem("foreign_encoding", None, (ENCODING_NAMES[self.encoding],)),)
@@ -4214,8 +4216,6 @@ def _find_container_problems(file: RecordFile) -> Iterator[_Problem]:
     """What keeps a file as a whole from being one that the service takes."""
     if file.layout != "lines":
         yield _Problem("not_jsonl", None, (LAYOUT_NAMES[file.layout],))
-        if file.encoding == "utf-8-sig":
-            yield _Problem("bom")
     yield from file.faults
 
 

@@ -201,6 +201,27 @@ def test_what_was_written_is_what_is_read(pairs: list[tuple[str, str]], form: st
     assert said_in(parse_dialogue(dialogue_row(read), fallback_id="1", source="")) == said
 
 
+@given(written_talk, st.sampled_from(list(PAIRED)))
+def test_a_question_and_its_answer_are_read_as_they_were_written(
+    pairs: list[tuple[str, str]], form: str
+) -> None:
+    said = [("user", pairs[0][0]), ("assistant", pairs[0][1])]
+    read = parse_dialogue(PAIRED[form](said), fallback_id="1", source="here")
+
+    assert said_in(read) == said
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_a_byte_order_mark_is_named_in_every_container(
+    tmp_path: Path, log: Callable[[], list[str]], name: str
+) -> None:
+    rows = [WRITTEN["messages"](said) for said in talks()]
+    (tmp_path / name).write_bytes(CONTAINERS[name](rows).encode("utf-8-sig"))
+    read_dialogues(str(tmp_path / name))
+
+    assert any("BOM" in line for line in log())
+
+
 def test_rows_that_share_an_id_are_one_dialogue_however_they_are_mixed(tmp_path: Path) -> None:
     rows = [
         {"dialogue_id": name, "speaker": who, "text": f"{name}{turn}"}
