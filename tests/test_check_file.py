@@ -295,18 +295,19 @@ def test_tools_count_towards_the_limit_of_an_example(tmp_path: Path) -> None:
     counter = TokenCounter(load_vocabulary())
     each = counter.count([], tools).total
     path = bad_file(tmp_path, json.dumps({**one, "tools": tools}).encode())
-    example: Any = {"id": "a", "tools": tools, "messages": [USER, ANSWER] * 3000}
+    example: Any = {"id": "a", "tools": tools, "messages": [USER, ANSWER] * 300}
     sft = OpenAISFT(offline=True, long_examples="drop", verbose=False)
     parts = split_long_example(example, counter, each + 300)
 
     assert each < MAX_EXAMPLE_TOKENS
     assert [found.code for found in check_file(path, max_tokens=each)] == ["too_long"]
     assert check_file(path, max_tokens=each + 100) == []
-    assert sft.prepare_dataset([example]) == []
-    assert sft.prepare_dataset([{**example, "tools": []}]) != []
+    long = {**example, "messages": [USER, ANSWER] * 3000}
+    assert sft.prepare_dataset([long]) == []
+    assert sft.prepare_dataset([{**long, "tools": []}]) != []
     assert all(part["tools"] == tools for part in parts)
     assert all(counter.count(part["messages"], tools).total <= each + 300 for part in parts)
-    assert sum(len(part["messages"]) for part in parts) == 6000
+    assert sum(len(part["messages"]) for part in parts) == 600
 
 
 def test_an_example_over_the_limit_of_tokens_is_found_and_one_at_the_limit_is_not(
