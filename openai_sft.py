@@ -27,7 +27,8 @@ Errors::
     OpenAISFTError
     ├── ConfigurationError   also a ValueError: a setting, the key, an option
     ├── DataError            also a ValueError: the data, with where it stands
-    │   └── UnknownRole      a speaker who is neither the assistant nor the user
+    │   ├── UnknownRole      a speaker who is neither the assistant nor the user
+    │   └── OtherPurpose     data for another kind of training, or for the Batch API
     ├── BudgetError          the estimate passes max_cost_usd, or can't be known
     ├── Declined             confirm() said no
     ├── JobFailed            the job ended without a model
@@ -2332,8 +2333,8 @@ def parse_dialogue(
 
 def _note_left_out(record: Mapping[str, Any], form: Form, reading: Reading) -> None:
     """Count the texts of a record that no file will hold."""
-    for key in record.keys() - _USED_KEYS - set(form.keys):
-        if isinstance(record[key], str):
+    for key, value in record.items():
+        if isinstance(value, str) and key not in _USED_KEYS and key not in form.keys:
             reading.notes["学習データに使わない項目", printable(key)] += 1
 
 
