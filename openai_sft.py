@@ -2478,7 +2478,9 @@ def _read_chat(record: Mapping[str, Any], reading: Reading, place: str) -> Conve
         raise DataError(f"{place}の tools が配列ではないか、JSONとして読めません。")
     for text in dict.fromkeys(map(_mending_text, mended.changes)):
         reading.notes["直して読みます", text] += 1
-    return Conversation(chat={key: item for key, item in mended.value.items() if item != []})
+    if not mended.value.get("tools", True):
+        del mended.value["tools"]
+    return Conversation(chat=mended.value)
 
 
 # The keys that hold turns, each with the name of its form.

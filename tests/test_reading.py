@@ -425,3 +425,10 @@ def test_images_are_refused_for_a_model_that_learns_from_text_alone(
     else:
         with pytest.raises(DataError, match=r"a\.jsonl:\d+: .*model_without_images"):
             sft.prepare_data(1)
+
+
+def test_a_conversation_without_messages_is_an_error_at_its_line(clean_environment: Path) -> None:
+    rows: list[dict[str, Any]] = [WRITTEN["messages"](said) for said in talks(12)]
+    path = write_jsonl(clean_environment / "a.jsonl", [*rows, {"messages": []}])
+    with pytest.raises(DataError, match=r"a\.jsonl:13: .*empty_messages"):
+        OpenAISFT(offline=True, verbose=False, dataset=str(path)).prepare_data(1)
