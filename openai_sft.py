@@ -4304,8 +4304,10 @@ def fix_file(
         for key, text in lines.items():
             examples.setdefault(key, text)
         if codes:
-            raw = record.raw.encode(errors="surrogateescape").decode(errors="backslashreplace")
-            raw = raw.rstrip("\r\n") or _dump(record.value)
+            stood = record.raw.rstrip("\r\n") or _dump(record.value)
+            # Bytes that don't belong in a text stand in it as lone surrogates.
+            raw = re.sub("[\udc80-\udcff]", lambda m: f"\\x{ord(m[0]) - 0xDC00:02x}", stood)
+            raw = raw.encode(errors="backslashreplace").decode()
             rejects.append(
                 _encode_json({"line": record.line or number, "codes": codes, "raw": raw})
             )
@@ -9164,7 +9166,13 @@ def _to_datasets(splits: Splits) -> tuple[Dataset, Dataset, Dataset]:
                 texts = [m if isinstance(m, str) else _encode_json(m) for m in row["messages"]]
                 row["messages"] = texts
     rows = [{column: row.get(column) for column in columns} for row in rows]
-    table = Dataset.from_list(rows)
+    try:
+        table = Dataset.from_list(rows)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise DataError(
+            f"対話を Dataset にできません（{printable(error)[:200]}）。topic や評価の値の型を"
+            "そろえてください。"
+        ) from error
     ends = list(itertools.accumulate(map(len, splits), initial=0))
     train, test, valid = (
         table.select(list(range(start, end))) for start, end in itertools.pairwise(ends)
