@@ -54,6 +54,102 @@ EXAMPLE = "openai_sft_example.py"
 
 MONEY = (
     Mutant(
+        "reading: whoever speaks second is who speaks first",
+        '(people, ("first", "second"), strict=False)',
+        '(people, ("second", "first"), strict=False)',
+        "test_reading.py::test_the_user_says_who_is_the_assistant",
+    ),
+    Mutant(
+        "reading: a third speaker is taken for the user",
+        "other = None if self.assistant and self.user else",
+        'other = "user" if self.assistant and self.user else',
+        "test_reading.py::test_where_both_sides_are_named_a_third_speaker_stops",
+    ),
+    Mutant(
+        "reading: of speakers that are unknown only the first dialogue is looked at",
+        "            unknown = unknown or error\n",
+        "            raise\n",
+        "test_reading.py::test_unknown_speakers_stop_with_all_of_them_their_keys_and_the_flags",
+    ),
+    Mutant(
+        "reading: SYSTEM is an instruction though it answers",
+        '"user" in spoken and "system" in spoken[spoken.index("user") :]',
+        "False",
+        "test_reading.py::test_every_form_is_read_from_a_table",
+    ),
+    Mutant(
+        "reading: cp932 is guessed where most lines are UTF-8",
+        "if sum(map(_is_utf8, foreign)) * 2 > len(foreign):",
+        "if not foreign:",
+        "test_reading.py::test_a_line_that_is_not_utf_8_among_many_that_are_is_named",
+    ),
+    Mutant(
+        "reading: half-width kana are as good as any",
+        "key=lambda name: strange[name]",
+        "key=lambda name: -strange[name]",
+        "test_reading.py::test_every_form_is_read_from_every_container_in_every_encoding",
+    ),
+    Mutant(
+        "reading: a pretty-printed array is a broken first line",
+        "return error.pos >= len(text)",
+        "return False",
+        "test_reading.py::test_every_form_is_read_from_every_container_in_every_encoding",
+    ),
+    Mutant(
+        "reading: turns of other dialogues are mixed into one",
+        'name = str(record.value.get(key)) if key else ""',
+        'name = ""',
+        "test_reading.py::test_rows_that_share_an_id_are_one_dialogue_however_they_are_mixed",
+    ),
+    Mutant(
+        "reading: a table's tools have the parameters of all",
+        "{key: _without_none(v) if isinstance(v, list) else v for key, v in row.items()}",
+        "dict(row)",
+        "test_data.py::test_chats_are_the_same_from_an_array_lines_and_a_table",
+    ),
+    Mutant(
+        "reading: an instruction beside the turns is lost",
+        "filter(None, (_system_of(record), *instructions))",
+        "filter(None, instructions)",
+        "test_reading.py::test_every_form_is_read_from_a_table",
+    ),
+    Mutant(
+        "reading: a file for another purpose is a bad record",
+        "        except OtherPurpose:\n            raise\n",
+        "",
+        "test_reading.py::test_a_file_for_another_purpose_is_refused_by_its_name",
+    ),
+    Mutant(
+        "reading: what can be mended is read without a word",
+        'reading.notes["直して読みます", text] += 1\n        elif',
+        "pass\n        elif",
+        "test_reading.py::test_the_encoding_of_a_file_is_said_where_it_is_not_utf_8",
+    ),
+    Mutant(
+        "check: a file of another form passes",
+        'problems.append(_Problem("other_form", None, (form.name,)))',
+        "pass",
+        "test_check_file.py::test_a_problem_is_named_with_its_line_and_message",
+    ),
+    Mutant(
+        "check: an array passes for JSON Lines",
+        'if file.layout != "lines":\n        yield',
+        "if False:\n        yield",
+        "test_check_file.py::test_a_file_has_an_error_where_the_endpoint_finds_one_and_nowhere_else",
+    ),
+    Mutant(
+        "check: findings name the file that is not written",
+        'place = _source_of(example["id"], self._sources)',
+        "place = None",
+        "test_check_file.py::test_data_with_an_error_is_refused_before_anything_is_sent",
+    ),
+    Mutant(
+        "check: images are no matter to a model of text",
+        "base in PRICES and base not in IMAGE_MODELS",
+        "base in PRICES and False",
+        "test_reading.py::test_images_are_refused_for_a_model_that_learns_from_text_alone",
+    ),
+    Mutant(
         "what was spent is forgotten at authorisation",
         "if most + spent > limit:",
         "if most > limit:",
