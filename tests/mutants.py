@@ -81,13 +81,13 @@ MONEY = (
         "reading: cp932 is guessed where most lines are UTF-8",
         "if sum(map(_is_utf8, foreign)) * 2 > len(foreign):",
         "if not foreign:",
-        "test_reading.py::test_a_line_that_is_not_utf_8_among_many_that_are_is_named",
+        "test_reading.py::test_lines_in_utf_8_are_not_taken_for_another_encoding_that_could_hold_them_too",
     ),
     Mutant(
         "reading: half-width kana are as good as any",
         "key=lambda name: strange[name]",
         "key=lambda name: -strange[name]",
-        "test_reading.py::test_every_form_is_read_from_every_container_in_every_encoding",
+        "test_reading.py::test_of_two_encodings_that_could_be_the_one_without_strange_kana_is_meant",
     ),
     Mutant(
         "reading: a pretty-printed array is a broken first line",

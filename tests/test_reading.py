@@ -432,3 +432,27 @@ def test_a_conversation_without_messages_is_an_error_at_its_line(clean_environme
     path = write_jsonl(clean_environment / "a.jsonl", [*rows, {"messages": []}])
     with pytest.raises(DataError, match=r"a\.jsonl:13: .*empty_messages"):
         OpenAISFT(offline=True, verbose=False, dataset=str(path)).prepare_data(1)
+
+
+def test_lines_in_utf_8_are_not_taken_for_another_encoding_that_could_hold_them_too(
+    tmp_path: Path,
+) -> None:
+    said = [("user", "眠れません"), ("assistant", "眠れません")]  # valid cp932 as bytes of UTF-8
+    good = json.dumps(WRITTEN["messages"](said), ensure_ascii=False)
+    content = (good + "\n").encode() * 3 + good.encode("cp932")
+    assert content.decode("cp932")
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.jsonl:4: UTF-8"):
+        read_dialogues(str(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize("encoding", ["cp932", "euc_jp"])
+def test_of_two_encodings_that_could_be_the_one_without_strange_kana_is_meant(
+    tmp_path: Path, encoding: str
+) -> None:
+    said = [("user", "テスト"), ("assistant", "はい")]
+    content = lines([WRITTEN["messages"](said)]).encode(encoding)
+    (tmp_path / "a.jsonl").write_bytes(content)
+    (dialogue,) = read_dialogues(str(tmp_path / "a.jsonl"))
+
+    assert said_in(dialogue) == said
