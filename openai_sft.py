@@ -3425,30 +3425,26 @@ def split_dialogues(
     max_samples: int | None = None,
     group_by: Group | None = None,
 ) -> Splits:
-    """Shuffle by ``seed`` and split 8:1:1: ``test = valid = round(n / 10)``, the rest trains.
+    """Shuffle by ``seed`` and split 8:1:1: test and validation get ``n / 10`` rounded (a half up
+    for test, down for validation), the rest trains.
 
-    Dialogues that were published for test or validation (``part``) stay there; of the others only
-    those are held out that make up for a part that nothing was published for.
-    ``max_samples`` takes a seeded sample first, the same share of each published part; a smaller
-    sample is part of a larger one. The same dialogues give the same split on every machine, in
-    whatever order they come. With ``group_by`` no counsellor, client or pair stands in two splits:
-    groups are drawn by ``seed``, and test and validation come as near to their sizes as whole
-    groups allow; raises :class:`DataError` below three groups. Raises
+    A dialogue's part follows from its place in the seeded order: of ten in a row the fifth is
+    tested and the sixth validates. ``max_samples`` takes the first places, so that each part of a
+    smaller sample lies inside the same part of a larger one. The same dialogues give the same
+    split on every machine, in whatever order they come.
+    Dialogues that were published for test or validation (``part``) stay there, and a sample has
+    the same share of each published part; of the others only those are held out that make up for
+    a part that nothing was published for. With ``group_by`` no counsellor, client or pair stands
+    in two splits: groups of the sample are drawn by ``seed``, and test and validation come as near
+    to their sizes as whole groups allow; raises :class:`DataError` below three groups. Raises
     :class:`ConfigurationError` for a value out of range, and for ``group_by`` with published parts.
     """
     Selection(max_samples, seed, group_by=group_by)  # checks the values
     shuffled = sorted(dialogues, key=lambda dialogue: (dialogue.digest, dialogue.id))
     random.Random(seed).shuffle(shuffled)
     chosen = _sample(shuffled, max_samples)
-    held_out = round(len(chosen) / 10)
     if group_by is None:
-        test, valid = ([d for d in chosen if d.part == part] for part in ("test", "valid"))
-        train = [d for d in chosen if d.part not in ("test", "valid")]
-        if not test:
-            test, train = train[:held_out], train[held_out:]
-        if not valid:
-            valid, train = train[:held_out], train[held_out:]
-        return Splits(train, test, valid)
+        return _split_by_place(chosen, collections.Counter(d.part for d in shuffled))
     if any(dialogue.part for dialogue in chosen):
         raise ConfigurationError(
             f"公開時の分割を使うデータでは group_by={group_by} で分けられません。分け直すには "
@@ -3464,16 +3460,51 @@ def split_dialogues(
             f"group_by={group_by} では{len(groups)}組しかなく、3つに分けられません。"
             "対話を増やすか、group_by を外してください。"
         )
+    target = max(1, round(len(chosen) / 10))
     # They stand in the order in which the shuffled dialogues name them, where a large group comes
     # early: they are shuffled themselves, so that each is as likely to be held out.
     rest = list(groups.values())
     random.Random(seed).shuffle(rest)
     parts = []
     for left in (2, 1):
-        taken = _nearest_subset([len(group) for group in rest], max(1, held_out), left)
+        taken = _nearest_subset([len(group) for group in rest], target, left)
         parts.append([d for index, group in enumerate(rest) if index in taken for d in group])
         rest = [group for index, group in enumerate(rest) if index not in taken]
     return Splits([d for group in rest for d in group], *parts)
+
+
+# What is added to a tenth of the places so far before it is cut to a whole number: 5 tenths round
+# a half up, 4 down, so that no place is drawn for both.
+_ROUNDING = {"test": 5, "valid": 4}
+
+
+def _split_by_place(chosen: Iterable[Dialogue], sizes: Mapping[str | None, int]) -> Splits:
+    """The dialogues of a sample in their published parts, or in those that their places draw.
+
+    ``sizes`` are those of the published parts before the sample was taken: all that decides on a
+    place is the same for every sample.
+    """
+    total = sum(sizes.values())
+    free = total - sizes.get("test", 0) - sizes.get("valid", 0)
+    drawn = [name for name in _ROUNDING if not sizes.get(name)]
+    parts: dict[str, list[Dialogue]] = {"train": [], "test": [], "valid": []}
+    place = 0  # among those that weren't held out when they were published
+    for dialogue in chosen:
+        part: str | None = dialogue.part
+        if part not in _ROUNDING:
+            held_out = (name for name in drawn if _is_drawn(place, total, free, _ROUNDING[name]))
+            part = next(held_out, "train")
+            place += 1
+        parts[part].append(dialogue)
+    return Splits(**parts)
+
+
+def _is_drawn(place: int, total: int, free: int, rounding: int) -> bool:
+    """Whether a place of ``free`` is one of those that make a tenth of ``total``, evenly spread."""
+    before, after = (
+        (places * total + rounding * free) // (10 * free) for places in (place, place + 1)
+    )
+    return after > before
 
 
 def _sample(shuffled: Sequence[Dialogue], count: int | None) -> list[Dialogue]:

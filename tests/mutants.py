@@ -1024,15 +1024,29 @@ DATA = (
     ),
     Mutant(
         "a tenth is cut, not rounded",
-        "held_out = round(len(chosen) / 10)",
-        "held_out = len(chosen) // 10",
+        '_ROUNDING = {"test": 5, "valid": 4}',
+        '_ROUNDING = {"test": 1, "valid": 0}',
         "test_data.py::test_a_split_is_disjoint_and_complete_in_the_ratio_8_1_1",
     ),
     Mutant(
         "validation is tested",
-        "test, train = train[:held_out], train[held_out:]",
-        "test = train[:held_out]",
-        "test_data.py::test_messages_pass_unchanged_through_the_files",
+        "        parts[part].append(dialogue)",
+        "        parts[part].append(dialogue)\n"
+        '        parts["test"] += [dialogue] if part == "valid" else []',
+        "test_data.py::test_a_split_is_disjoint_and_complete_in_the_ratio_8_1_1",
+    ),
+    Mutant(
+        "a sample's size decides on its parts",
+        "collections.Counter(d.part for d in shuffled)",
+        "collections.Counter(d.part for d in chosen)",
+        "test_selection.py::test_what_is_drawn_for_a_missing_part_lies_inside_that_of_a_larger_sample",
+        within="split_dialogues",
+    ),
+    Mutant(
+        "a missing part is a tenth of training alone",
+        "(places * total + rounding * free) // (10 * free)",
+        "(places * free + rounding * free) // (10 * free)",
+        "test_selection.py::test_published_parts_stay_whole_and_only_a_missing_one_is_drawn_from_training",
     ),
     Mutant(
         "the order of the files has a say",

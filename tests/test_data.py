@@ -534,7 +534,9 @@ def test_a_split_is_disjoint_and_complete_in_the_ratio_8_1_1(count: int, seed: i
     pool = POOL[:count]
     train, test, valid = split_dialogues(pool, seed=seed)
 
-    assert len(test) == len(valid) == round(count / 10)
+    assert len(test) == (count + 5) // 10
+    assert len(valid) == (count + 4) // 10
+    assert round(count / 10) in (len(test), len(valid))
     assert sorted(ids(train) + ids(test) + ids(valid)) == sorted(ids(pool))
 
 
@@ -567,11 +569,11 @@ def test_the_split_of_seed_42_is_the_same_on_every_machine() -> None:
     train, test, valid = split_dialogues(dialogues(20), seed=42)
 
     assert (ids(test), ids(valid), ids(train)) == (
-        ["d13", "d15"],
-        ["d20", "d16"],
+        ["d10", "d11"],
+        ["d1", "d4"],
         [
-            *("d10", "d1", "d2", "d14", "d19", "d7", "d8", "d12"),
-            *("d6", "d5", "d11", "d4", "d18", "d3", "d17", "d9"),
+            *("d13", "d15", "d20", "d16", "d2", "d14", "d19", "d7"),
+            *("d8", "d12", "d6", "d5", "d18", "d3", "d17", "d9"),
         ],
     )
 
@@ -585,6 +587,26 @@ def test_a_smaller_sample_is_part_of_a_larger_one(one: int, other: int, seed: in
 
     assert len(sample(small)) == min(small, len(POOL))
     assert sample(small) <= sample(large)
+
+
+@given(st.integers(1, 70), st.integers(1, 70), st.integers(0, 99), st.permutations(POOL[:30]))
+def test_each_part_of_a_smaller_sample_lies_inside_the_same_part_of_a_larger_one(
+    one: int, other: int, seed: int, shuffled: list[Dialogue]
+) -> None:
+    pool = [*shuffled, *POOL[30:]]
+    small, large = (
+        split_dialogues(pool, seed=seed, max_samples=size) for size in sorted((one, other))
+    )
+
+    for part, more in zip(small, large, strict=True):
+        assert set(ids(part)) <= set(ids(more))
+    assert sum(map(len, small)) == min(one, other, len(POOL))
+
+
+def test_from_six_dialogues_on_there_is_one_to_test_and_one_to_validate() -> None:
+    sizes = [[len(part) for part in split_dialogues(POOL[:count])] for count in (3, 6, 12)]
+
+    assert sizes == [[3, 0, 0], [4, 1, 1], [10, 1, 1]]
 
 
 def test_another_seed_draws_another_split_and_another_sample() -> None:
@@ -758,7 +780,7 @@ def test_the_datasets_of_the_steps_give_the_files_that_the_data_stage_writes(
     for name, path in paths.items():
         assert type(path) is str
         assert Path(path).read_bytes() == Path(summary.files[name]).read_bytes()
-    assert summary.examples == {"train": 11, "test": 2, "valid": 2}
+    assert summary.examples == {"train": 12, "test": 2, "valid": 1}
 
 
 def test_more_dialogues_than_are_counted_at_once_are_all_written_in_their_order(
