@@ -1069,14 +1069,14 @@ DATA = (
     ),
     Mutant(
         "a published test is trained on",
-        'train = [d for d in chosen if d.part not in ("test", "valid")]',
-        'train = [d for d in chosen if d.part != "valid"]',
+        "        if part not in _ROUNDING:",
+        '        if part != "valid":',
         "test_selection.py::test_published_parts_stay_whole_and_only_a_missing_one_is_drawn_from_training",
     ),
     Mutant(
         "a published validation is drawn anew",
-        "        if not valid:\n",
-        "        if True:\n",
+        "drawn = [name for name in _ROUNDING if not sizes.get(name)]",
+        "drawn = list(_ROUNDING)",
         "test_selection.py::test_published_parts_stay_whole_and_only_a_missing_one_is_drawn_from_training",
     ),
     Mutant(
