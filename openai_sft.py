@@ -599,10 +599,12 @@ Message = dict[str, Any]
 
 
 class Example(TypedDict):
-    """One line of a training file, with the id of its dialogue (which isn't written)."""
+    """One line of a training file, with the id of its dialogue and, where it isn't that dialogue
+    alone, the group that it is drawn with (neither is written)."""
 
     id: str
     messages: list[Message]
+    group: NotRequired[str]
     tools: NotRequired[list[Any]]
     parallel_tool_calls: NotRequired[bool]
 
@@ -656,6 +658,13 @@ class Dialogue:
         if by == "pair":
             return None if counselor is None or client is None else (client, counselor)
         return counselor if by == "counselor" else client
+
+    def group_name(self, by: Group) -> str | None:
+        """:meth:`group` as a text, such as ``pair=3/5``."""
+        group = self.group(by)
+        if group is None:
+            return None
+        return f"{by}={'/'.join(map(str, group)) if isinstance(group, tuple) else group}"
 
 
 class SelectionOptions(TypedDict, total=False):
@@ -1066,13 +1075,22 @@ class DataSummary:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One question to a model: the context up to a counsellor's turn, and the real answer."""
+    """One question to a model: the context up to a counsellor's turn, and the real answer.
+
+    ``group`` is what is drawn as one: who took part, with ``group_by``, else the dialogue, which
+    may have several examples.
+    """
 
     id: str
     dialogue_id: str
     input: list[Message]
     reference: str
     tools: list[Any] | None = None
+    group: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.group:
+            object.__setattr__(self, "group", self.dialogue_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -3624,9 +3642,14 @@ def _is_item_score(value: object) -> bool:
     return type(value) is int and 0 <= value <= MAX_ITEM_SCORE
 
 
+def _sent(example: Mapping[str, Any]) -> dict[str, Any]:
+    """What of an example is written: it stays here which dialogue and group it is of."""
+    return {key: value for key, value in example.items() if key not in ("id", "group")}
+
+
 def example_line(example: Example) -> str:
-    """The line of a training file, without its newline and without the id."""
-    line = _encode_json({key: value for key, value in example.items() if key != "id"})
+    """The line of a training file, without its newline, the id and the group."""
+    line = _encode_json(_sent(example))
     # Some readers take these for line ends, which would break one line into two.
     for character in "\u2028\u2029\x85":
         if character in line:
@@ -3702,8 +3725,9 @@ def split_long_example(example: Example, counter: TokenCounter, limit: int) -> l
             len(parts),
             len(parts) - len(trained),
         )
+    whole = {"group": example["id"], **example}  # the parts are one dialogue
     return [
-        cast("Example", {**example, "id": f"{example['id']}/{n}", "messages": [*head, *part]})
+        cast("Example", {**whole, "id": f"{example['id']}/{n}", "messages": [*head, *part]})
         for n, part in enumerate(trained, 1)
     ]
 
@@ -4481,6 +4505,7 @@ def _case(example: Example, index: int) -> Case:
         input=context,
         reference=messages[index]["content"],
         tools=example.get("tools"),
+        group=example.get("group", example["id"]),
     )
 
 
@@ -6879,7 +6904,8 @@ class Lines:
 
     ``tokens`` are there as far as they were counted, ``findings`` at the places where the
     dialogues stand (``sources``, by id). ``numbers`` tells where an example stands first;
-    ``trained`` are those of the training file, for the validation file.
+    ``trained`` are those of the training file, for the validation file. ``groups``: see
+    :class:`Case`.
     """
 
     def __init__(
@@ -6890,6 +6916,7 @@ class Lines:
     ) -> None:
         self.name = name
         self.ids: list[str] = []
+        self.groups: list[str] = []
         self.encoded: list[bytes] = []
         self.tokens: list[Tokens] = []
         self.findings: list[Finding] = []
@@ -6913,6 +6940,7 @@ class Lines:
         encoded, problems = _encode_example(example)
         problems += known
         self.ids.append(example["id"])
+        self.groups.append(example.get("group", example["id"]))
         self.encoded.append(encoded)
         number = len(self.encoded)
         problems += _find_repeats(number, example, self.numbers, self._trained)
@@ -6930,8 +6958,7 @@ def _encode_example(example: Example) -> tuple[bytes, list[_Problem]]:
         line = example_line(example)
     except ValueError as error:
         unwritable = [_Problem("invalid_json", None, (printable(error),))]
-    sent = {key: item for key, item in example.items() if key != "id"}
-    return line.encode(errors="replace") + b"\n", _find_problems(sent, line) + unwritable
+    return line.encode(errors="replace") + b"\n", _find_problems(_sent(example), line) + unwritable
 
 
 class Prepared(NamedTuple):
@@ -7027,7 +7054,8 @@ class Preparation:
         prepared = Prepared(Lines.of_splits(said), said, splits, counter.exact)
         for name, dialogues, kept in zip(SPLIT_NAMES, loaded.splits, splits, strict=True):
             lines = prepared.lines[name]
-            for example, tokens in _counted(self._examples(_let_go(dialogues), name), counter):
+            examples = self._examples(_let_go(dialogues), name, selection.group_by)
+            for example, tokens in _counted(examples, counter):
                 lines.add(example, *_find_image_problems(tokens.images, self._settings.model))
                 lines.tokens.append(tokens)
                 if name != "train" or self._settings.task == "score":  # of which it takes a mean
@@ -7043,16 +7071,21 @@ class Preparation:
 
     def convert_all(self, loaded: Loaded) -> Splits:
         """The examples of all three splits."""
-        parts = zip(loaded.splits, SPLIT_NAMES, strict=True)
-        return Splits(*(self.convert(part, name) for part, name in parts))
+        by, parts = loaded.selection.group_by, zip(loaded.splits, SPLIT_NAMES, strict=True)
+        return Splits(*(self.convert(part, name, by) for part, name in parts))
 
-    def convert(self, rows: Iterable[Dialogue | Mapping[str, Any]], split: str) -> list[Example]:
+    def convert(
+        self,
+        rows: Iterable[Dialogue | Mapping[str, Any]],
+        split: str,
+        group_by: Group | None = None,
+    ) -> list[Example]:
         """The examples of dialogues, or of the rows of a ``Dataset``; see
         :meth:`OpenAISFT.prepare_dataset`."""
-        return list(self._examples(rows, split))
+        return list(self._examples(rows, split, group_by))
 
     def _examples(
-        self, rows: Iterable[Dialogue | Mapping[str, Any]], split: str
+        self, rows: Iterable[Dialogue | Mapping[str, Any]], split: str, group_by: Group | None
     ) -> Iterator[Example]:
         left_out = []
         for number, row in enumerate(rows, 1):
@@ -7064,8 +7097,10 @@ class Preparation:
             example = self._task.make_example(dialogue, system_prompt=prompt)
             if example is None:
                 left_out.append(dialogue.id)
-            else:
-                yield from self._fit_length(example)
+                continue
+            if group_by and (group := dialogue.group_name(group_by)):
+                example["group"] = group
+            yield from self._fit_length(example)
         if left_out:
             logger.warning(
                 "%s: %s対話を%d件除きました（ID: %s%s）",
@@ -7143,17 +7178,18 @@ class Preparation:
         paths: Mapping[SplitName, Path],
         data: Mapping[SplitName, DataFile],
     ) -> dict[str, Any]:
-        """Which dialogue stands on which line of which file, and how they were chosen."""
+        """Which dialogue, of which group, stands on which line of which file, and how they were
+        chosen."""
         loaded = prepared.loaded
         splits = {}
         for index, name in enumerate(SPLIT_NAMES):
-            sources = loaded.sources[index] if loaded else {}
+            sources, lines = loaded.sources[index] if loaded else {}, prepared.lines[name]
             splits[name] = {
                 "file": paths[name].name,
                 "examples": data[name].examples,
                 "lines": [
-                    {"id": id_, "source": _source_of(id_, sources)}
-                    for id_ in prepared.lines[name].ids
+                    {"id": id_, "source": _source_of(id_, sources), "group": group}
+                    for id_, group in zip(lines.ids, lines.groups, strict=True)
                 ],
                 "sha256": data[name].sha256,
             }
@@ -7214,8 +7250,8 @@ def _let_go(items: list[T]) -> Iterator[T]:
 
 
 def _read_split(run: Run, name: SplitName) -> list[Example]:
-    """The examples of a run's file, with their ids. Raises :class:`DataError` where the file or
-    the manifest isn't what was written."""
+    """The examples of a run's file, with ids and groups. Raises :class:`DataError` where file or
+    manifest isn't what was written."""
     path = run.file(name)
     if not path.exists() or _sha256_of(path) != run.data[name].sha256:
         raise DataError(
@@ -7226,13 +7262,16 @@ def _read_split(run: Run, name: SplitName) -> list[Example]:
     examples = read_examples(path)
     try:
         manifest = json.loads(run.file("manifest").read_text(encoding="utf-8"))
-        ids = [line["id"] for line in manifest["splits"][name]["lines"]]
-        named = list(zip(examples, ids, strict=True))
+        lines = manifest["splits"][name]["lines"]
+        named = [
+            {**example, "id": line["id"], "group": line.get("group", line["id"])}
+            for example, line in zip(examples, lines, strict=True)
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{run.file('manifest')}: 分割の記録がないか、変わっています。元に戻してください。"
         ) from error
-    return [cast("Example", {**example, "id": id_}) for example, id_ in named]
+    return cast("list[Example]", named)
 
 
 # ── Fine-tuning ──────────────────────────────────────────────────────────────────────────────
@@ -8650,7 +8689,8 @@ class OpenAISFT:
         more than :data:`MAX_EXAMPLE_TOKENS` become several, are left out or refused
         (:class:`DataError`), as ``long_examples`` says.
         """
-        examples = self._preparation.convert(dataset, split)
+        by = self._loads[-1].selection.group_by if self._loads else None
+        examples = self._preparation.convert(dataset, split, by)
         if split == "train":
             self._train_data = examples
         return examples

@@ -81,6 +81,7 @@ Message = dict[str, Any]
 class Example(TypedDict):
     id: str
     messages: list[Message]
+    group: NotRequired[str]
     tools: NotRequired[list[Any]]
     parallel_tool_calls: NotRequired[bool]
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,7 @@ class Dialogue:
     @property
     def score(self) -> float | None: ...
     def group(self, by: Group) -> Hashable | None: ...
+    def group_name(self, by: Group) -> str | None: ...
 class SelectionOptions(TypedDict, total=False):
     min_score: float | None
     max_score: float | None
@@ -227,6 +229,8 @@ class Case:
     input: list[Message]
     reference: str
     tools: list[Any] | None = None
+    group: str = ''
+    def __post_init__(self) -> None: ...
 @dataclass(frozen=True, slots=True)
 class RunRow:
     run_id: str | None
@@ -602,6 +606,7 @@ class Ledger:
 class Lines:
     name: SplitName
     ids: list[str]
+    groups: list[str]
     encoded: list[bytes]
     tokens: list[Tokens]
     findings: list[Finding]
@@ -620,7 +625,7 @@ class Preparation:
     def load(self, selection: Selection) -> Loaded: ...
     def prepare(self, selection: Selection) -> Prepared: ...
     def convert_all(self, loaded: Loaded) -> Splits: ...
-    def convert(self, rows: Iterable[Dialogue | Mapping[str, Any]], split: str) -> list[Example]: ...
+    def convert(self, rows: Iterable[Dialogue | Mapping[str, Any]], split: str, group_by: Group | None=None) -> list[Example]: ...
     def write(self, runs: Runs, stamp: str, prepared: Prepared) -> dict[str, Any]: ...
 class FineTuning:
     def __init__(self, endpoint: Endpoint, ledger: Ledger, settings: Settings, runs: Runs, run: Run, *, clock: Callable[[], float]=..., sleep: Callable[[float], None]=...) -> None: ...

@@ -1068,6 +1068,18 @@ DATA = (
         "test_selection.py::test_of_a_dialogue_in_two_published_parts_the_held_out_one_stays",
     ),
     Mutant(
+        "the parts of a long dialogue stand for themselves",
+        'whole = {"group": example["id"], **example}',
+        "whole = dict(example)",
+        "test_manifest.py::test_the_parts_of_one_long_dialogue_are_one_group",
+    ),
+    Mutant(
+        "who is drawn together isn't told",
+        "if group_by and (group := dialogue.group_name(group_by)):",
+        "if group_by == '' and (group := dialogue.group_name(group_by)):",
+        "test_manifest.py::test_the_manifest_tells_with_whom_each_dialogue_was_drawn",
+    ),
+    Mutant(
         "a published test is trained on",
         "        if part not in _ROUNDING:",
         '        if part != "valid":',

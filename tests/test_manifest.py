@@ -18,12 +18,16 @@ import openai_sft_example
 from openai_sft import (
     ConfigurationError,
     DataError,
+    Example,
     OpenAISFT,
     Selection,
+    TokenCounter,
+    choose_cases,
     example_line,
     read_dialogues,
     select_dialogues,
     split_dialogues,
+    split_long_example,
     to_example,
 )
 
@@ -113,6 +117,52 @@ def test_the_files_can_be_made_again_from_the_manifest_alone(kept: Tuned) -> Non
         assert text.encode() == (kept.folder / part["file"]).read_bytes()
         assert hashlib.sha256(text.encode()).hexdigest() == part["sha256"]
         assert part["examples"] == len(part["lines"]) == len(made)
+
+
+def test_the_manifest_tells_with_whom_each_dialogue_was_drawn(kept: Tuned) -> None:
+    known = {d.source: d for d in read_dialogues(kept.dataset)}
+    groups: dict[str, set[str]] = {}
+    for name in NAMES:
+        lines = kept.manifest["splits"][name]["lines"]
+        groups[name] = {line["group"] for line in lines}
+
+        assert [line["group"] for line in lines] == [
+            f"client={known[line['source']].review_en['client_id']}" for line in lines
+        ]
+    assert sum(map(len, groups.values())) == len(set.union(*groups.values()))
+
+
+@pytest.mark.parametrize("group_by", ["pair", None])
+def test_the_cases_of_the_steps_know_with_whom_their_dialogue_was_drawn(
+    make_sft: MakeSFT, kept: Tuned, group_by: Any
+) -> None:
+    sft = make_sft(dataset=kept.dataset)
+    parts = sft.load_and_split_dataset(group_by=group_by)
+    test, valid = (sft.prepare_dataset(part, "part") for part in parts[1:])
+    sft.evaluate_model_comprehensive(MODEL, test, valid, 0)
+    cases = read_json(sft.files["asked"])["cases"]
+    people = {d.id: d.review_en for d in read_dialogues(kept.dataset)}
+
+    for case in (*cases["test"], *cases["valid"]):
+        who = people[case["dialogue_id"]]
+        pair = f"pair={who['client_id']}/{who['counselor_id']}"
+        assert case["group"] == (pair if group_by else case["dialogue_id"])
+
+
+def test_the_parts_of_one_long_dialogue_are_one_group() -> None:
+    example: Example = {
+        "id": "d",
+        "messages": [
+            {"role": role, "content": "話" * 50} for _ in range(6) for role in ("user", "assistant")
+        ],
+    }
+    parts = split_long_example(example, TokenCounter(None), 300)
+    grouped = split_long_example({**example, "group": "client=1"}, TokenCounter(None), 300)
+
+    assert len(parts) > 1
+    assert {case.group for case in choose_cases(parts, max_cases=0)} == {"d"}
+    assert {case.group for case in choose_cases(grouped, max_cases=0)} == {"client=1"}
+    assert "group" not in example_line(grouped[0])
 
 
 def test_the_split_can_be_drawn_again_from_the_recorded_choice(kept: Tuned) -> None:
