@@ -134,6 +134,7 @@ __all__ = [
     "BudgetError",
     "Case",
     "CheckItem",
+    "Checkpoint",
     "ConfigurationError",
     "Conversation",
     "CostEstimate",
@@ -703,6 +704,7 @@ class RunOptions(SelectionOptions, total=False):
     concurrency: int
     temperature: float
     max_tokens: int
+    checkpoint: str
 
 
 @dataclass(frozen=True)
@@ -1340,6 +1342,9 @@ class Training:
 class Asking:
     """How an evaluation asks; ``max_test_cases`` is per split, 0 or ``None``: all.
 
+    ``checkpoint`` says which of a job's models is asked: the ``"last"``, the ``"best"`` on the
+    validation data, or the one of this id, name or step.
+
     Raises :class:`ConfigurationError` for values out of range.
     """
 
@@ -1350,10 +1355,11 @@ class Asking:
     concurrency: int = 8
     temperature: float = 0.0
     max_tokens: int = 1024
+    checkpoint: str = "last"
 
     def __post_init__(self) -> None:
         cases, turns = self.max_test_cases, self.eval_turns
-        _require_filled(baseline=self.baseline)
+        _require_filled(baseline=self.baseline, checkpoint=self.checkpoint)
         _require_range("max_test_cases", cases, (cases or 0) >= 0, "0以上（0は全部）")
         ok = turns in ("last", "all") or (type(turns) is int and turns >= 1)
         _require_range("eval_turns", turns, ok, "last、all、1以上の整数のどれか")
@@ -1450,6 +1456,25 @@ class Intent:
     def since(self) -> float:
         """The earliest moment at which its job can have been made, by the service's clock."""
         return datetime.fromisoformat(self.at).timestamp() - CLOCK_SKEW_SECONDS
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model of an earlier step of a job, and its loss on all of the validation data.
+
+    What isn't known is ``None``: the loss without validation data, all but ``model`` in a record
+    of an earlier version.
+    """
+
+    model: str
+    id: str | None = None
+    step: int | None = None
+    full_valid_loss: float | None = None
+
+    def __str__(self) -> str:
+        loss = self.full_valid_loss
+        told = "" if loss is None else f"、検証の損失 {loss:.4f}"
+        return f"{printable(self.model)}（step {self.step}{told}）"
 
 
 class Loaded(NamedTuple):
@@ -3642,7 +3667,7 @@ def _is_item_score(value: object) -> bool:
     return type(value) is int and 0 <= value <= MAX_ITEM_SCORE
 
 
-def _sent(example: Mapping[str, Any]) -> dict[str, Any]:
+def _sent(example: Mapping[str, object]) -> Mapping[str, object]:
     """What of an example is written: it stays here which dialogue and group it is of."""
     return {key: value for key, value in example.items() if key not in ("id", "group")}
 
@@ -4526,6 +4551,52 @@ def _choose_for(splits: Splits, asking: Asking) -> dict[str, list[Case]]:
     return chosen
 
 
+def _choose_checkpoint(wanted: str, model: str, checkpoints: Sequence[Checkpoint]) -> str:
+    """The name under which the ``wanted`` checkpoint of a tuned ``model`` answers; the last is the
+    model itself. Where the best on validation is another one, that is told, with the losses.
+
+    Raises :class:`ConfigurationError` for one that isn't there.
+    """
+    known = [c for c in checkpoints if c.full_valid_loss is not None and c.step is not None]
+    by_loss = sorted(known, key=lambda c: (c.full_valid_loss, -(c.step or 0)))
+    best = by_loss[0] if by_loss else None
+    last = max(known, key=lambda c: c.step or 0, default=None)
+    if wanted == "best" and best is None:
+        raise ConfigurationError(
+            f"{printable(model)} のチェックポイントには、検証データ全体での損失の記録がありません。"
+            "検証データなしで学習したか、古い版の記録です。--checkpoint last（既定）か、次のIDを"
+            f"指定してください: {_named_checkpoints(checkpoints)}"
+        )
+    if wanted not in ("best", "last"):
+        for checkpoint in checkpoints:
+            if wanted in (checkpoint.id, checkpoint.model, str(checkpoint.step)):
+                logger.info("チェックポイントを評価します: %s", checkpoint)
+                return checkpoint.model
+        raise ConfigurationError(
+            f"チェックポイント {printable(wanted)} は {printable(model)} の学習にありません。"
+            f"best、last か、次のIDを指定してください: {_named_checkpoints(checkpoints)}"
+        )
+    if best is None or last is None:
+        return model
+    if best is last:
+        logger.info(
+            "検証の損失は最後のチェックポイントが最も低く、%.4fです。", last.full_valid_loss
+        )
+        return model
+    told = f"検証の損失が最も低いのは、最後（{last.full_valid_loss:.4f}）ではなく {best} です。"
+    if wanted == "best":
+        logger.info("%sこれを評価します。", told)
+        return best.model
+    logger.info("%s最後のモデルを評価します（--checkpoint best で変えられます）。", told)
+    return model
+
+
+def _named_checkpoints(checkpoints: Iterable[Checkpoint]) -> str:
+    """The checkpoints as a user may name them."""
+    named = [f"{printable(c.id or c.model)}（step {c.step}）" for c in checkpoints]
+    return "、".join(named) or "なし"
+
+
 def _count_cases(cases: Iterable[Case], request: Mapping[str, Any]) -> tuple[_Count, int]:
     """Tokens of the questions, with what of ``request`` goes with each, and of the real
     answers."""
@@ -5311,6 +5382,48 @@ def parse_result_file(content: bytes) -> list[dict[str, float]]:
         raise ValueError(str(error)) from error
 
 
+def _full_valid_loss(facts: Mapping[str, object]) -> float | None:
+    """The loss on all of the validation data among metrics or columns, however it is spelt."""
+    for name, value in facts.items():
+        spelt = name.casefold().replace("_", "").replace(" ", "")
+        is_number = type(value) in (int, float) and math.isfinite(cast("float", value))
+        if spelt in ("fullvalidloss", "fullvalidationloss") and is_number:
+            return float(cast("float", value))
+    return None
+
+
+def _losses_by_step(rows: Iterable[Mapping[str, object]]) -> dict[int, float]:
+    """The losses on all of the validation data, by the step at which they were measured."""
+    losses = {}
+    for row in rows:
+        step, loss = row.get("step"), _full_valid_loss(row)
+        if loss is not None and isinstance(step, int | float):
+            losses[int(step)] = loss
+    return dict(sorted(losses.items()))
+
+
+def _rise_line(losses: Mapping[int, float], epochs: object) -> str:
+    """From when on the validation loss rose above its least, in Japanese; nothing if it didn't.
+
+    ``epochs`` are those of the job, of as many steps each.
+    """
+    steps = sorted(losses)
+    if not steps or losses[steps[-1]] <= (least := min(losses.values())):
+        return ""
+    best = max(step for step in steps if losses[step] == least)
+    first = steps[steps.index(best) + 1]
+
+    def place(step: int) -> str:
+        whole = isinstance(epochs, int) and steps[-1] > 0 and step * epochs % steps[-1] == 0
+        epoch = f"エポック{step * cast('int', epochs) // steps[-1]}、" if whole else ""
+        return f"{epoch}step {step}"
+
+    return (
+        f"検証の損失は途中から上がりました（{place(first)}から）。最も低いのは{place(best)}の"
+        f"{least:.4f}、最後は{losses[steps[-1]]:.4f}です。学習しすぎ（過学習）かもしれません。"
+    )
+
+
 def is_transient(error: Exception) -> bool:
     """Whether the same request may succeed later: no connection, a broken answer, 408, 409,
     429 (but for ``insufficient_quota``) and 5xx (but for 501)."""
@@ -5443,7 +5556,7 @@ class Run:
     fine_tuned_model: str | None = None
     trained_tokens: int | None = None
     result_files: Sequence[str] | None = None
-    checkpoints: Sequence[str] = ()
+    checkpoints: Sequence[Checkpoint] = ()
     final_metrics: Mapping[str, float | None] | None = None
     shutdown_date: str | None = None
     training_recorded_at: str | None = None
@@ -5516,6 +5629,12 @@ class Run:
             "openai_sft_run": self.run_id,
             "openai_sft_data": train.sha256 if train else "unknown",
         }
+
+    @property
+    def models(self) -> Sequence[str]:
+        """The names under which what was tuned answers, the model's before its checkpoints'."""
+        named = [self.fine_tuned_model] if self.fine_tuned_model else []
+        return [*named, *(checkpoint.model for checkpoint in self.checkpoints)]
 
     def known(self, name: str) -> Any:
         """A field that can't be done without. Raises :class:`DataError` where it is missing."""
@@ -5631,6 +5750,12 @@ def _read_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     for name, kind in (("data", DataFile), ("uploads", Upload)):
         if name in known:
             known[name] = {k: kind(**_pick(kind, v)) for k, v in known[name].items()}
+    if "checkpoints" in known:  # the names alone, in an earlier version
+        known["checkpoints"] = [
+            Checkpoint(c) if isinstance(c, str) else Checkpoint(**_pick(Checkpoint, c))
+            for c in known["checkpoints"]
+            if c
+        ]
     if "job_intent" in known:
         known["job_intent"] = Intent(**_pick(Intent, known["job_intent"]))
     own = f"_{facts['run_id'].removeprefix('run_')}."
@@ -5749,12 +5874,21 @@ class Runs:
         return [run for run in self if run.job_id == job_id]
 
     def of_model(self, model_id: str | None = None) -> Run | None:
-        """The newest run that tuned ``model_id``, or any model; never a rehearsal."""
-        for run in self:
-            models = [run.fine_tuned_model, *run.checkpoints]
-            if models[0] and not run.rehearsal and (model_id is None or model_id in models):
-                return run
-        return None
+        """The newest run that tuned ``model_id``, or any model; never a rehearsal.
+
+        Of several runs that know of a model, one that also knows its split.
+        """
+        tuned = [run for run in self if run.fine_tuned_model and not run.rehearsal]
+        newest = next((run for run in tuned if model_id in (None, *run.models)), None)
+        model = newest and newest.fine_tuned_model
+        same = (run for run in tuned if run.fine_tuned_model == model and run.selection)
+        return next(same, newest)
+
+    def checkpoints_of(self, run: Run) -> Sequence[Checkpoint]:
+        """The checkpoints of a run's job, from the record that tells most of them."""
+        same = [run, *(known for known in self if known.job_id and known.job_id == run.job_id)]
+        told = (r for r in same if any(c.full_valid_loss is not None for c in r.checkpoints))
+        return next(told, run).checkpoints
 
     def base_of(self, model: str) -> str | None:
         """The base model that a tuned one was made of; ``None`` where nothing tells it."""
@@ -6671,6 +6805,12 @@ def _refuse_foreign_redirect(response: Any) -> None:
         )
 
 
+def _dumped(part: object) -> Mapping[str, Any]:
+    """What is told in a part of an answer, nothing where it is of another type than the API's."""
+    dump = getattr(part, "model_dump", None)
+    return {} if dump is None else dump(exclude_none=True, warnings=False)
+
+
 class _InTime:
     """The pieces of an answer, until a moment of the timer: a client's own time-outs only bound
     the silence between two of them."""
@@ -7517,12 +7657,9 @@ class FineTuning:
         logger.info("学習済みモデル: %s", printable(job.fine_tuned_model))
         if job.fine_tuned_model:
             self._endpoint.expect(job.fine_tuned_model)
-        self._save_metrics(self._endpoint.result_rows(job) or rows)
-        checkpoints = self._endpoint.checkpoints(self._run.known("job_id"))
-        for checkpoint in checkpoints:
-            name = printable(checkpoint.fine_tuned_model_checkpoint)
-            logger.info("チェックポイント: %s（step %s）", name, checkpoint.step_number)
-        self._run.save(checkpoints=[c.fine_tuned_model_checkpoint for c in checkpoints])
+        results = self._endpoint.result_rows(job)
+        self._save_metrics(results or rows)
+        self._record_checkpoints(job, _losses_by_step([*rows, *results]))
         self._ledger.paid_training(job)
         base_model = getattr(job, "model", None)
         shutdown = self._endpoint.shutdown_date(job.fine_tuned_model, base_model)
@@ -7530,6 +7667,25 @@ class FineTuning:
             logger.warning("%s は %s に停止します。", printable(shutdown[0]), shutdown[1])
             self._run.save(shutdown_date=str(shutdown[1]))
         self._run.save(training_recorded_at=_time_text(self._clock()))
+
+    def _record_checkpoints(self, job: FineTuningJob, losses: Mapping[int, float]) -> None:
+        """Record the checkpoints with their losses, and tell if training went on for too long."""
+        checkpoints = []
+        for told in self._endpoint.checkpoints(self._run.known("job_id")):
+            step = told.step_number
+            loss = _full_valid_loss(_dumped(getattr(told, "metrics", None)))
+            loss = losses.get(step) if loss is None else loss
+            if step is not None and loss is not None:
+                losses = {**losses, step: loss}
+            if told.fine_tuned_model_checkpoint:
+                model = told.fine_tuned_model_checkpoint
+                checkpoints.append(Checkpoint(model, told.id, step, loss))
+                self._endpoint.expect(model)
+                logger.info("チェックポイント: %s", checkpoints[-1])
+        self._run.save(checkpoints=checkpoints)
+        hyperparameters = getattr(job, "hyperparameters", None)
+        if rise := _rise_line(losses, getattr(hyperparameters, "n_epochs", None)):
+            logger.warning("%s", rise)
 
     def _save_metrics(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Write the rows of a job to ``training_metrics_*.csv``."""
@@ -7547,6 +7703,12 @@ class FineTuning:
         told = [f"{label} {loss:.4f}" for label, loss in losses.items() if loss is not None]
         if told:
             _announce("最後の損失: %s", "、".join(told), verbose=self._settings.verbose)
+
+
+NOTHING_TO_EVALUATE = (
+    "ジョブ {} は終わるのを待つだけで、評価はしません。--checkpoint は --evaluate-only に指定して"
+    "ください。"
+)
 
 
 def _require_same_request(job_id: str, sent: Mapping[str, Any], request: Mapping[str, Any]) -> None:
@@ -8026,6 +8188,18 @@ def _answers(cases: Sequence[Case], responses: Sequence[Mapping[str, Any]]) -> l
     ]
 
 
+def _add_training(
+    results: EvaluationResults, tuned: Run, checkpoints: Iterable[Checkpoint]
+) -> None:
+    """Add what is known of the training of the evaluated model, or of its checkpoint."""
+    model = results["model_id"]
+    if tuned.fine_tuned_model == model and results["task"] != "score":
+        results["summary"].update(_cross_entropies(tuned.final_metrics or {}))
+    for checkpoint in checkpoints:
+        if checkpoint.model == model:
+            results["checkpoint"] = asdict(checkpoint)
+
+
 def _cross_entropies(metrics: Mapping[str, float | None]) -> dict[str, float]:
     """A job's last losses, where they are known; the service trains by cross-entropy."""
     valid = metrics.get("full_valid_loss", metrics.get("valid_loss"))
@@ -8038,8 +8212,7 @@ def _cross_entropies(metrics: Mapping[str, float | None]) -> dict[str, float]:
 
 def _usage(completion: Any) -> Mapping[str, Any] | None:
     """What the service says that an answer took, ``None`` where it doesn't."""
-    dump = getattr(getattr(completion, "usage", None), "model_dump", None)
-    usage = {} if dump is None else dump(exclude_none=True, warnings=False)
+    usage = _dumped(getattr(completion, "usage", None))
     told = all(_is_told_number(usage.get(f"{kind}_tokens")) for kind in ("prompt", "completion"))
     return usage if told else None
 
@@ -8425,6 +8598,7 @@ class OpenAISFT:
         """
         training = Training(epochs, batch_size, learning_rate_multiplier, suffix, seed)
         filters, asking = _read_options(options, max_test_cases, seed)
+        _require_untrained_choice(asking.checkpoint)
         selection = Selection(max_samples, seed, **filters)
         self._require_ready(self.settings)
         if not self.settings.rehearse:
@@ -8457,12 +8631,17 @@ class OpenAISFT:
         return results
 
     def resume(
-        self, run: str | None = None, *, timeout: float | None = None
+        self,
+        run: str | None = None,
+        *,
+        timeout: float | None = None,
+        checkpoint: str | None = None,
     ) -> EvaluationResults | None:
         """Go on with an unfinished run (the newest, or ``run_STAMP``) with its own settings.
 
-        Returns its results, or ``None`` where there is nothing to do. Raises
-        :class:`ConfigurationError` for a run that isn't here or that another process drives.
+        ``checkpoint`` takes the place of the one it was begun with (:class:`Asking`). Returns its
+        results, or ``None`` where there is nothing to do. Raises :class:`ConfigurationError` for
+        a run that isn't here or that another process drives.
         """
         self._refuse_rehearsal("再開")
         found = self._runs.newest_unfinished() if run is None else self._runs.named(run)
@@ -8483,8 +8662,10 @@ class OpenAISFT:
         settings = self.settings.working_as(found.settings)
         with _released_on_failure(found):
             self._require_ready(settings)
-            if found.fine_tuned_model:
-                self._endpoint_of(settings).expect(found.fine_tuned_model)
+            if checkpoint is not None:
+                _replan(found, checkpoint, self._runs)
+            for model in found.models:
+                self._endpoint_of(settings).expect(model)
             return self._go_on(found, timeout=timeout)
 
     def _refuse_rehearsal(self, deed: str) -> None:
@@ -8506,20 +8687,22 @@ class OpenAISFT:
         return Splits(*(_read_split(source, name) for name in SPLIT_NAMES))
 
     def attach(
-        self, job_id: str, *, timeout: float | None = None
+        self, job_id: str, *, timeout: float | None = None, checkpoint: str | None = None
     ) -> EvaluationResults | FineTuningJob:
         """Watch any job to its end, also one made elsewhere; save what it leaves.
 
-        A job of an unfinished run here is taken through to the run's results; of any other the
-        SDK's job object is returned.
+        A job of an unfinished run here is taken through to the run's results
+        (``checkpoint``: see :meth:`resume`); of any other the SDK's job object is returned.
         """
         _require_filled(job_id=job_id)
         self._refuse_rehearsal("監視")
         for run in self._runs.of_job(job_id):
             if run.kind != "pipeline" or not run.unfinished:
                 continue  # what else is unfinished doesn't watch its job
-            if results := self.resume(run.run_id, timeout=timeout):
+            if results := self.resume(run.run_id, timeout=timeout, checkpoint=checkpoint):
                 return results
+        if checkpoint is not None:
+            raise ConfigurationError(NOTHING_TO_EVALUATE.format(printable(job_id)))
         patience = math.inf if timeout is None else timeout
         self._endpoint_of(self.settings).job(job_id, patience=patience)  # before it is recorded
         return self._tuning(self._begin("job", job_id=job_id)).watch(timeout)
@@ -8627,6 +8810,7 @@ class OpenAISFT:
                 f"評価するモデルがありません。{self.output_dir} に学習済みモデルの記録がないため、"
                 "--model-id（model_id=）で指定してください。"
             )
+        model_id = _model_to_ask(asking.checkpoint, model_id, tuned, self._runs)
         if tuned is not None:
             settings = self._where_tuned(tuned)
         self._require_ready(settings)
@@ -8926,10 +9110,9 @@ class OpenAISFT:
                 dollars = ledger.cost_of(journal.usage_by_model(), model_id)
                 cost = None if dollars is None else ledger.paid(evaluation_usd=dollars)
             results = evaluation.results(asked, started)
-        if settings.task != "score":
-            tuned = run if run.fine_tuned_model == model_id else self._runs.of_model(model_id)
-            if tuned is not None and tuned.fine_tuned_model == model_id:
-                results["summary"].update(_cross_entropies(tuned.final_metrics or {}))
+        tuned = run if model_id in run.models else self._runs.of_model(model_id)
+        if tuned is not None:
+            _add_training(results, tuned, self._runs.checkpoints_of(tuned))
         if cost is not None:
             results["cost"] = dict(cost)
             logger.info("評価の実費: $%.4f（キャッシュ割引を除いた上限）", dollars)
@@ -8971,19 +9154,7 @@ class OpenAISFT:
 
     def describe_remote_state(self) -> str:
         """What goes on at the service after an interruption, and how to come back to it."""
-        run, nothing = self._run, "サービス側で続いている処理はありません。"
-        if run is None or run.rehearsal:
-            return nothing
-        going = run.meanwhile or nothing
-        folder, url = shlex.quote(str(self.output_dir)), run.settings.base_url
-        folder = "" if str(self.output_dir) == DEFAULT_OUTPUT_DIR else f" --output-dir {folder}"
-        place = "" if url in (None, OPENAI_BASE_URL) else f" --base-url {shlex.quote(url)}"
-        if run.unfinished:
-            return f"{going}続きから再開するには: openai-sft --resume {run.run_id}{place}{folder}"
-        if run.job_id and not run.fine_tuned_model:
-            job_id = shlex.quote(printable(run.job_id))
-            return f"{going}監視を再開するには: openai-sft --job-id {job_id}{place}{folder}"
-        return going
+        return _describe_remote_state(self._run, self.output_dir)
 
     @property
     def goes_on_remotely(self) -> bool:
@@ -9045,6 +9216,23 @@ class OpenAISFT:
             self._run.release()
         self._run = run
         return run
+
+
+def _describe_remote_state(run: Run | None, output_dir: Path) -> str:
+    """What goes on at the service for a run, and how to come back to it, in Japanese."""
+    nothing = "サービス側で続いている処理はありません。"
+    if run is None or run.rehearsal:
+        return nothing
+    going = run.meanwhile or nothing
+    folder, url = shlex.quote(str(output_dir)), run.settings.base_url
+    folder = "" if str(output_dir) == DEFAULT_OUTPUT_DIR else f" --output-dir {folder}"
+    place = "" if url in (None, OPENAI_BASE_URL) else f" --base-url {shlex.quote(url)}"
+    if run.unfinished:
+        return f"{going}続きから再開するには: openai-sft --resume {run.run_id}{place}{folder}"
+    if run.job_id and not run.fine_tuned_model:
+        job_id = shlex.quote(printable(run.job_id))
+        return f"{going}監視を再開するには: openai-sft --job-id {job_id}{place}{folder}"
+    return going
 
 
 def _estimate_run(
@@ -9186,11 +9374,56 @@ def _read_options(
     return filters, Asking(max_test_cases, seed, **others)
 
 
+def _require_untrained_choice(checkpoint: str) -> None:
+    """Raise :class:`ConfigurationError` for a checkpoint that nobody can know before training."""
+    if checkpoint not in ("best", "last"):
+        raise ConfigurationError(
+            f"チェックポイント {printable(checkpoint)} は、学習が終わるまで選べません。"
+            "best か last を指定するか、学習の後に --evaluate-only --checkpoint ID で評価して"
+            "ください。"
+        )
+
+
+def _model_to_ask(wanted: str, model_id: str, tuned: Run | None, runs: Runs) -> str:
+    """The name of the checkpoint that is ``wanted`` of a model, whose record is ``tuned``."""
+    is_final = tuned is not None and tuned.fine_tuned_model == model_id
+    if tuned is not None and is_final:
+        return _choose_checkpoint(wanted, model_id, runs.checkpoints_of(tuned))
+    if wanted == "last":
+        return model_id
+    reason = "はチェックポイントです" if tuned else "の学習記録が、この保存先にありません"
+    raise ConfigurationError(
+        f"{printable(model_id)} {reason}。--checkpoint {printable(wanted)} の指定を外してください。"
+    )
+
+
+def _replan(run: Run, checkpoint: str, runs: Runs) -> None:
+    """Let a run evaluate another checkpoint than it was begun for."""
+    plan = run.known("plan")
+    asking = replace(plan.asking, checkpoint=checkpoint)
+    if plan.asked is not None:
+        raise ConfigurationError(
+            f"{run.path} は、モデルを名指しした評価です。--checkpoint の指定を外してください。"
+        )
+    if plan.training is not None and run.fine_tuned_model is None:
+        _require_untrained_choice(checkpoint)
+    model_id = plan.model_id or run.fine_tuned_model
+    if model_id is not None:
+        tuned = run if run.fine_tuned_model else runs.of_model(model_id)
+        final = tuned.fine_tuned_model if tuned and tuned.fine_tuned_model else model_id
+        chosen = _model_to_ask(checkpoint, final, tuned, runs)
+        model_id = chosen if plan.model_id else None
+    run.save(plan=replace(plan, asking=asking, model_id=model_id))
+
+
 def _asked_by(plan: Plan, run: Run, runs: Runs, splits: Splits, settings: Settings) -> Asked:
     """Whom a plan asks what: as it was kept, or chosen from the splits."""
     if plan.asked is not None:
         return Asked.read(run.file("asked"), plan.asked)
-    model_id = plan.model_id or run.known("fine_tuned_model")
+    model_id = plan.model_id
+    if model_id is None:
+        model_id = run.known("fine_tuned_model")
+        model_id = _model_to_ask(plan.asking.checkpoint, model_id, run, runs)
     if settings.task == "score":
         splits = splits._replace(train=_scored_train_data(runs, model_id, splits.train))
     return Asked.of(model_id, splits, plan.asking, settings)

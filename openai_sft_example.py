@@ -375,6 +375,14 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
         help="対話ごとに評価する発話: 件数、last（最後）、all（全部）（既定: 1）",
     )
     group.add_argument(
+        "--checkpoint",
+        type=filled,
+        default=argparse.SUPPRESS,
+        metavar="WHICH",
+        help="評価するチェックポイント: last（最後）、best（検証の損失が最も低いもの）、ID"
+        "（既定: last）",
+    )
+    group.add_argument(
         "--concurrency",
         type=INTEGER,
         default=8,
@@ -551,11 +559,11 @@ def train_or_evaluate(
     """Call the method that the flags ask for among those that pay."""
     if options.evaluate_only:
         return sft.run_evaluation(options.model_id, **sample)
+    begun = {"timeout": options.timeout, "checkpoint": sample.get("checkpoint")}
     if options.job_id:
-        return sft.attach(options.job_id, timeout=options.timeout)
+        return sft.attach(options.job_id, **begun)
     if options.resume is not None:
-        named = None if options.resume is True else options.resume
-        return sft.resume(named, timeout=options.timeout)
+        return sft.resume(None if options.resume is True else options.resume, **begun)
     return sft.run_full_pipeline(
         options.epochs,
         options.batch_size,

@@ -22,8 +22,9 @@ What is real here and what is not:
   where nothing was learned stands the lowest number allowed.
 - A chat completion is one whole answer. What isn't rehearsed (more choices, streams, other schemas)
   is refused with a 400. How strict the service is with parameters, sizes and keys isn't rehearsed.
-- A checkpoint answers once its job has succeeded, and as the final model does: each epoch learns
-  the same texts once more, which leaves the likeliest as it was.
+- A checkpoint answers once its job has succeeded, with what had been learned by then. Each epoch
+  learns the same texts once more, which changes the losses, but what is likeliest only where two
+  characters follow equally often.
 
 Every request passes `Rehearsal.answer` and every job's work `Rehearsal.work`: a subclass can watch
 and disturb both.
@@ -525,21 +526,37 @@ class CharacterModel:
             self._by_pair[pair].append(len(self._openings))
         self._openings.append(opening.group() if opening else "")
 
+    def learned(self) -> Learned:
+        """What it would answer now, whatever it learns later; the openings are all of the first
+        epoch."""
+        likeliest = {context: node.best for context, node in self._nodes.items()}
+        return Learned(likeliest, self._openings, self._by_pair)
+
+
+class Learned(NamedTuple):
+    """What answers are made of: the likeliest character after each context, and the openings."""
+
+    likeliest: Mapping[str, str]
+    openings: Sequence[str]
+    by_pair: Mapping[str, Sequence[int]]
+
     def answer(self, user_text: str) -> str:
         """Begins as the answer to the most similar user text did, goes on as is likeliest."""
         scores: Counter[int] = Counter()
         for pair in _pairs(user_text):
-            found = self._by_pair.get(pair, ())
+            found = self.by_pair.get(pair, ())
             if len(found) <= _COMMON:
                 scores.update(found)
         text = ""
         if scores:  # ties go to the older opening: the order of a set must not decide
-            text = self._openings[min(scores, key=lambda index: (-scores[index], index))]
+            text = self.openings[min(scores, key=lambda index: (-scores[index], index))]
         while len(text) < _LONGEST_ANSWER:
-            likeliest = self._longest_known((_START + text)[-_CONTEXT:]).best
-            if likeliest in ("", _END):
+            context = (_START + text)[-_CONTEXT:]
+            while context not in self.likeliest:
+                context = context[1:]
+            if self.likeliest[context] in ("", _END):
                 break
-            text += likeliest
+            text += self.likeliest[context]
         return text
 
 
@@ -726,7 +743,7 @@ class Job:
 
 class _Tuned(NamedTuple):
     shown: Json
-    model: CharacterModel
+    model: Learned
     scores: ScoreModel | None
 
 
@@ -1045,6 +1062,7 @@ class _Service:
         every = max(1, min(10, total // 10))
         model = CharacterModel(float(chosen["learning_rate_multiplier"]))
         rows: list[Json] = []
+        learned: list[Learned] = []  # of each checkpoint
 
         for step in range(1, total + 1):
             epoch, batch_number = divmod(step - 1, per_epoch)
@@ -1065,9 +1083,12 @@ class _Service:
             if validation and epoch_ends:
                 data |= yield from _measure(model, validation, "full_valid")
             rows.append(data)
-            self._report(job, data, checkpoint=epoch_ends and epoch >= epochs - 3)
+            is_checkpoint = epoch_ends and epoch >= epochs - 3
+            if is_checkpoint:
+                learned.append(model.learned())
+            self._report(job, data, checkpoint=is_checkpoint)
             yield
-        self._succeed(job, model, rows, examples)
+        self._succeed(job, learned, rows, examples)
 
     def _report(self, job: Job, data: Json, *, checkpoint: bool) -> None:
         step = data["step"]
@@ -1088,15 +1109,16 @@ class _Service:
             self._moved()
 
     def _succeed(
-        self, job: Job, model: CharacterModel, rows: list[Json], examples: list[Example]
+        self, job: Job, learned: list[Learned], rows: list[Json], examples: list[Example]
     ) -> None:
         scores, name = fit_scores(examples), job.model_name
         characters = sum(example.characters for example in examples)
         with self.state:
             if job.status in TERMINAL:
                 return
-            points = (point["fine_tuned_model_checkpoint"] for point in job.checkpoints)
-            for known in (*points, name):
+            names = [point["fine_tuned_model_checkpoint"] for point in job.checkpoints]
+            # The last checkpoint is the model.
+            for known, model in zip([*names, name], [*learned, learned[-1]], strict=True):
                 shown = self._model(known, "org-rehearsal")
                 self.tuned[known] = _Tuned(shown, model, scores)
             table = _result_csv(rows).encode()

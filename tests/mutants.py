@@ -868,14 +868,14 @@ RECOVERY = (
     ),
     Mutant(
         "a rehearsed model is the newest",
-        "if models[0] and not run.rehearsal and",
-        "if models[0] and",
+        "tuned = [run for run in self if run.fine_tuned_model and not run.rehearsal]",
+        "tuned = [run for run in self if run.fine_tuned_model]",
         "test_pipeline.py::test_the_newest_model_is_never_a_rehearsals_and_never_an_unfinished_runs",
     ),
     Mutant(
         "a checkpoint's model is unknown",
-        "models = [run.fine_tuned_model, *run.checkpoints]",
-        "models = [run.fine_tuned_model]",
+        "return [*named, *(checkpoint.model for checkpoint in self.checkpoints)]",
+        "return named",
         "test_manifest.py::test_a_checkpoint_is_asked_the_split_of_its_own_run",
     ),
     Mutant(
@@ -1486,7 +1486,7 @@ FILES = (
     ),
     Mutant(
         "the way back names no folder",
-        '"" if str(self.output_dir) == DEFAULT_OUTPUT_DIR else',
+        '"" if str(output_dir) == DEFAULT_OUTPUT_DIR else',
         '"" if True else',
         "test_recovery.py::test_an_interruption_prints_the_one_command_that_comes_back_and_it_works",
     ),
@@ -1496,6 +1496,57 @@ FILES = (
         "if not folder",
         "test_pipeline.py::test_two_runs_of_the_same_second_keep_their_own_files",
         within="claim_stamp",
+    ),
+)
+CHECKPOINTS = (
+    Mutant(
+        "the worst checkpoint is the best",
+        "key=lambda c: (c.full_valid_loss, -(c.step or 0))",
+        "key=lambda c: (-(c.full_valid_loss or 0), -(c.step or 0))",
+        "test_checkpoints.py::test_the_best_on_validation_is_asked_and_no_other_and_that_is_said_before",
+    ),
+    Mutant(
+        "the best is asked unless told",
+        '    if wanted == "best":\n        logger.info("%sこれ',
+        '    if wanted == "last":\n        logger.info("%sこれ',
+        "test_checkpoints.py::test_the_last_is_asked_unless_told_and_a_better_one_is_named_before",
+    ),
+    Mutant(
+        "a loss is known by one spelling",
+        'in ("fullvalidloss", "fullvalidationloss")',
+        'in ("fullvalidloss",)',
+        "test_checkpoints.py::test_losses_that_only_the_result_file_tells_are_taken_from_it",
+    ),
+    Mutant(
+        "what a checkpoint tells of itself is ignored",
+        "loss = losses.get(step) if loss is None else loss",
+        "loss = losses.get(step)",
+        "test_checkpoints.py::test_losses_that_only_the_checkpoints_tell_are_enough",
+    ),
+    Mutant(
+        "a rehearsed checkpoint answers as the model",
+        "zip([*names, name], [*learned, learned[-1]], strict=True)",
+        "zip([*names, name], [learned[-1]] * (len(names) + 1), strict=True)",
+        "test_rehearsal.py::test_a_checkpoint_answers_with_what_was_learned_by_then",
+        file="openai_sft_rehearsal.py",
+    ),
+    Mutant(
+        "the loss rose where it was least",
+        "first = steps[steps.index(best) + 1]",
+        "first = best",
+        "test_checkpoints.py::test_the_validation_loss_of_each_checkpoint_is_recorded_and_from_when_on_it_rose_is_told",
+    ),
+    Mutant(
+        "what is told at the resumption is forgotten",
+        "            if checkpoint is not None:\n                _replan",
+        "            if checkpoint == '':\n                _replan",
+        "test_checkpoints.py::test_a_resumed_run_asks_the_checkpoint_it_was_begun_with_or_is_told_now",
+    ),
+    Mutant(
+        "a job that is watched again hides the split of its run",
+        "return next(same, newest)",
+        "return newest",
+        "test_checkpoints.py::test_a_record_that_tells_no_losses_gets_them_from_a_job_that_is_watched_again",
     ),
 )
 HOUSE = (
@@ -2041,7 +2092,7 @@ HOUSE = (
         "test_recovery.py::test_a_run_that_is_not_recorded_here_is_a_wrong_setting",
     ),
 )
-MUTANTS = (*MONEY, *STATISTICS, *RECOVERY, *DATA, *FILES, *HOUSE)
+MUTANTS = (*MONEY, *STATISTICS, *RECOVERY, *DATA, *FILES, *CHECKPOINTS, *HOUSE)
 
 
 class Misplaced(Exception):

@@ -229,7 +229,7 @@ def test_every_option_of_training_reaches_the_service(
     assert set(created.request["method"]["supervised"]["hyperparameters"].values()) == {"auto"}
     (train,) = Path("out").glob("train_data_*.jsonl")
     lines = train.read_text("utf-8").splitlines()
-    assert len(lines) == 11
+    assert len(lines) == 12
     assert all(
         json.loads(line)["messages"][0] == {"role": "system", "content": "傾聴"} for line in lines
     )

@@ -272,7 +272,7 @@ def test_an_evaluation_asks_the_split_the_model_was_tuned_with(
 def test_a_checkpoint_is_asked_the_split_of_its_own_run(make_sft: MakeSFT, log: Log) -> None:
     with make_sft() as sft:
         first = sft.run_full_pipeline(2, 4, max_samples=15, seed=3, max_test_cases=1)
-        checkpoint = read_json(sft.files["record"])["checkpoints"][-1]
+        checkpoint = read_json(sft.files["record"])["checkpoints"][-1]["model"]
     again = make_sft().run_evaluation(checkpoint, max_test_cases=1)
 
     assert checkpoint != first["model_id"] == again["model_id"].partition(":ckpt")[0]

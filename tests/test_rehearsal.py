@@ -269,6 +269,28 @@ def test_the_last_three_epochs_leave_checkpoints(
         assert ask(client, name).choices[0].message.content == answer
 
 
+def test_a_checkpoint_answers_with_what_was_learned_by_then(
+    endpoint: Rehearsal, client: openai.OpenAI
+) -> None:
+    """Two endings are equally frequent: each epoch's own order decides, which the seed draws."""
+    lines = [
+        {"messages": [{"role": "user", "content": "続き"}, {"role": "assistant", "content": text}]}
+        for text in ("一。い", "一。う")
+        for _ in range(6)
+    ]
+    method = hyperparameters(n_epochs=4, batch_size=1)
+    told = []
+    for seed in range(4):
+        job = finish(endpoint, client, start_job(client, jsonl(*lines), seed=seed, method=method))
+        points = client.fine_tuning.jobs.checkpoints.list(job.id)
+        names = [job.fine_tuned_model, *(point.fine_tuned_model_checkpoint for point in points)]
+        told.append([ask(client, name, "続き").choices[0].message.content for name in names])
+
+    assert all(model == last for model, last, *_ in told)
+    assert {answer for answers in told for answer in answers} == {"一。い", "一。う"}
+    assert any(len(set(answers)) == 2 for answers in told)
+
+
 def test_the_result_file_has_the_losses_of_the_events(
     trained: tuple[Rehearsal, openai.OpenAI, Any],
 ) -> None:
