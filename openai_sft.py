@@ -4597,6 +4597,23 @@ def _named_checkpoints(checkpoints: Iterable[Checkpoint]) -> str:
     return "、".join(named) or "なし"
 
 
+def _conversation_digest(example: Mapping[str, Any]) -> bytes:
+    """The same for the same words, whatever the instruction before them and their weights."""
+    said = [
+        (message.get("role"), message.get("content"), message.get("tool_calls"))
+        for message in example["messages"]
+        if message.get("role") != "system"
+    ]
+    return hashlib.sha256(_dump(said).encode(errors="replace")).digest()
+
+
+def _conversation_digests(path: Path) -> Iterator[bytes]:
+    """Those of the examples of a file, of which one at a time is held in memory."""
+    for record in RecordFile(path):
+        if isinstance(record.value, dict) and isinstance(record.value.get("messages"), list):
+            yield _conversation_digest(record.value)
+
+
 def _count_cases(cases: Iterable[Case], request: Mapping[str, Any]) -> tuple[_Count, int]:
     """Tokens of the questions, with what of ``request`` goes with each, and of the real
     answers."""
@@ -5529,7 +5546,8 @@ class Run:
 
     Whoever may write a record holds its lock; another process gets :class:`ConfigurationError`.
     ``uploads`` are by part, ``training`` or ``validation``; what another took the place of is by
-    its file id. ``passed`` isn't written: the steps that this process has been through, and the
+    its file id. ``left_out`` counts what isn't evaluated, for it was trained on. ``passed`` isn't
+    written: the steps that this process has been through, and the
     doors to payment (``training``, ``evaluation``) that the user has agreed to in it.
     """
 
@@ -5560,6 +5578,7 @@ class Run:
     final_metrics: Mapping[str, float | None] | None = None
     shutdown_date: str | None = None
     training_recorded_at: str | None = None
+    left_out: Mapping[str, int] = field(default_factory=dict)
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     cost: Mapping[str, float] = field(default_factory=dict)
     finished_at: str | None = None
@@ -5896,6 +5915,42 @@ class Runs:
             return model.split(":")[1]
         run = self.of_model(model)
         return run.settings.model if run else None
+
+    def lineage(self, model: str) -> list[Run]:
+        """The runs that tuned a model, and what it was tuned from."""
+        every, found, models = list(self), list[Run](), [model]
+        for name in models:  # which grows
+            tuned = [run for run in every if name in run.models]
+            models += {run.settings.model for run in tuned} - {*models}
+            found += tuned
+        return found
+
+    def trained_conversations(self, run: Run, wanted: Container[bytes]) -> set[bytes]:
+        """Those of the ``wanted`` digests whose conversations the job of a run trains on.
+
+        A file that isn't there any more, or was changed, is named in the log.
+        """
+        request = run.job_intent.request if run.job_intent else {}
+        sent = request.get("training_file")
+        uploads = [upload for known in (run, *self) for upload in known.uploads.values()]
+        upload = next((upload for upload in uploads if sent and upload.file_id == sent), None)
+        upload, train = upload or run.uploads.get("training"), run.data.get("train")
+        if upload is None and train is None:
+            return set()  # a job that was made elsewhere
+        places = [run.file("train")] if "train" in run.files else []
+        if upload is not None:
+            places += [self._folder / upload.name, *([Path(upload.path)] if upload.path else [])]
+        sha256 = upload.sha256 if upload else train.sha256 if train else ""
+        for path in places:
+            if path.is_file() and _sha256_of(path) == sha256:
+                return {digest for digest in _conversation_digests(path) if digest in wanted}
+        logger.warning(
+            "%s の学習データ %s がないか、変わっています。評価する対話を学習に使ったかは"
+            "確かめられません。",
+            run.run_id,
+            places[-1] if places else "",
+        )
+        return set()
 
     def uploads_beside(self, run: Run, sha256: str) -> tuple[set[str], list[str]]:
         """Ids of files sent from here: those of other content, and those of this at the endpoint
@@ -8604,13 +8659,13 @@ class OpenAISFT:
         if not self.settings.rehearse:
             self._endpoint_of(self.settings).greet()
         run, splits, _ = self._make_data("pipeline", selection, Plan(asking, training))
-        return self._go_on(run, splits=splits, timeout=timeout)
+        return self._go_on(run, made=splits, timeout=timeout)
 
     def _go_on(
-        self, run: Run, *, splits: Splits | None = None, timeout: float | None = None
+        self, run: Run, *, made: Splits | None = None, timeout: float | None = None
     ) -> EvaluationResults:
         """Take a run through its steps, from the first that isn't done, to its results."""
-        splits = splits or self._splits_of(run)
+        splits = made or _splits_of(run, self.settings, self._runs)
         deeds: dict[StepName, Callable[[], EvaluationResults | None]] = {
             "price": lambda: self._price_run(run, splits),
             "upload": lambda: self._upload_data(run, splits),
@@ -8620,6 +8675,7 @@ class OpenAISFT:
         }
         results: EvaluationResults | None = None
         with _released_on_failure(run):
+            splits = _leave_out_trained(run, run.known("plan"), splits, self._runs)
             if run.job_id is None:
                 self._tuning(run).recover()
             self._tuning(run).cancel_surplus()
@@ -8673,18 +8729,6 @@ class OpenAISFT:
             raise ConfigurationError(
                 f"リハーサルの中では{deed}できません。--rehearse を外してください。"
             )
-
-    def _splits_of(self, run: Run) -> Splits:
-        """The examples of a run's plan: recorded, or read anew for a model made elsewhere."""
-        plan = run.known("plan")
-        if plan.asked is not None:
-            return Splits([], [], [])  # the cases have a file of their own
-        if plan.selection is not None and plan.split_of is None:
-            preparation = Preparation(self.settings.working_as(run.settings))
-            return preparation.convert_all(preparation.load(plan.selection))
-        source = self._runs.named(plan.split_of) if plan.split_of else run
-        logger.info("記録した分割を使います: %s", source.path)
-        return Splits(*(_read_split(source, name) for name in SPLIT_NAMES))
 
     def attach(
         self, job_id: str, *, timeout: float | None = None, checkpoint: str | None = None
@@ -8976,7 +9020,7 @@ class OpenAISFT:
     def _upload_data(self, run: Run, splits: Splits) -> None:
         tuning = self._tuning(run)
         tuning.upload(run.file("train"), "training")
-        if splits.valid:
+        if run.data["valid"].examples:
             tuning.upload(run.file("valid"), "validation")
         else:
             logger.info("検証データが0件のため、検証なしで学習します。")
@@ -9087,6 +9131,7 @@ class OpenAISFT:
         given = train_data or self._train_data or ()
         splits = Splits(list(given), list(test_data), list(valid_data))
         plan, settings = Plan(asking, model_id=model_id), self.settings.working_as(run.settings)
+        splits = _leave_out_trained(run, plan, splits, self._runs)
         asked = _asked_by(plan, run, self._runs, splits, settings)
         run.publish("asked", ".json", asked.to_json())
         run.save(plan=replace(plan, asked=_sha256_of(run.file("asked"))))
@@ -9113,6 +9158,8 @@ class OpenAISFT:
         tuned = run if model_id in run.models else self._runs.of_model(model_id)
         if tuned is not None:
             _add_training(results, tuned, self._runs.checkpoints_of(tuned))
+        if run.left_out:
+            results["left_out"] = dict(run.left_out)
         if cost is not None:
             results["cost"] = dict(cost)
             logger.info("評価の実費: $%.4f（キャッシュ割引を除いた上限）", dollars)
@@ -9374,6 +9421,19 @@ def _read_options(
     return filters, Asking(max_test_cases, seed, **others)
 
 
+def _splits_of(run: Run, settings: Settings, runs: Runs) -> Splits:
+    """The examples of a run's plan: recorded, or read anew for a model made elsewhere."""
+    plan = run.known("plan")
+    if plan.asked is not None:
+        return Splits([], [], [])  # the cases have a file of their own
+    if plan.selection is not None and plan.split_of is None:
+        preparation = Preparation(settings.working_as(run.settings))
+        return preparation.convert_all(preparation.load(plan.selection))
+    source = runs.named(plan.split_of) if plan.split_of else run
+    logger.info("記録した分割を使います: %s", source.path)
+    return Splits(*(_read_split(source, name) for name in SPLIT_NAMES))
+
+
 def _require_untrained_choice(checkpoint: str) -> None:
     """Raise :class:`ConfigurationError` for a checkpoint that nobody can know before training."""
     if checkpoint not in ("best", "last"):
@@ -9427,6 +9487,50 @@ def _asked_by(plan: Plan, run: Run, runs: Runs, splits: Splits, settings: Settin
     if settings.task == "score":
         splits = splits._replace(train=_scored_train_data(runs, model_id, splits.train))
     return Asked.of(model_id, splits, plan.asking, settings)
+
+
+def _leave_out_trained(run: Run, plan: Plan, splits: Splits, runs: Runs) -> Splits:
+    """The splits without the test and validation data that an asked model was trained on here;
+    how many those are is recorded and told, with the models.
+
+    Raises :class:`DataError` where nothing is left to test.
+    """
+    model = plan.model_id or run.fine_tuned_model or run.settings.model
+    trained_by = {model: runs.lineage(model)}
+    if plan.training is not None:
+        trained_by[model] = [run, *runs.lineage(run.settings.model)]
+    if baseline := plan.asking.baseline_of(model, run.settings.model):
+        trained_by.setdefault(baseline, runs.lineage(baseline))
+    held_out = {"test": splits.test, "valid": splits.valid}
+    digests = {name: [*map(_conversation_digest, part)] for name, part in held_out.items()}
+    wanted = set(itertools.chain(*digests.values()))
+    seen: set[bytes] = set()
+    for name, lineage in trained_by.items():
+        by_run = [(known.run_id, runs.trained_conversations(known, wanted)) for known in lineage]
+        found = set[bytes]().union(*(trained for _, trained in by_run))
+        if found:
+            counts = {k: sum(d in found for d in part) for k, part in digests.items()}
+            logger.warning(
+                "%s（%s）は、評価するデータの一部（テスト%s件、検証%s件）を学習に使っています。"
+                "評価から除きます。",
+                printable(name),
+                "、".join(dict.fromkeys(run_id for run_id, trained in by_run if trained)),
+                *(f"{count:,}" for count in counts.values()),
+            )
+        seen |= found
+    kept = {
+        name: [e for e, digest in zip(part, digests[name], strict=True) if digest not in seen]
+        for name, part in held_out.items()
+    }
+    if seen:
+        run.save(left_out={name: len(held_out[name]) - len(part) for name, part in kept.items()})
+    if seen and not kept["test"] and (splits.test or not kept["valid"]):
+        raise DataError(
+            f"評価できるテストデータが残りません。{len(splits.test):,}件すべてを、評価するモデルか"
+            "比べる相手が学習に使っています。学習に使っていないデータか、ほかの seed の分割で評価"
+            "するか、比べる相手（--baseline）を変えてください。"
+        )
+    return Splits(splits.train, kept["test"], kept["valid"])
 
 
 def _scored_train_data(runs: Runs, model_id: str, given: Sequence[Example]) -> list[Example]:

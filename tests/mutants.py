@@ -1498,6 +1498,50 @@ FILES = (
         within="claim_stamp",
     ),
 )
+TRAINED_ON = (
+    Mutant(
+        "what a model was trained on is asked all the same",
+        "[e for e, digest in zip(part, digests[name], strict=True) if digest not in seen]",
+        "[e for e, digest in zip(part, digests[name], strict=True) if digest]",
+        "test_trained_on.py::test_what_a_model_was_trained_on_is_not_asked_and_told_with_its_counts",
+    ),
+    Mutant(
+        "a baseline may know the cases",
+        "trained_by.setdefault(baseline, runs.lineage(baseline))",
+        "trained_by.setdefault(baseline, [])",
+        "test_trained_on.py::test_a_baseline_that_was_trained_on_a_case_takes_it_from_both",
+    ),
+    Mutant(
+        "what a model was tuned from is forgotten",
+        "models += {run.settings.model for run in tuned} - {*models}",
+        "models += []",
+        "test_trained_on.py::test_what_the_model_was_tuned_from_was_trained_on_counts_as_well",
+    ),
+    Mutant(
+        "another instruction makes another conversation",
+        'if message.get("role") != "system"\n    ]\n    return hashlib',
+        'if message.get("role")\n    ]\n    return hashlib',
+        "test_trained_on.py::test_instructions_and_weights_make_no_other_conversation",
+    ),
+    Mutant(
+        "the last file that was sent was trained on",
+        "if sent and upload.file_id == sent), None)",
+        "if sent == 0), None)",
+        "test_trained_on.py::test_of_several_files_the_one_that_was_trained_on_counts",
+    ),
+    Mutant(
+        "validation that isn't asked isn't sent",
+        'if run.data["valid"].examples:',
+        "if splits.valid:",
+        "test_trained_on.py::test_a_run_whose_validation_was_trained_on_validates_all_the_same",
+    ),
+    Mutant(
+        "an evaluation of nothing goes on",
+        'if seen and not kept["test"] and (splits.test or not kept["valid"]):',
+        "if seen and not (kept['test'] or kept['valid']):",
+        "test_trained_on.py::test_where_nothing_is_left_nobody_is_asked",
+    ),
+)
 CHECKPOINTS = (
     Mutant(
         "the worst checkpoint is the best",
@@ -2092,7 +2136,7 @@ HOUSE = (
         "test_recovery.py::test_a_run_that_is_not_recorded_here_is_a_wrong_setting",
     ),
 )
-MUTANTS = (*MONEY, *STATISTICS, *RECOVERY, *DATA, *FILES, *CHECKPOINTS, *HOUSE)
+MUTANTS = (*MONEY, *STATISTICS, *RECOVERY, *DATA, *FILES, *TRAINED_ON, *CHECKPOINTS, *HOUSE)
 
 
 class Misplaced(Exception):

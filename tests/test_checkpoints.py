@@ -319,8 +319,9 @@ def test_a_record_that_tells_no_losses_gets_them_from_a_job_that_is_watched_agai
     make_sft: MakeSFT,
 ) -> None:
     with make_sft() as sft:
-        sft.run_full_pipeline(**LONG)
+        sft.run_full_pipeline(**LONG, seed=1)
     record = read_json(sft.files["record"])
+    tested = read_json(sft.files["manifest"])["splits"]["test"]["lines"]
     best = best_of(record["checkpoints"])
     record["checkpoints"] = [checkpoint["model"] for checkpoint in record["checkpoints"]]
     Path(sft.files["record"]).write_text(json.dumps(record), "utf-8")
@@ -329,12 +330,13 @@ def test_a_record_that_tells_no_losses_gets_them_from_a_job_that_is_watched_agai
     named = make_sft().run_evaluation(max_test_cases=1, checkpoint=best["model"])
     with make_sft() as again:
         again.attach(record["job_id"])
-    results = make_sft().run_evaluation(max_test_cases=1, checkpoint="best")
+    results = make_sft().run_evaluation(max_test_cases=0, checkpoint="best")
+    asked = results["test_evaluation"]["responses"]
 
     assert named["model_id"] == results["model_id"] == best["model"]
     assert results["checkpoint"] == best
     # The split is still that of the run.
-    assert results["test_evaluation"]["total_test_cases"] == record["data"]["test"]["examples"]
+    assert {r["case_id"].partition(":")[0] for r in asked} == {line["id"] for line in tested}
 
 
 def test_without_losses_the_best_is_refused_after_training_and_the_last_can_be_had(

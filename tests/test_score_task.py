@@ -1201,8 +1201,10 @@ def test_the_cross_entropies_of_one_job_never_stand_beside_another_model(
     sft = make_sft()
     file_id = sft.upload_training_file(training_file(clean_environment))
     job = sft.monitor_fine_tune_job(sft.create_fine_tune_job(file_id, 1, 4))
-    other = sft.evaluate_model_comprehensive(MODEL, examples(1), [])["summary"]
-    own = sft.evaluate_model_comprehensive(str(job.fine_tuned_model), examples(1), [])["summary"]
+    other = sft.evaluate_model_comprehensive(MODEL, examples(13)[12:], [])["summary"]
+    own = sft.evaluate_model_comprehensive(str(job.fine_tuned_model), examples(13)[12:], [])[
+        "summary"
+    ]
 
     assert "training_cross_entropy" not in other
     assert own["training_cross_entropy"] > 0
