@@ -7760,6 +7760,10 @@ class FineTuning:
             _announce("最後の損失: %s", "、".join(told), verbose=self._settings.verbose)
 
 
+NO_VALIDATION = (
+    "検証データが0件のため、検証の損失が最も低いチェックポイントは選べません。--checkpoint best を"
+    "外してください。"
+)
 NOTHING_TO_EVALUATE = (
     "ジョブ {} は終わるのを待つだけで、評価はしません。--checkpoint は --evaluate-only に指定して"
     "ください。"
@@ -9001,6 +9005,8 @@ class OpenAISFT:
     def _price_run(self, run: Run, splits: Splits) -> None:
         """Show what the whole run costs and pass both doors."""
         plan, train = run.known("plan"), run.data["train"]
+        if plan.asking.checkpoint == "best" and not run.data["valid"].examples:
+            raise ConfigurationError(NO_VALIDATION)
         counted = train.count(exact=bool(run.exact_tokens))
         settings = self.settings.working_as(run.settings)
         estimate = _estimate_run(settings, splits, plan.training, counted, plan.asking)

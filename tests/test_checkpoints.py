@@ -13,7 +13,7 @@ import pytest
 from edges import Forward, Gateway, Reply, Request
 from endpoint import Fault, Rehearsal
 from faults import CHAT, JOBS, asked
-from helpers import Ended, posts, read_json
+from helpers import Ended, examples, posts, read_json, record, records, write_jsonl
 
 from openai_sft import Checkpoint, ConfigurationError, OpenAISFT
 
@@ -337,6 +337,35 @@ def test_a_record_that_tells_no_losses_gets_them_from_a_job_that_is_watched_agai
     assert results["checkpoint"] == best
     # The split is still that of the run.
     assert {r["case_id"].partition(":")[0] for r in asked} == {line["id"] for line in tested}
+
+
+def test_without_validation_data_the_best_is_refused_before_anything_is_sent(
+    make_sft: MakeSFT, endpoint: Rehearsal, clean_environment: Path
+) -> None:
+    folder = clean_environment / "published"
+    folder.mkdir()
+    rows = records(24)
+    silent = [record(number, ("client", f"相談{number}")) for number in (90, 91)]
+    for name, part in {"train": rows[:20], "test": rows[20:], "valid": silent}.items():
+        write_jsonl(folder / f"{name}.jsonl", part)
+    sft = make_sft(dataset=str(folder))
+    with pytest.raises(ConfigurationError, match="検証データが0件"):
+        sft.run_full_pipeline(**LONG, checkpoint="best")
+
+    assert posts(endpoint) == []
+    assert make_sft(dataset=str(folder)).run_full_pipeline(**LONG)["model_id"]
+
+
+def test_an_evaluation_of_a_named_model_takes_no_checkpoint_when_it_is_resumed(
+    make_sft: MakeSFT, endpoint: Rehearsal
+) -> None:
+    endpoint.inject(Fault("insufficient_quota", "POST", CHAT, skip=1))
+    with make_sft() as sft, pytest.raises(openai.RateLimitError):
+        sft.evaluate_model_comprehensive("gpt-4o-2024-08-06", examples(4), [], concurrency=1)
+    with pytest.raises(ConfigurationError, match="名指しした評価"):
+        make_sft().resume(checkpoint="best")
+
+    assert make_sft().resume() is not None
 
 
 def test_without_losses_the_best_is_refused_after_training_and_the_last_can_be_had(
