@@ -4560,7 +4560,7 @@ def _choose_checkpoint(wanted: str, model: str, checkpoints: Sequence[Checkpoint
     known = [c for c in checkpoints if c.full_valid_loss is not None and c.step is not None]
     by_loss = sorted(known, key=lambda c: (c.full_valid_loss, -(c.step or 0)))
     best = by_loss[0] if by_loss else None
-    last = max(known, key=lambda c: c.step or 0, default=None)
+    last = max(checkpoints, key=lambda c: c.step or 0, default=None)
     if wanted == "best" and best is None:
         raise ConfigurationError(
             f"{printable(model)} のチェックポイントには、検証データ全体での損失の記録がありません。"
@@ -4580,10 +4580,11 @@ def _choose_checkpoint(wanted: str, model: str, checkpoints: Sequence[Checkpoint
         return model
     if best is last:
         logger.info(
-            "検証の損失は最後のチェックポイントが最も低く、%.4fです。", last.full_valid_loss
+            "検証の損失は最後のチェックポイントが最も低く、%.4fです。", best.full_valid_loss
         )
         return model
-    told = f"検証の損失が最も低いのは、最後（{last.full_valid_loss:.4f}）ではなく {best} です。"
+    loss = "不明" if last.full_valid_loss is None else f"{last.full_valid_loss:.4f}"
+    told = f"検証の損失が最も低いのは、最後（{loss}）ではなく {best} です。"
     if wanted == "best":
         logger.info("%sこれを評価します。", told)
         return best.model

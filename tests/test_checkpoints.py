@@ -123,6 +123,23 @@ def test_losses_that_only_the_checkpoints_tell_are_enough(
     assert any("エポック4、step 16から" in line for line in log())
 
 
+def test_a_last_checkpoint_of_unknown_loss_is_not_taken_for_the_best(
+    make_sft: MakeSFT, endpoint: Rehearsal, log: Log
+) -> None:
+    endpoint.inject(Fault("404", "GET", "*/events", times=None))
+
+    def change(checkpoint: dict[str, Any]) -> None:
+        if checkpoint["step_number"] == 20:
+            checkpoint["metrics"].pop("full_valid_loss")
+
+    with Gateway(endpoint, at_checkpoints(change)) as gateway:
+        sft = make_sft(client=None, base_url=gateway.url)
+        results = sft.run_full_pipeline(**LONG, checkpoint="best")
+
+    assert results["checkpoint"]["step"] == 12
+    assert any("最後（不明）ではなく" in line for line in log())
+
+
 # ── Which one is asked ───────────────────────────────────────────────────────────────────────
 
 
