@@ -3468,11 +3468,10 @@ def split_dialogues(
     max_samples: int | None = None,
     group_by: Group | None = None,
 ) -> Splits:
-    """Shuffle by ``seed`` and split 8:1:1: test and validation get ``n / 10`` rounded (a half up
-    for test, down for validation), the rest trains.
+    """Shuffle by ``seed`` and split 8:1:1.
 
-    A dialogue's part follows from its place in the seeded order: of ten in a row the fifth is
-    tested and the sixth validates. ``max_samples`` takes the first places, so that each part of a
+    A dialogue's part follows from its place in the seeded order, counted from 0: place mod 10 is
+    4 for test, 8 for validation, and the rest trains. ``max_samples`` takes the first places, so that each part of a
     smaller sample lies inside the same part of a larger one. The same dialogues give the same
     split on every machine, in whatever order they come.
     Dialogues that were published for test or validation (``part``) stay there, and a sample has
@@ -3516,9 +3515,9 @@ def split_dialogues(
     return Splits([d for group in rest for d in group], *parts)
 
 
-# What is added to a tenth of the places so far before it is cut to a whole number: 5 tenths round
-# a half up, 4 down, so that no place is drawn for both.
-_ROUNDING = {"test": 5, "valid": 4}
+# What is added to the places so far before a tenth of them is cut to a whole number: by it the
+# fifth of ten places (number 4) is drawn for test, the ninth (number 8) for validation.
+_ROUNDING = {"test": 5, "valid": 1}
 
 
 def _split_by_place(chosen: Iterable[Dialogue], sizes: Mapping[str | None, int]) -> Splits:

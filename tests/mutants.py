@@ -1024,7 +1024,7 @@ DATA = (
     ),
     Mutant(
         "a tenth is cut, not rounded",
-        '_ROUNDING = {"test": 5, "valid": 4}',
+        '_ROUNDING = {"test": 5, "valid": 1}',
         '_ROUNDING = {"test": 1, "valid": 0}',
         "test_data.py::test_a_split_is_disjoint_and_complete_in_the_ratio_8_1_1",
     ),

@@ -324,7 +324,7 @@ def test_published_parts_stay_whole_and_only_a_missing_one_is_drawn_from_trainin
     pool = published(**sizes)
     splits = split_dialogues(pool)
     shuffled = data.draw(st.permutations(pool))
-    rounded = {"test": (len(pool) + 5) // 10, "valid": (len(pool) + 4) // 10}
+    rounded = {"test": (len(pool) + 5) // 10, "valid": (len(pool) + 1) // 10}
     drawn = {name: count for name, count in rounded.items() if name not in sizes}
 
     assert split_dialogues(shuffled) == splits
@@ -427,7 +427,7 @@ def test_a_folder_laid_out_as_on_the_hub_keeps_its_splits(
         "（--resplit で8:1:1に分け直せます）"
         for line in log()
     )
-    assert again.examples == {"train": 21, "test": 3, "valid": 3}
+    assert again.examples == {"train": 22, "test": 3, "valid": 2}
     assert read_json(again.files["manifest"])["published_splits"] == []
     assert read_json(again.files["record"])["settings"]["resplit"] is True
 
@@ -559,7 +559,7 @@ def test_a_plain_split_of_kokorochat_leaks_and_a_grouped_one_does_not(
     leakage = measure_leakage(split_dialogues(kokorochat))
 
     assert leakage["counselor"] == pytest.approx(0.987, abs=0.01)
-    assert leakage["client"] == pytest.approx(0.988, abs=0.01)
+    assert leakage["client"] == pytest.approx(0.98, abs=0.01)
     assert leakage["pair"] == pytest.approx(0.35, abs=0.05)
     for by in GROUPS:
         splits = split_dialogues(kokorochat, group_by=by)  # type: ignore[arg-type]  # one of them
