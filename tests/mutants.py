@@ -105,7 +105,7 @@ MONEY = (
         "reading: a table's tools have the parameters of all",
         "{key: _without_none(v) if isinstance(v, list) else v for key, v in row.items()}",
         "dict(row)",
-        "test_data.py::test_chats_are_the_same_from_an_array_lines_and_a_table",
+        "test_reading.py::test_tools_of_a_table_have_no_parameters_of_other_rows_tools",
     ),
     Mutant(
         "reading: an instruction beside the turns is lost",

@@ -185,6 +185,23 @@ def test_every_form_is_read_from_a_table(tmp_path: Path, form: str) -> None:
     assert [said_in(dialogue) for dialogue in read_dialogues(str(path))] == expected
 
 
+def test_tools_of_a_table_have_no_parameters_of_other_rows_tools(tmp_path: Path) -> None:
+    def calling(name: str) -> dict[str, Any]:
+        properties = {name: {"type": "string"}}
+        function = {"name": "f", "parameters": {"type": "object", "properties": properties}}
+        tool = {"type": "function", "function": function}
+        return {"messages": renamed(TALK, "role", "content"), "tools": [tool]}
+
+    rows = [calling("a"), calling("b")]
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    read = read_dialogues(str(path))
+
+    assert [dialogue.chat and dialogue.chat["tools"] for dialogue in read] == [
+        row["tools"] for row in rows
+    ]
+
+
 written_talk = st.lists(
     st.tuples(awkward_text.filter(str.strip), awkward_text.filter(str.strip)),
     min_size=1,
@@ -437,7 +454,7 @@ def test_a_conversation_without_messages_is_an_error_at_its_line(clean_environme
 def test_lines_in_utf_8_are_not_taken_for_another_encoding_that_could_hold_them_too(
     tmp_path: Path,
 ) -> None:
-    said = [("user", "眠れません"), ("assistant", "眠れません")]  # valid cp932 as bytes of UTF-8
+    said = [("user", "ああ"), ("assistant", "ああ")]  # whose bytes are valid cp932 too
     good = json.dumps(WRITTEN["messages"](said), ensure_ascii=False)
     content = (good + "\n").encode() * 3 + good.encode("cp932")
     assert content.decode("cp932")
