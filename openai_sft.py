@@ -3471,9 +3471,9 @@ def split_dialogues(
     """Shuffle by ``seed`` and split 8:1:1.
 
     A dialogue's part follows from its place in the seeded order, counted from 0: place mod 10 is
-    4 for test, 8 for validation, and the rest trains. ``max_samples`` takes the first places, so that each part of a
-    smaller sample lies inside the same part of a larger one. The same dialogues give the same
-    split on every machine, in whatever order they come.
+    4 for test, 8 for validation, and the rest trains. ``max_samples`` takes the first places, so
+    that each part of a smaller sample lies inside the same part of a larger one. The same
+    dialogues give the same split on every machine, in whatever order they come.
     Dialogues that were published for test or validation (``part``) stay there, and a sample has
     the same share of each published part; of the others only those are held out that make up for
     a part that nothing was published for. With ``group_by`` no counsellor, client or pair stands
