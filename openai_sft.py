@@ -168,10 +168,12 @@ __all__ = [
     "Preparation",
     "Prepared",
     "Price",
+    "Question",
     "Reading",
     "ReadingOptions",
     "Record",
     "RecordFile",
+    "Response",
     "Run",
     "RunOptions",
     "RunRow",
@@ -235,6 +237,7 @@ __all__ = [
 
 logger = logging.getLogger("openai_sft")
 T = TypeVar("T")
+Q = TypeVar("Q")
 
 # ── Constants ────────────────────────────────────────────────────────────────────────────────
 
@@ -1093,6 +1096,49 @@ class Case:
     def __post_init__(self) -> None:
         if not self.group:
             object.__setattr__(self, "group", self.dialogue_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One request for an answer: where it is sent, to which model, with what messages.
+
+    ``options`` are what goes with these, as the API names it (``temperature``, ``tools``, …).
+    ``number`` tells apart the times that one evaluation asks the same.
+    """
+
+    place: str
+    model: str
+    messages: Sequence[Message]
+    options: Mapping[str, Any]
+    number: int = 0
+
+    @property
+    def key(self) -> str:
+        """What an answer to it is found again by."""
+        asked = [self.place, self.model, list(self.messages), dict(self.options), self.number]
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+class Response(TypedDict, total=False):
+    """What came of a question; its line in a :class:`Journal` has all of it, and whose it is.
+
+    A question that failed has an ``error`` and no ``output``, an answer that isn't one of its
+    task is ``invalid``. ``reused_from`` names the run that has had, and paid for, an answer.
+    """
+
+    key: str
+    model_id: str
+    split: str
+    case_id: str
+    input: Sequence[Message]
+    usage: Mapping[str, Any]
+    finish_reason: str
+    output: str
+    invalid: str
+    error: str
+    reference: str
+    latency_seconds: float
+    reused_from: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -5952,6 +5998,24 @@ class Runs:
         )
         return set()
 
+    def answers(self, keys: Container[str], besides: Run) -> dict[str, Response]:
+        """The newest answers that other runs have had to these questions, each with its run."""
+        found: dict[str, Response] = {}
+        for known in self:
+            if known.rehearsal or known.run_id == besides.run_id or "journal" not in known.files:
+                continue
+            try:
+                lines = list(_read_journal(known.file("journal")))
+            except (DataError, OSError) as error:
+                logger.warning("%s の応答は使えません: %s", known.run_id, error)
+                continue
+            for line in lines:
+                key = line.get("key", "")
+                if key in keys and key not in found and "error" not in line:
+                    line.setdefault("reused_from", known.run_id)
+                    found[key] = line
+        return found
+
     def uploads_beside(self, run: Run, sha256: str) -> tuple[set[str], list[str]]:
         """Ids of files sent from here: those of other content, and those of this at the endpoint
         of ``run``, the newest first."""
@@ -6027,6 +6091,13 @@ class Runs:
         files = {k: v for k, v in run.files.items() if k in (*SPLIT_NAMES, "manifest")}
         facts = {name: getattr(run, name) for name in kept}
         return self.create("steps", settings, files=files, **facts)
+
+
+def _read_journal(path: Path) -> Iterator[Response]:
+    """The lines of a :class:`Journal`; one that was cut by a crash is left out."""
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
 
 
 @functools.lru_cache(maxsize=1)
@@ -7801,19 +7872,18 @@ def _to_csv(rows: Sequence[Mapping[str, float]]) -> str:
 class Journal:
     """The answers of an evaluation, one JSON line each, written as they come.
 
-    Opening it reads what is there; a line that was cut by a crash is ignored.
+    ``answers`` are by the key of their question. Opening it reads what is there; a line that was
+    cut by a crash is ignored.
     """
 
     def __init__(self, path: Path) -> None:
-        self.answers: dict[tuple[str, str, str], dict[str, Any]] = {}
+        self.answers: dict[str, Response] = {}
         self._usage: dict[str, dict[str, int]] = {}
         if path.is_symlink():
             raise DataError(f"{path}: リンクには書きません。リンクを取り除いてください。")
         content = path.read_bytes() if path.exists() else b""
-        for line in content.splitlines():
-            with contextlib.suppress(ValueError):
-                entry = json.loads(line)
-                self._take(entry.pop("model_id"), entry.pop("split"), entry)
+        for line in _read_journal(path):
+            self._take(line)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self._file = os.fdopen(descriptor, "a", encoding="utf-8", newline="\n")
         if content and not content.endswith(b"\n"):
@@ -7825,18 +7895,29 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def _take(self, model_id: str, split: str, response: dict[str, Any]) -> None:
-        totals = self._usage.setdefault(model_id, {"prompt_tokens": 0, "completion_tokens": 0})
-        for key in totals:
-            tokens = (response.get("usage") or {}).get(key)
-            totals[key] += tokens if isinstance(tokens, int) else 0
-        if "error" not in response:
-            self.answers[model_id, split, response["case_id"]] = response
+    @staticmethod
+    def place_of(model_id: str, split: str, case_id: str) -> str:
+        """What stands for the key of an answer that was kept by a version without keys."""
+        return _dump([model_id, split, case_id])
 
-    def add(self, model_id: str, split: str, response: dict[str, Any]) -> None:
+    def _take(self, line: Response) -> None:
+        model_id = line["model_id"]
+        key = line.get("key") or self.place_of(model_id, line["split"], line["case_id"])
+        if "error" not in line:
+            self.answers[key] = _without_owner(line)
+        if "reused_from" in line:
+            return  # another run has paid for it
+        totals = self._usage.setdefault(model_id, {"prompt_tokens": 0, "completion_tokens": 0})
+        for name in totals:
+            tokens = (line.get("usage") or {}).get(name)
+            totals[name] += tokens if isinstance(tokens, int) else 0
+
+    def add(self, question: Question, split: str, response: Response) -> None:
         """Keep one answer, on disk before the next is taken."""
-        self._take(model_id, split, response)
-        self._file.write(_dump({"model_id": model_id, "split": split, **response}) + "\n")
+        owner = Response(key=question.key, model_id=question.model, split=split)
+        line: Response = {**owner, **response}
+        self._take(line)
+        self._file.write(_dump(line) + "\n")
         self._file.flush()
 
     def usage_by_model(self) -> dict[str, dict[str, int]]:
@@ -7848,6 +7929,15 @@ class Journal:
         keys = ("prompt_tokens", "completion_tokens")
         totals = {key: sum(usage[key] for usage in self._usage.values()) for key in keys}
         return {**totals, "by_model": self._usage}
+
+
+def _without_owner(line: Response) -> Response:
+    """What came of a question, without what its line in a journal tells of whose it is."""
+    response = line.copy()
+    response.pop("key", None)
+    response.pop("model_id", None)
+    response.pop("split", None)
+    return response
 
 
 class _Stopped(OpenAISFTError):
@@ -7870,13 +7960,13 @@ class Pool:
         self._changed = threading.Condition()
         self._closed = False
 
-    def map(self, ask: Callable[[Case], T], cases: Sequence[Case]) -> Iterator[T]:
-        """``ask`` each case on the threads; yield what comes, as it comes.
+    def map(self, ask: Callable[[Q], T], questions: Sequence[Q]) -> Iterator[T]:
+        """``ask`` each question on the threads; yield what comes, as it comes.
 
         The first error closes the pool and is raised after what the others were asking, which
         is paid for as well. After :meth:`close` it ends with what was under way.
         """
-        waiting = collections.deque(cases)
+        waiting = collections.deque(questions)
         answers: queue.SimpleQueue[T | BaseException | None] = queue.SimpleQueue()
 
         def work() -> None:
@@ -7892,7 +7982,7 @@ class Pool:
 
         threads = [
             threading.Thread(target=work, name=f"openai-sft-ask-{number}", daemon=True)
-            for number in range(min(self._size, len(cases)))
+            for number in range(min(self._size, len(questions)))
         ]
         for thread in threads:
             thread.start()
@@ -8000,10 +8090,19 @@ class Asked(NamedTuple):
         return self.models[0]
 
 
+class _Item(NamedTuple):
+    """A case as one model is asked it."""
+
+    split: str
+    case: Case
+    question: Question
+
+
 class Evaluation:
     """Questions to some models, their answers in a journal, and what these are worth.
 
-    ``ask`` spends; ``results`` only computes.
+    ``ask`` spends; ``results`` only computes. ``earlier`` finds answers that were had before, by
+    the keys of their questions.
     """
 
     def __init__(
@@ -8013,50 +8112,90 @@ class Evaluation:
         settings: Settings,
         asking: Asking,
         journal: Journal,
+        earlier: Callable[[Container[str]], Mapping[str, Response]],
     ) -> None:
         self._endpoint, self._ledger = endpoint, ledger
         self._settings, self._asking, self._journal = settings, asking, journal
+        self._earlier = earlier
         self._task = TASKS[settings.task]
-        self._responses: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        self._responses: dict[tuple[str, str], list[Response]] = {}
 
     def ask(self, asked: Asked) -> None:
-        """Pass the door to payment and ask every case that isn't in the journal.
+        """Pass the door to payment and ask every case that has no answer yet, all in one pool.
 
         A case that fails carries its ``error``; errors that would meet every case (key, model,
         quota) are raised, and :class:`BudgetError` when the limit is passed.
         """
+        items = list(self._items(asked))
+        responses = self._known(items)
+        missing = [item for item in items if item.question.key not in responses]
         paid = self._ledger.cost_of(self._journal.usage_by_model(), asked.evaluated) or 0.0
         left = {
-            model: [
-                case
-                for name, cases in asked.cases.items()
-                for case in cases
-                if (model, name, case.id) not in self._journal.answers
-            ]
+            model: [item.case for item in missing if item.question.model == model]
             for model in asked.models
         }
         self._ledger.require(self._ledger.ahead(left), "evaluation", paid=paid)
-        with SystemMonitor(self._settings.output_dir):
-            for model, name in itertools.product(asked.models, asked.cases):
-                self._responses[model, name] = self._ask_all(asked, model, name)
-
-    def _ask_all(self, asked: Asked, model: str, name: str) -> list[dict[str, Any]]:
-        """The responses to the cases of a split, in their order."""
-        from tqdm.auto import tqdm
-
-        cases = asked.cases[name]
-        label = SPLIT_LABELS[name]
-        logger.info("%sデータの%d件を評価しています: %s", label, len(cases), printable(model))
-        known = {case.id: self._journal.answers.get((model, name, case.id)) for case in cases}
-        responses = {id_: response for id_, response in known.items() if response is not None}
-        missing = [case for case in cases if case.id not in responses]
+        for model, name in itertools.product(asked.models, asked.cases):
+            label, count = SPLIT_LABELS[name], len(asked.cases[name])
+            logger.info("%sデータの%d件を評価します: %s", label, count, printable(model))
         if responses:
             logger.info("うち%d件は回答済みです。", len(responses))
+        with SystemMonitor(self._settings.output_dir):
+            self._ask_all(asked, missing, responses)
+        for item in items:
+            part = self._responses.setdefault((item.question.model, item.split), [])
+            part.append(responses[item.question.key])
+
+    def _items(self, asked: Asked) -> Iterator[_Item]:
+        """All that is asked; the models' questions of one case stand side by side, so that an
+        evaluation which stops half-way has pairs to compare."""
+        self._responses = {(m, name): [] for m in asked.models for name in asked.cases}
+        numbers: collections.Counter[str] = collections.Counter()
+        place = self._endpoint.url
+        for name, cases in asked.cases.items():
+            for case, model in itertools.product(cases, asked.models):
+                options = {**self._asking.generation, **self._task.request}
+                if case.tools:
+                    options["tools"] = case.tools
+                question = Question(place, model, case.input, options)
+                number = numbers[question.key]
+                numbers[question.key] += 1
+                yield _Item(name, case, replace(question, number=number))
+
+    def _known(self, items: Sequence[_Item]) -> dict[str, Response]:
+        """The responses that were had before, by their questions' keys: in this run, or in an
+        earlier one, which has paid for them."""
+        responses: dict[str, Response] = {}
+        missing: dict[str, _Item] = {}
+        for item in items:
+            key, model = item.question.key, item.question.model
+            place = self._journal.place_of(model, item.split, item.case.id)
+            answer = self._journal.answers.get(key) or self._journal.answers.get(place)
+            if answer is None:
+                missing[key] = item
+            else:
+                responses[key] = answer
+        reused = self._earlier(missing)
+        for key, line in reused.items():
+            split, case, question = missing[key]
+            own = Response(case_id=case.id, input=case.input, reference=case.reference)
+            responses[key] = {**_without_owner(line), **own}
+            self._journal.add(question, split, responses[key])
+        if reused:
+            logger.info("以前の実行の応答%d件を使います（料金はかかりません）。", len(reused))
+        return responses
+
+    def _ask_all(
+        self, asked: Asked, missing: Sequence[_Item], responses: dict[str, Response]
+    ) -> None:
+        """Add the responses to what is missing."""
+        from tqdm.auto import tqdm
+
         failed = 0
         bar = tqdm(
-            total=len(cases),
+            total=len(responses) + len(missing),
             initial=len(responses),
-            desc=f"評価 {label}",
+            desc="評価",
             unit="件",
             disable=None if self._settings.verbose else True,
         )
@@ -8065,12 +8204,13 @@ class Evaluation:
         pool = Pool(self._asking.concurrency)
         spent: float | None = None
         with contextlib.closing(bar), contextlib.closing(pool):
-            # A model that was just tuned may still be loading: the first case waits for it.
-            first = missing[:1] if self._endpoint.is_loading(model) else []
-            ask = functools.partial(self._ask, model, completions, pool)
-            for response in itertools.chain(map(ask, first), pool.map(ask, missing[len(first) :])):
-                self._journal.add(model, name, response)
-                responses[response["case_id"]] = response
+            # A model that was just tuned may still be loading: its first case waits for it.
+            first = [i for i in missing if self._endpoint.is_loading(i.question.model)][:1]
+            rest = [item for item in missing if item not in first]
+            ask = functools.partial(self._ask, completions, pool)
+            for item, response in itertools.chain(map(ask, first), pool.map(ask, rest)):
+                self._journal.add(item.question, item.split, response)
+                responses[item.question.key] = response
                 failed += "error" in response
                 usage = self._journal.usage_by_model()
                 spent = self._ledger.cost_of(usage, asked.evaluated)
@@ -8080,25 +8220,20 @@ class Evaluation:
                 bar.set_postfix({"失敗": failed, **dollars}, refresh=False)
                 bar.update()
         self._ledger.stop_over(spent)
-        return [responses[case.id] for case in cases]
 
-    def _ask(
-        self, model_id: str, completions: Completions, pool: Pool, case: Case
-    ) -> dict[str, Any]:
+    def _ask(self, completions: Completions, pool: Pool, item: _Item) -> tuple[_Item, Response]:
         openai = _openai()
-        response: dict[str, Any] = {"case_id": case.id, "input": case.input}
-        request: dict[str, Any] = {
-            **self._asking.generation,
-            **self._task.request,
-            "model": model_id,
-            "messages": case.input,
-        }
-        if case.tools:
-            request["tools"] = case.tools
-        create = functools.partial(completions.create, **request)
+        case, question = item.case, item.question
+        response = Response(case_id=case.id, input=case.input)
+        create = functools.partial(
+            completions.create,
+            model=question.model,
+            messages=question.messages,
+            **question.options,
+        )
         started = time.perf_counter()
         try:
-            answer = self._endpoint.ask(model_id, lambda: pool.attempt(create))
+            answer = self._endpoint.ask(question.model, lambda: pool.attempt(create))
             told, sent = _usage(answer), self._task.request
             response["usage"] = told or _estimated_usage(case, "", sent)  # billed without words too
             response["finish_reason"], response["output"] = _read_answer(answer)
@@ -8113,7 +8248,7 @@ class Evaluation:
             logger.warning("評価 %s に失敗しました: %s", case.id, reason)
         response["reference"] = case.reference
         response["latency_seconds"] = round(time.perf_counter() - started, 3)
-        return response
+        return item, response
 
     def _meets_every_case(self, error: Exception) -> bool:
         """Whether the next case would fail as well: by the key, the model, the quota, a limit of
@@ -9153,7 +9288,8 @@ class OpenAISFT:
         run.save(evaluation=known, files={**run.files, "journal": str(path)})
         ledger, endpoint = self._ledger(run), self._endpoint_of(settings)
         with Journal(path) as journal:
-            evaluation = Evaluation(endpoint, ledger, settings, asking, journal)
+            earlier = functools.partial(self._runs.answers, besides=run)
+            evaluation = Evaluation(endpoint, ledger, settings, asking, journal, earlier)
             started = _time_text(self._clock())
             try:
                 evaluation.ask(asked)

@@ -163,9 +163,39 @@ MONEY = (
     ),
     Mutant(
         "what is answered already is priced again",
-        "if (model, name, case.id) not in self._journal.answers",
-        "if case.id",
+        "missing = [item for item in items if item.question.key not in responses]",
+        "missing = items",
         "test_asking.py::test_what_is_answered_already_is_not_held_against_the_limit_twice",
+    ),
+    Mutant(
+        "an answer of an earlier run is paid again",
+        "reused = self._earlier(missing)",
+        "reused: Mapping[str, Response] = {}",
+        "test_asking.py::test_an_answer_that_an_earlier_run_has_had_is_used_and_not_paid_again",
+    ),
+    Mutant(
+        "an answer of an earlier run is billed again",
+        'if "reused_from" in line:',
+        "if False:",
+        "test_asking.py::test_an_answer_that_an_earlier_run_has_had_is_used_and_not_paid_again",
+    ),
+    Mutant(
+        "another model's answer is taken",
+        "asked = [self.place, self.model, list(self.messages), dict(self.options), self.number]",
+        "asked = [self.place, list(self.messages), dict(self.options), self.number]",
+        "test_asking.py::test_an_answer_to_another_model_or_with_other_settings_is_none",
+    ),
+    Mutant(
+        "another endpoint's answer is taken",
+        "asked = [self.place, self.model, list(self.messages), dict(self.options), self.number]",
+        "asked = [self.model, list(self.messages), dict(self.options), self.number]",
+        "test_asking.py::test_an_answer_of_another_endpoint_or_with_other_tools_is_none",
+    ),
+    Mutant(
+        "an answer with other settings is taken",
+        "asked = [self.place, self.model, list(self.messages), dict(self.options), self.number]",
+        "asked = [self.place, self.model, list(self.messages), self.number]",
+        "test_asking.py::test_an_answer_to_another_model_or_with_other_settings_is_none",
     ),
     Mutant(
         "an untuned baseline is priced as a tuned model",
@@ -535,8 +565,8 @@ MONEY = (
     ),
     Mutant(
         "tokens of failed answers are free",
-        "totals[key] += tokens if isinstance(tokens, int) else 0",
-        'totals[key] += tokens if isinstance(tokens, int) and "error" not in response else 0',
+        "totals[name] += tokens if isinstance(tokens, int) else 0",
+        'totals[name] += tokens if isinstance(tokens, int) and "error" not in line else 0',
         "test_asking.py::test_an_answer_that_is_none_fails_its_case_and_is_named",
     ),
     Mutant(
@@ -721,7 +751,7 @@ STATISTICS = (
     Mutant(
         "invalid answers are scored",
         'if "error" not in response and "invalid" not in response',
-        'if "error" not in response',
+        'if "error" not in line',
         "test_score_task.py::test_invalid_answers_are_counted_never_clipped_and_stand_outside_the_figures",
     ),
     Mutant(
@@ -855,7 +885,7 @@ RECOVERY = (
     ),
     Mutant(
         "a failed case is not asked again",
-        'if "error" not in response',
+        'if "error" not in line',
         'if "case_id" in response',
         "test_asking.py::test_a_case_that_failed_is_asked_again_when_an_evaluation_is_resumed",
         within="_take",

@@ -347,7 +347,9 @@ def test_the_base_model_is_read_from_the_models_name(
     make_at: MakeSFT, model: str, base: str
 ) -> None:
     with Counsellor(lambda _: "はい") as counsellor:
-        make_at(counsellor.url).evaluate_model_comprehensive(model, examples(1), [], baseline=True)
+        make_at(counsellor.url).evaluate_model_comprehensive(
+            model, examples(1), [], baseline=True, concurrency=1
+        )
 
     assert [request["model"] for request in counsellor.asked] == [model, base]
 
@@ -522,6 +524,27 @@ def test_so_many_are_asked_at_once_and_never_more(make_at: MakeSFT, concurrency:
     assert counsellor.most == concurrency
     assert results["summary"]["total_cases_evaluated"] == 15
     until(lambda: not asking_threads(), timeout=2)
+
+
+def test_both_splits_and_both_models_are_asked_together(make_at: MakeSFT) -> None:
+    with Counsellor(lambda _: "はい", together=8) as counsellor:
+        results = make_at(counsellor.url).evaluate_model_comprehensive(
+            TUNED, examples(2), examples(4)[2:], baseline=True, concurrency=8
+        )
+
+    assert counsellor.most == 8
+    assert results["summary"]["total_cases_evaluated"] == 4
+    assert results["baseline"]["test_evaluation"]["evaluated_cases"] == 2
+
+
+def test_what_stops_half_way_has_asked_both_models_the_same(make_at: MakeSFT) -> None:
+    with Counsellor(lambda _: "はい") as counsellor:
+        sft = make_at(counsellor.url, max_cost_usd=1e-4, price=Price(0, 0, 0, 0, 0))
+        sft.evaluate_model_comprehensive(TUNED, examples(3), [], 0, baseline=BASE, concurrency=1)
+
+    asked = [(request["messages"][0]["content"], request["model"]) for request in counsellor.asked]
+    assert [model for _, model in asked] == [TUNED, BASE] * 3
+    assert [said for said, _ in asked[::2]] == [said for said, _ in asked[1::2]]
 
 
 def test_what_is_asked_never_keeps_the_program_from_ending(make_at: MakeSFT) -> None:
@@ -790,6 +813,94 @@ def test_what_the_answers_so_far_have_cost_counts_before_another_is_asked_for(
             later.resume()
 
     assert len(posts(endpoint, CHAT)) == before
+
+
+def test_an_answer_that_an_earlier_run_has_had_is_used_and_not_paid_again(
+    make_at: MakeSFT, log: Callable[[], list[str]]
+) -> None:
+    price = Price(0, 1, 1, 1, 1)
+    with Counsellor(lambda request: f"答え{len(request['messages'])}") as counsellor:
+        few = make_at(counsellor.url, price=price).evaluate_model_comprehensive(
+            TUNED, examples(9), [], 3, baseline=True
+        )
+        estimates: list[CostEstimate] = []
+        later = make_at(counsellor.url, price=price, confirm=lambda one: not estimates.append(one))
+        more = later.evaluate_model_comprehensive(TUNED, examples(9), [], 5, baseline=True)
+        again = make_at(counsellor.url).evaluate_model_comprehensive(
+            TUNED, examples(9), [], 5, baseline=True
+        )
+    reused = [r for r in responses(more) if "reused_from" in r]
+
+    assert len(counsellor.asked) == 10 == sum(questions(counsellor.asked).values())
+    assert set(questions(counsellor.asked).values()) == {2}
+    assert "以前の実行の応答6件を使います（料金はかかりません）。" in log()
+    assert [r["output"] for r in responses(more)[:3]] == [r["output"] for r in responses(few)]
+    assert len(reused) == 3
+    assert more["usage"]["prompt_tokens"] == 4 * 100
+    assert more["cost"]["evaluation_usd"] == pytest.approx(4 * 110 / 1e6)
+    assert again["cost"]["evaluation_usd"] == again["usage"]["prompt_tokens"] == 0
+    assert [r["output"] for r in responses(again)] == [r["output"] for r in responses(more)]
+    assert len(estimates) == 1
+    assert (estimates[0].evaluation_usd or 0) < 6 * 110 / 1e6
+
+
+@pytest.mark.parametrize(
+    "other", [{"temperature": 0.5}, {"seed": 7}, {"max_tokens": 9}, {"model": BASE}], ids=str
+)
+def test_an_answer_to_another_model_or_with_other_settings_is_none(
+    make_at: MakeSFT, other: dict[str, Any]
+) -> None:
+    model, data = other.get("model", TUNED), examples(2)
+    options = {key: value for key, value in other.items() if key != "model"}
+    with Counsellor(lambda _: "はい") as counsellor:
+        make_at(counsellor.url).evaluate_model_comprehensive(TUNED, data, [], 0)
+        make_at(counsellor.url).evaluate_model_comprehensive(model, data, [], 0, **options)
+
+    assert len(counsellor.asked) == 4
+
+
+def test_an_answer_of_another_endpoint_or_with_other_tools_is_none(make_at: MakeSFT) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    data = examples(2)
+    with Counsellor(lambda _: "はい") as one, Counsellor(lambda _: "はい") as two:
+        make_at(one.url).evaluate_model_comprehensive(TUNED, data, [], 0)
+        make_at(two.url).evaluate_model_comprehensive(TUNED, data, [], 0)
+        with_tools = [example | {"tools": [tool]} for example in data]
+        make_at(two.url).evaluate_model_comprehensive(TUNED, with_tools, [], 0)
+
+    assert (len(one.asked), len(two.asked)) == (2, 4)
+
+
+def test_a_question_that_comes_twice_is_asked_twice_and_both_answers_are_used_later(
+    make_at: MakeSFT,
+) -> None:
+    data = [example(name, "こんにちは", "はい", "では", "また") for name in ("a", "b", "c")]
+    with Counsellor(lambda _: f"{len(counsellor.asked)}番目") as counsellor:
+        make_at(counsellor.url).evaluate_model_comprehensive(
+            TUNED, data[:1], data[1:], 0, temperature=1.0, concurrency=1, seed=7
+        )
+        results = make_at(counsellor.url).evaluate_model_comprehensive(
+            TUNED, data, [], 0, temperature=1.0, concurrency=1, seed=7
+        )
+
+    assert len(counsellor.asked) == 3
+    assert {r["output"] for r in responses(results)} == {"1番目", "2番目", "3番目"}
+    assert {r["case_id"] for r in responses(results)} == {"a:1", "b:1", "c:1"}
+
+
+def test_an_error_and_a_journal_that_is_a_link_give_no_answer(
+    make_at: MakeSFT, endpoint: Rehearsal, out: Path, log: Callable[[], list[str]]
+) -> None:
+    endpoint.inject(Fault("refusal", times=1))
+    make_at(endpoint.url).evaluate_model_comprehensive(BASE, examples(2), [], 0, concurrency=1)
+    make_at(endpoint.url).evaluate_model_comprehensive(BASE, examples(2), [], 0)
+    for path in out.glob("evaluation_*.jsonl"):
+        path.rename(path.with_suffix(".kept"))
+        path.symlink_to(path.with_suffix(".kept"))
+    make_at(endpoint.url).evaluate_model_comprehensive(BASE, examples(2), [], 0)
+
+    assert len(posts(endpoint, CHAT)) == 2 + 1 + 2
+    assert sum("応答は使えません" in line for line in log()) == 2
 
 
 def test_other_settings_are_asked_anew_and_nothing_is_taken_from_the_run_before(
@@ -1174,7 +1285,7 @@ def test_the_progress_bar_shows_errors_and_what_was_spent(
     results = make_at(endpoint.url, verbose=True).evaluate_model_comprehensive(
         BASE, examples(12), [], 0
     )
-    last = terminal.getvalue().replace("\n", "\r").split("\r評価 テスト")[-1]
+    last = terminal.getvalue().replace("\n", "\r").split("\r評価")[-1]
 
     assert "12/12" in last
     assert "失敗=2" in last

@@ -486,7 +486,7 @@ def test_a_tuned_model_of_any_name_is_priced_as_what_it_was_tuned_from(
         with make_sft(**options) as sft:
             results = sft.run_full_pipeline(**SHORT)
         with make_sft(**options) as later:
-            again = later.run_evaluation(max_test_cases=1)
+            again = later.run_evaluation(max_test_cases=1, temperature=0.5)
 
     for one in (results, again):
         assert one["model_id"] == DEPLOYED

@@ -1106,7 +1106,7 @@ def test_a_model_never_differs_from_itself(pairs: list[tuple[int, int]]) -> None
 def test_both_references_are_told_in_a_plain_sentence(
     evaluate: Callable[..., EvaluationResults], tuned: int, untuned: int, verdict: str, word: str
 ) -> None:
-    said = [written(scores_of(value)) for value in [tuned] * 8 + [untuned] * 8]
+    said = [written(scores_of(value)) for value in (tuned, untuned) * 8]
     results = evaluate(
         said, rated_examples(8), baseline="gpt-4.1-mini-2025-04-14",
         train_data=rated_examples(2, untuned),
