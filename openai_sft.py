@@ -116,7 +116,6 @@ if TYPE_CHECKING:
 
     from datasets import Dataset
     from openai import OpenAI
-    from openai.resources.chat import Completions
     from openai.types import FileObject, Model
     from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
     from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
@@ -362,6 +361,13 @@ CREATION_SECONDS = 180.0  # a service has been seen to take 75 s for a job
 LOOK_SECONDS = 15.0
 ANSWER_SECONDS = 600.0
 CONNECT_SECONDS = 10.0
+# An evaluation ends within two minutes of its endpoint's death: a question is repeated for so
+# long while nobody is there, for so long while somebody is, and then one more question where
+# nothing else is answered either; silence is looked into after so long.
+OUTAGE_SECONDS = 100.0
+QUESTION_SECONDS = 50.0
+SILENT_SECONDS = 90.0
+WATCH_SECONDS = 1.0
 HUB_SECONDS = 30.0  # until the Hub's first answer; what it sends then may take any time
 FIRST_CONTACT_SECONDS = 5.0  # for what won't mend itself, where nothing has answered yet
 SPARE_SECONDS = 60.0  # for an answer that can be done without
@@ -370,6 +376,8 @@ SILENCE_SECONDS = 3.0  # after which it is said what is waited for
 INTENT_KEY = "openai_sft_intent"  # of a job's metadata
 CLOCK_SKEW_SECONDS = 3600.0  # by which the service's clock may differ from this one's
 MODEL_LOADING_SECONDS = 600.0  # a model may answer 404 for a while after its job succeeded
+# What some models refuse in a question, and what takes its place.
+REFUSED_OPTIONS = {"max_tokens": "max_completion_tokens", "temperature": None, "seed": None}
 OUTAGE_STATUSES = frozenset({502, 503, 504})  # nothing behind the gateway answers
 MISSING_STATUSES = frozenset({404, 405, 501})  # the endpoint lacks this part of the API
 COUNTED_AT_ONCE = 64  # conversations a call of the tokeniser
@@ -1123,7 +1131,8 @@ class Response(TypedDict, total=False):
     """What came of a question; its line in a :class:`Journal` has all of it, and whose it is.
 
     A question that failed has an ``error`` and no ``output``, an answer that isn't one of its
-    task is ``invalid``. ``reused_from`` names the run that has had, and paid for, an answer.
+    task is ``invalid``. ``reused_from`` names the run that has had, and paid for, an answer,
+    ``refused_options`` what the model didn't take, each with what was sent instead.
     """
 
     key: str
@@ -1139,6 +1148,7 @@ class Response(TypedDict, total=False):
     reference: str
     latency_seconds: float
     reused_from: str
+    refused_options: Mapping[str, str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -6297,6 +6307,8 @@ class Endpoint:
         self._server: Rehearsal | None = None
         self._lacking: set[str] = set()
         self._loading: dict[str, float] = {}
+        self._refused: dict[str, dict[str, str | None]] = {}
+        self._refusing = threading.Lock()
 
     @property
     def client(self) -> OpenAI:
@@ -6381,6 +6393,10 @@ class Endpoint:
         asked = self._settings.api_key or self._client
         return bool(asked) and not self._settings.offline
 
+    def now(self) -> float:
+        """Seconds of the clock that waits are measured by."""
+        return self._timer()
+
     @property
     def brings_key(self) -> bool:
         """Whether the client was given, with a key of its own."""
@@ -6402,13 +6418,14 @@ class Endpoint:
         request: Callable[[], T],
         *,
         needs: str | None = None,
-        patience: float = RETRY_SECONDS,
+        patience: float | Callable[[Exception], float] = RETRY_SECONDS,
         passes: Callable[[Exception], bool] | None = None,
         lost: Callable[[], T | None] | None = None,
         told: str | None = None,
         spare: bool = False,
     ) -> T:
-        """``request()``; what may succeed later is repeated for up to ``patience`` seconds.
+        """``request()``; what may succeed later is repeated for up to ``patience`` seconds, or as
+        many as it gives for an error.
 
         An answer without the attribute that ``needs`` names is a broken one. ``passes`` tells
         of further errors that pass by themselves. ``lost`` is for what must not happen twice:
@@ -6421,7 +6438,8 @@ class Endpoint:
         Raises the SDK's error, or :class:`BrokenAnswer` for an answer that isn't the API's
         JSON. The key is taken out of what an endpoint may echo.
         """
-        began = self._timer()
+        began = since = self._timer()
+        held: float | None = None
         for attempt in itertools.count():
             started = self._timer()
             try:
@@ -6438,8 +6456,11 @@ class Endpoint:
             if found is not None:
                 return found
             delay = retry_delay(attempt, _retry_after(failure, self._clock()), random.random())
-            limit = self._limit_of(failure, patience, spare=spare)
-            if self._timer() + delay - began > limit:
+            allowed = patience(failure) if callable(patience) else patience
+            limit = self._limit_of(failure, allowed, spare=spare)
+            if callable(patience) and limit != held:
+                held, since = limit, self._timer()  # a long answer, or a wait of another kind
+            if self._timer() + delay - since > limit:
                 raise failure
             if attempt == 0 and limit > 60:
                 self._tell_waiting(failure, limit, told)
@@ -6835,22 +6856,79 @@ class Endpoint:
         """Whether a model was just tuned and hasn't answered yet."""
         return model_id in self._loading
 
-    def ask(self, model_id: str, request: Callable[[], T]) -> T:
-        """``request()`` to a model; while one that was just tuned is loading, it is repeated."""
-        until = self._loading.get(model_id, 0.0)
+    def ask(self, question: Question, create: Callable[..., T]) -> T:
+        """``create(**request)`` for a question; while a model that was just tuned is loading, it
+        is repeated.
+
+        An option that the model refuses is left out, or goes by its other name
+        (:data:`REFUSED_OPTIONS`), of this question and of all that come after.
+        """
+        until = self._loading.get(question.model, 0.0)
         told: list[str] = []
 
         def loads(error: Exception) -> bool:
             if getattr(error, "status_code", None) != 404 or self._timer() >= until:
                 return False
             if not told:
-                told.append(model_id)
-                logger.info("モデルの準備を待っています: %s", printable(model_id))
+                told.append(question.model)
+                logger.info("モデルの準備を待っています: %s", printable(question.model))
             return True
 
-        answer = self.call(request, passes=loads)
-        self._loading.pop(model_id, None)
-        return answer
+        while True:
+            names = self.changed(question)
+            request = {
+                sent: value
+                for name, value in question.options.items()
+                if (sent := names.get(name, name)) is not None
+            }
+            send = functools.partial(
+                create, model=question.model, messages=question.messages, **request
+            )
+            try:
+                answer = self.call(send, passes=loads, patience=_patience_with)
+            except _openai().BadRequestError as error:
+                if not self._adapt(question.model, request, error):
+                    raise
+            else:
+                self._loading.pop(question.model, None)
+                return answer
+
+    def changed(self, question: Question) -> dict[str, str | None]:
+        """What the model refuses of a question's options, each with what takes its place."""
+        refused = self._refused.get(question.model, {})
+        return {name: refused[name] for name in question.options if name in refused}
+
+    def _adapt(self, model: str, request: Container[str], error: Exception) -> bool:
+        """Whether an option of a request was refused that can be done without; it is kept."""
+        name = _refused_option(error)
+        if name is None or name not in request:
+            return False
+        with self._refusing:
+            refused = self._refused.get(model, {})
+            if name not in refused:
+                instead = REFUSED_OPTIONS[name]
+                way = f"{instead} として送ります" if instead else "付けずに送ります"
+                logger.warning("%s は %s を受け付けないため、%s。", printable(model), name, way)
+                self._refused[model] = {**refused, name: instead}
+        return True
+
+
+def _patience_with(error: Exception) -> float:
+    """For how many seconds a question is repeated: a limit of the rate passes, and so does a
+    model's loading; anything else is soon taken for an outage."""
+    status = getattr(error, "status_code", None)
+    if status in (404, 429):
+        return RETRY_SECONDS
+    nobody = status in OUTAGE_STATUSES or _connection_fault(error) is not None
+    return OUTAGE_SECONDS if nobody else QUESTION_SECONDS
+
+
+def _refused_option(error: Any) -> str | None:
+    """The option of :data:`REFUSED_OPTIONS` that a model doesn't take, by its API's own words."""
+    if error.code not in ("unsupported_parameter", "unsupported_value"):
+        return None
+    named = (n for n in REFUSED_OPTIONS if error.param == n or f"'{n}'" in error.message)
+    return next(named, None)
 
 
 def _has_passed(times: Sequence[float | None], since: float) -> bool:
@@ -7949,11 +8027,14 @@ class Pool:
 
     When the endpoint limits the rate the bound is halved, once a wave; every answer widens it
     again (additive increase, multiplicative decrease, as TCP does). Closing it ends the threads
-    after the request they are in; the program's end doesn't wait for them.
+    after the request they are in; the program's end doesn't wait for them. After each
+    :data:`SILENT_SECONDS` by ``timer`` without any answer ``is_up`` tells whether to go on.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, timer: Callable[[], float], is_up: Callable[[], bool]) -> None:
         self._size = size
+        self._timer, self._is_up = timer, is_up
+        self._heard = timer()
         self._bound = float(size)
         self._wave = 0
         self._under_way = 0
@@ -7964,7 +8045,8 @@ class Pool:
         """``ask`` each question on the threads; yield what comes, as it comes.
 
         The first error closes the pool and is raised after what the others were asking, which
-        is paid for as well. After :meth:`close` it ends with what was under way.
+        is paid for as well. After :meth:`close` it ends with what was under way. Raises
+        :class:`BrokenAnswer` for an endpoint that has gone silent.
         """
         waiting = collections.deque(questions)
         answers: queue.SimpleQueue[T | BaseException | None] = queue.SimpleQueue()
@@ -7984,12 +8066,13 @@ class Pool:
             threading.Thread(target=work, name=f"openai-sft-ask-{number}", daemon=True)
             for number in range(min(self._size, len(questions)))
         ]
+        self._heard = self._timer()
         for thread in threads:
             thread.start()
         failure: BaseException | None = None
         working = len(threads)
         while working:
-            answer = answers.get()
+            answer = self._next(answers)
             if answer is None:
                 working -= 1
             elif isinstance(answer, BaseException):
@@ -7998,6 +8081,28 @@ class Pool:
                 yield answer
         if failure is not None:
             raise failure
+
+    def _next(self, answers: queue.SimpleQueue[Q]) -> Q:
+        while True:
+            try:
+                answer = answers.get(timeout=WATCH_SECONDS)
+            except queue.Empty:
+                self._require_life()
+            else:
+                self._heard = self._timer()
+                return answer
+
+    def _require_life(self) -> None:
+        """Raise :class:`BrokenAnswer` where nothing has come for long, and nobody is there."""
+        if self._timer() - self._heard < SILENT_SECONDS:
+            return
+        if not self._is_up():
+            self.close()
+            raise BrokenAnswer(
+                f"エンドポイントが{SILENT_SECONDS:.0f}秒以上、何も応答しません。"
+                "動いているかを確認してください。"
+            )
+        self._heard = self._timer()
 
     def attempt(self, request: Callable[[], T]) -> T:
         """``request()`` when there is room for it."""
@@ -8119,6 +8224,7 @@ class Evaluation:
         self._earlier = earlier
         self._task = TASKS[settings.task]
         self._responses: dict[tuple[str, str], list[Response]] = {}
+        self._failing_since: float | None = None  # since when no question is answered
 
     def ask(self, asked: Asked) -> None:
         """Pass the door to payment and ask every case that has no answer yet, all in one pool.
@@ -8200,14 +8306,15 @@ class Evaluation:
             disable=None if self._settings.verbose else True,
         )
         # Made here once, not by every question.
-        completions = self._endpoint.given(ANSWER_SECONDS).chat.completions
-        pool = Pool(self._asking.concurrency)
+        create = self._endpoint.given(ANSWER_SECONDS).chat.completions.create
+        endpoint = self._endpoint
+        pool = Pool(self._asking.concurrency, endpoint.now, endpoint.is_up)
         spent: float | None = None
         with contextlib.closing(bar), contextlib.closing(pool):
             # A model that was just tuned may still be loading: its first case waits for it.
-            first = [i for i in missing if self._endpoint.is_loading(i.question.model)][:1]
+            first = [i for i in missing if endpoint.is_loading(i.question.model)][:1]
             rest = [item for item in missing if item not in first]
-            ask = functools.partial(self._ask, completions, pool)
+            ask = functools.partial(self._ask, create, pool)
             for item, response in itertools.chain(map(ask, first), pool.map(ask, rest)):
                 self._journal.add(item.question, item.split, response)
                 responses[item.question.key] = response
@@ -8221,19 +8328,18 @@ class Evaluation:
                 bar.update()
         self._ledger.stop_over(spent)
 
-    def _ask(self, completions: Completions, pool: Pool, item: _Item) -> tuple[_Item, Response]:
+    def _ask(self, create: Callable[..., Any], pool: Pool, item: _Item) -> tuple[_Item, Response]:
         openai = _openai()
         case, question = item.case, item.question
         response = Response(case_id=case.id, input=case.input)
-        create = functools.partial(
-            completions.create,
-            model=question.model,
-            messages=question.messages,
-            **question.options,
-        )
-        started = time.perf_counter()
+
+        def send(**request: Any) -> Any:
+            return pool.attempt(functools.partial(create, **request))
+
+        began, started = self._endpoint.now(), time.perf_counter()
         try:
-            answer = self._endpoint.ask(question.model, lambda: pool.attempt(create))
+            answer = self._endpoint.ask(question, send)
+            self._failing_since = None
             told, sent = _usage(answer), self._task.request
             response["usage"] = told or _estimated_usage(case, "", sent)  # billed without words too
             response["finish_reason"], response["output"] = _read_answer(answer)
@@ -8241,25 +8347,33 @@ class Evaluation:
             if fault := self._task.find_fault(response["output"]):
                 response["invalid"] = fault
         except (openai.APIError, BrokenAnswer) as error:
-            if "usage" not in response and self._meets_every_case(error):
+            if "usage" not in response and self._meets_every_case(error, began):
                 raise
             reason = explain_api_error(error)
             response["error"] = reason
             logger.warning("評価 %s に失敗しました: %s", case.id, reason)
+        if changed := self._endpoint.changed(question):
+            response["refused_options"] = changed
         response["reference"] = case.reference
         response["latency_seconds"] = round(time.perf_counter() - started, 3)
         return item, response
 
-    def _meets_every_case(self, error: Exception) -> bool:
+    def _meets_every_case(self, error: Exception, began: float) -> bool:
         """Whether the next case would fail as well: by the key, the model, the quota, a limit of
-        the rate or an outage that outlasts all patience."""
+        the rate or an outage that outlasts all patience, or because one that was asked after
+        another had failed so has failed, and none was answered meanwhile."""
         openai = _openai()
         final = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
         if isinstance(error, (*final, openai.RateLimitError)):
             return True
         if getattr(error, "status_code", None) in OUTAGE_STATUSES:
             return True
-        return is_transient(error) and not self._endpoint.is_up()
+        if not is_transient(error):
+            return False
+        since = self._failing_since
+        if since is None:
+            self._failing_since = self._endpoint.now()
+        return (since is not None and began >= since) or not self._endpoint.is_up()
 
     def results(self, asked: Asked, asked_at: str) -> EvaluationResults:
         """What the answers are worth: figures, comparisons, usage and settings."""
@@ -8302,13 +8416,24 @@ class Evaluation:
             results["summary"]["mse"] = overall["mse"]["score"] if overall else None
         results["task"] = self._settings.task
         results["usage"] = self._journal.usage()
+        refused = self._refused_options()
         results["settings"] = {
+            **({"refused_options": refused} if refused else {}),
             **self._asking.generation,
             "max_test_cases": self._asking.max_test_cases,
             "eval_turns": self._asking.eval_turns,
             "concurrency": self._asking.concurrency,
         }
         return results
+
+    def _refused_options(self) -> Mapping[str, Mapping[str, str | None]]:
+        """What each model didn't take of the settings, with what was sent instead."""
+        refused: dict[str, dict[str, str | None]] = {}
+        for (model, _), responses in self._responses.items():
+            for response in responses:
+                if changed := response.get("refused_options"):
+                    refused.setdefault(model, {}).update(changed)
+        return refused
 
     def _part(
         self, asked: Asked, model: str, name: str, answers: Sequence[Answer]

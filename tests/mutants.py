@@ -886,7 +886,7 @@ RECOVERY = (
     Mutant(
         "a failed case is not asked again",
         'if "error" not in line',
-        'if "case_id" in response',
+        'if "case_id" in line',
         "test_asking.py::test_a_case_that_failed_is_asked_again_when_an_evaluation_is_resumed",
         within="_take",
     ),
@@ -1982,8 +1982,8 @@ HOUSE = (
     ),
     Mutant(
         "patience lasts ten times as long",
-        "if self._timer() + delay - began > limit:",
-        "if self._timer() + delay - began > 10 * limit:",
+        "if self._timer() + delay - since > limit:",
+        "if self._timer() + delay - since > 10 * limit:",
         "test_recovery.py::test_what_stays_away_is_given_up_after_ten_minutes",
     ),
     Mutant(
@@ -2031,9 +2031,33 @@ HOUSE = (
     ),
     Mutant(
         "an outage fails case by case",
-        "return is_transient(error) and not self._endpoint.is_up()",
-        "return False",
+        "return (since is not None and began >= since) or not self._endpoint.is_up()",
+        "return since is not None and began >= since",
         "test_edges_patience.py::test_an_endpoint_that_dies_under_an_evaluation_is_waited_for_once_and_not_for_each_case",
+    ),
+    Mutant(
+        "an endpoint that answers no question is asked them all",
+        "return (since is not None and began >= since) or not self._endpoint.is_up()",
+        "return not self._endpoint.is_up()",
+        "test_edges_patience.py::test_an_endpoint_that_answers_no_question_ends_the_evaluation_within_two_minutes",
+    ),
+    Mutant(
+        "one question that fails ends them all",
+        "return (since is not None and began >= since) or not self._endpoint.is_up()",
+        "return True",
+        "test_edges_patience.py::test_a_question_that_is_never_answered_fails_alone_while_others_are_answered",
+    ),
+    Mutant(
+        "silence is waited out",
+        "if self._timer() - self._heard < SILENT_SECONDS:",
+        "if True:",
+        "test_edges_patience.py::test_an_endpoint_that_falls_silent_ends_the_evaluation_and_one_that_is_slow_does_not",
+    ),
+    Mutant(
+        "whoever is slow is taken for dead",
+        "if not self._is_up():",
+        "if True:",
+        "test_edges_patience.py::test_an_endpoint_that_falls_silent_ends_the_evaluation_and_one_that_is_slow_does_not",
     ),
     Mutant(
         "waits follow a clock that is set",

@@ -336,8 +336,9 @@ def test_a_host_that_has_no_address_for_an_hour_in_mid_watch_is_waited_out(
     assert 3600 < clock.waited < 3 * 3600
 
 
+@pytest.mark.parametrize("concurrency", [1, 4])
 def test_an_endpoint_that_dies_under_an_evaluation_is_waited_for_once_and_not_for_each_case(
-    timed: MakeSFT, clock: Patience, endpoint: Rehearsal
+    timed: MakeSFT, clock: Patience, endpoint: Rehearsal, concurrency: int
 ) -> None:
     clock.limit = 1200
     with Door(endpoint) as door:
@@ -347,12 +348,77 @@ def test_an_endpoint_that_dies_under_an_evaluation_is_waited_for_once_and_not_fo
             door.shut()
 
         threading.Thread(target=shut_after_two, daemon=True).start()
-        with contextlib.suppress(openai.OpenAIError, OpenAISFTError):
-            timed(base_url=door.url).evaluate_model_comprehensive(
-                BASE, examples(12), [], 0, concurrency=1
-            )
+        sft = timed(base_url=door.url)
+        with pytest.raises(openai.APIConnectionError):
+            sft.evaluate_model_comprehensive(BASE, examples(99), [], 0, concurrency=concurrency)
+        waited, told = clock.waited, sft.describe_remote_state()
+        sft.close()
+        door.open()
+        results = timed(base_url=door.url).resume()
 
-    assert clock.waited > 60
+    assert 40 < waited <= 120
+    assert "--resume" in told
+    assert results is not None
+    assert results["test_evaluation"]["evaluated_cases"] == 99
+    assert len([e for e in posts(endpoint, CHAT) if e.status == 200]) <= 99 + concurrency
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+@pytest.mark.parametrize("fault", ["500", "malformed", "503", "reset_before"])
+def test_an_endpoint_that_answers_no_question_ends_the_evaluation_within_two_minutes(
+    timed: MakeSFT, clock: Patience, endpoint: Rehearsal, fault: str, concurrency: int
+) -> None:
+    endpoint.inject(Fault(fault, "POST", CHAT, skip=2, times=None))
+    sft = timed(base_url=endpoint.url)
+    with pytest.raises((openai.OpenAIError, OpenAISFTError)):
+        sft.evaluate_model_comprehensive(BASE, examples(99), [], 0, concurrency=concurrency)
+
+    assert clock.waited <= 120
+    assert "--resume" in sft.describe_remote_state()
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_a_question_that_is_never_answered_fails_alone_while_others_are_answered(
+    timed: MakeSFT, endpoint: Rehearsal, concurrency: int
+) -> None:
+    def reply(request: Request, forward: Forward) -> Reply:
+        poisoned = request.line == ("POST", CHAT) and "相談3".encode() in request.body
+        return refusal(500) if poisoned else forward(request)
+
+    with Gateway(endpoint, reply) as gateway:
+        results = timed(base_url=gateway.url).evaluate_model_comprehensive(
+            BASE, examples(8), [], 0, concurrency=concurrency
+        )
+
+    assert results["summary"]["total_cases_evaluated"] == 7
+    (failed,) = (r for r in results["test_evaluation"]["responses"] if "error" in r)
+    assert failed["case_id"].startswith("d3:")
+
+
+def test_an_endpoint_that_falls_silent_ends_the_evaluation_and_one_that_is_slow_does_not(
+    timed: MakeSFT, clock: Patience, endpoint: Rehearsal
+) -> None:
+    """Nothing is refused and nothing comes; whether anybody is there tells them apart."""
+    looks: list[str] = []
+    ended = threading.Event()
+
+    def reply(request: Request, forward: Forward) -> Reply:
+        if request.line == ("POST", CHAT):
+            while not ended.wait(0.01):
+                clock.now += 2
+        elif request.path.startswith("/models"):
+            looks.append(request.path)
+            return refusal(401 if len(looks) < 3 else 503)
+        return forward(request)
+
+    with Gateway(endpoint, reply) as gateway:
+        sft = timed(base_url=gateway.url)
+        with pytest.raises(BrokenAnswer, match="応答しません"):
+            sft.evaluate_model_comprehensive(BASE, examples(4), [], 0, concurrency=2)
+        ended.set()
+
+    assert len(looks) == 3
+    assert "--resume" in sft.describe_remote_state()
 
 
 # ── Asked once before anything is read or sent ───────────────────────────────────────────────

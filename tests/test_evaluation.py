@@ -356,7 +356,7 @@ def test_a_passing_fault_costs_no_answer(
     assert len(slept) == 2
 
 
-def test_a_fault_that_does_not_pass_fails_its_case_after_ten_minutes(
+def test_a_fault_that_does_not_pass_fails_its_case_within_a_minute(
     make_sft: MakeSFT, endpoint: Rehearsal
 ) -> None:
     now = [1_800_000_000.0]
@@ -368,12 +368,12 @@ def test_a_fault_that_does_not_pass_fails_its_case_after_ten_minutes(
     results = evaluate(make_sft(sleep=sleep, clock=lambda: now[0]), count=1)
 
     assert results["test_evaluation"]["failed_cases"] == 1
-    assert now[0] - 1_800_000_000 <= 600
+    assert now[0] - 1_800_000_000 <= 50
 
 
 @pytest.mark.parametrize(
     "body",
-    [{}, {"choices": []}, {"choices": None}, {"choices": [{"message": None}]}, [], "ok", None],
+    [{}, {"choices": []}, {"choices": None}, {"choices": [{"message": None}]}],
     ids=json.dumps,
 )
 def test_an_answer_that_is_json_but_no_completion_fails_its_case_alone(
