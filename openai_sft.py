@@ -716,6 +716,7 @@ class RunOptions(SelectionOptions, total=False):
     temperature: float
     max_tokens: int
     checkpoint: str
+    timeout_per_answer: float | None
 
 
 @dataclass(frozen=True)
@@ -1400,6 +1401,8 @@ class Asking:
 
     ``checkpoint`` says which of a job's models is asked: the ``"last"``, the ``"best"`` on the
     validation data, or the one of this id, name or step.
+    ``timeout_per_answer`` is in seconds; ``None`` is :data:`ANSWER_SECONDS`, or what a given
+    client has.
 
     Raises :class:`ConfigurationError` for values out of range.
     """
@@ -1412,6 +1415,7 @@ class Asking:
     temperature: float = 0.0
     max_tokens: int = 1024
     checkpoint: str = "last"
+    timeout_per_answer: float | None = None
 
     def __post_init__(self) -> None:
         cases, turns = self.max_test_cases, self.eval_turns
@@ -1421,7 +1425,10 @@ class Asking:
         _require_range("eval_turns", turns, ok, "last、all、1以上の整数のどれか")
         _require_range("concurrency", self.concurrency, self.concurrency >= 1, "1以上")
         _require_range("temperature", self.temperature, 0 <= self.temperature <= 2, "0〜2")
-        _require_range("max_tokens", self.max_tokens, self.max_tokens >= 1, "1以上")
+        tokens, seconds = self.max_tokens, self.timeout_per_answer
+        _require_range("max_tokens", tokens, _is_whole(tokens, 1, sys.maxsize), "1以上の整数")
+        ok = seconds is None or 0 < seconds < math.inf
+        _require_range("timeout_per_answer", seconds, ok, "正の数")
 
     def baseline_of(self, model: str, base_model: str) -> str | None:
         """The model to compare ``model`` with, if any; ``baseline=True`` means its base model."""
@@ -6363,9 +6370,10 @@ class Endpoint:
         kind = type("InTime", (_InTime, type(response.stream)), {})
         response.stream = kind(response.stream, self._timer, until)
 
-    def given(self, seconds: float) -> OpenAI:
-        """The client for requests that may take so long; a given client keeps its own limits."""
-        if not self._owns_client:
+    def given(self, seconds: float, *, firm: bool = False) -> OpenAI:
+        """The client for requests that may take so long; a given client keeps its own limits,
+        unless this one is ``firm``."""
+        if not self._owns_client and not firm:
             return self.client
         timeout = _openai().Timeout(seconds, connect=CONNECT_SECONDS)
         return self.client.with_options(timeout=timeout)
@@ -8242,8 +8250,9 @@ class Evaluation:
         }
         self._ledger.require(self._ledger.ahead(left), "evaluation", paid=paid)
         for model, name in itertools.product(asked.models, asked.cases):
-            label, count = SPLIT_LABELS[name], len(asked.cases[name])
-            logger.info("%sデータの%d件を評価します: %s", label, count, printable(model))
+            if count := len(asked.cases[name]):
+                label = SPLIT_LABELS[name]
+                logger.info("%sデータの%d件を評価します: %s", label, count, printable(model))
         if responses:
             logger.info("うち%d件は回答済みです。", len(responses))
         with SystemMonitor(self._settings.output_dir):
@@ -8306,8 +8315,9 @@ class Evaluation:
             disable=None if self._settings.verbose else True,
         )
         # Made here once, not by every question.
-        create = self._endpoint.given(ANSWER_SECONDS).chat.completions.create
-        endpoint = self._endpoint
+        endpoint, seconds = self._endpoint, self._asking.timeout_per_answer
+        client = endpoint.given(seconds or ANSWER_SECONDS, firm=seconds is not None)
+        create = client.chat.completions.create
         pool = Pool(self._asking.concurrency, endpoint.now, endpoint.is_up)
         spent: float | None = None
         with contextlib.closing(bar), contextlib.closing(pool):
@@ -9374,6 +9384,7 @@ class OpenAISFT:
         concurrency: int = 8,
         temperature: float = 0.0,
         max_tokens: int = 1024,
+        timeout_per_answer: float | None = None,
         train_data: Sequence[Example] | None = None,
     ) -> EvaluationResults:
         """Ask the model :func:`choose_cases` of each split and score its answers.
@@ -9381,15 +9392,15 @@ class OpenAISFT:
         ``max_test_cases`` is per split; 0 or ``None`` asks all. ``baseline`` names a model to
         ask the same (``True``: the base model), and the results gain ``comparison``. Up to
         ``concurrency`` questions are under way at once, fewer while the endpoint limits the
-        rate. In the score task the mean of ``train_data``'s scores (by default what this
-        instance prepared) is a reference as well. The price is shown, held against
+        rate; an answer may take ``timeout_per_answer`` seconds (600 unless told). In the score
+        task the mean of ``train_data``'s scores (by default what this instance prepared) is a
+        reference as well. The price is shown, held against
         ``max_cost_usd`` and confirmed before anything is asked (:class:`BudgetError`,
         :class:`Declined`). A case that fails carries its ``error``; errors that would meet
         every case (key, model, quota) are raised, and :meth:`resume` then asks only the rest.
         """
-        asking = Asking(
-            max_test_cases, seed, eval_turns, baseline, concurrency, temperature, max_tokens
-        )
+        how = (concurrency, temperature, max_tokens, timeout_per_answer)
+        asking = Asking(max_test_cases, seed, eval_turns, baseline, *how)
         _require_filled(model_id=model_id)
         run = self._current()
         if run.plan is not None or "journal" in run.files:

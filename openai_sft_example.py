@@ -389,6 +389,26 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="同時に送るリクエスト数（既定: 8）",
     )
+    group.add_argument(
+        "--max-tokens",
+        type=INTEGER,
+        default=1024,
+        metavar="N",
+        help="1つの応答の最大トークン数（既定: 1024）",
+    )
+    group.add_argument(
+        "--temperature",
+        type=REAL,
+        default=0.0,
+        metavar="X",
+        help="応答のばらつき、0〜2（既定: 0）",
+    )
+    group.add_argument(
+        "--timeout-per-answer",
+        type=REAL,
+        metavar="SECONDS",
+        help="1つの応答を待つ時間の上限（既定: 600）",
+    )
 
 
 def add_money(parser: argparse.ArgumentParser) -> None:

@@ -248,8 +248,9 @@ def test_a_number_of_turns_that_makes_no_sense_is_refused(
 @pytest.mark.parametrize(
     "wrong",
     [
-        *({"concurrency": 0}, {"max_test_cases": -1}, {"max_tokens": 0}),
-        *({"temperature": -0.1}, {"temperature": 2.1}),
+        *({"concurrency": 0}, {"max_test_cases": -1}, {"max_tokens": 0}, {"max_tokens": 1.5}),
+        *({"temperature": -0.1}, {"temperature": 2.1}, {"timeout_per_answer": 0}),
+        *({"timeout_per_answer": float("inf")}, {"timeout_per_answer": float("nan")}),
     ],
     ids=str,
 )
@@ -371,6 +372,113 @@ def test_the_settings_are_sent_and_recorded_and_nothing_is_left_to_chance(
         assert exchange.request.items() >= recorded.items()
 
 
+MESSAGES = {
+    "max_tokens": "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+    "'max_completion_tokens' instead.",
+    "temperature": "Unsupported value: 'temperature' does not support 0 with this model.",
+    "seed": "Unsupported parameter: 'seed' is not supported with this model.",
+}
+
+
+KEY = "sk-recognisable-0123456789-wxyz"  # what is taken out of an error must not be a word of it
+
+
+class Refusing:
+    """A gateway's reply of an endpoint whose ``models`` take none of these options."""
+
+    def __init__(self, *names: str, models: tuple[str, ...] = (BASE,), tells: bool = True) -> None:
+        self.names, self.models, self.tells = names, models, tells
+        self.refused: list[str] = []
+
+    def __call__(self, request: Request, forward: Forward) -> Reply:
+        if request.line != ("POST", CHAT) or request.json["model"] not in self.models:
+            return forward(request)
+        for name in self.names:
+            if name in request.json:
+                self.refused.append(name)
+                kind = "value" if name == "temperature" else "parameter"
+                param = name if self.tells else None
+                error = {"message": MESSAGES[name], "type": "invalid_request_error"}
+                return saying(
+                    {"error": error | {"param": param, "code": f"unsupported_{kind}"}}, 400
+                )
+        return forward(request)
+
+
+@pytest.mark.parametrize("tells", [True, False], ids=["by its param", "by its message"])
+def test_what_a_model_refuses_is_left_out_once_and_for_all_said_and_recorded(
+    make_sft: MakeSFT, endpoint: Rehearsal, log: Callable[[], list[str]], tells: bool
+) -> None:
+    refusing = Refusing("max_tokens", "temperature", "seed", tells=tells)
+    with Gateway(endpoint, refusing) as gateway:
+        results = make_sft(api_key=KEY, base_url=gateway.url).evaluate_model_comprehensive(
+            BASE, examples(6), examples(9)[6:], 0, baseline=RIVAL, concurrency=1, max_tokens=77
+        )
+        sent = [r.json for r in gateway.asked if r.line == ("POST", CHAT)]
+    changed = {"max_tokens": "max_completion_tokens", "temperature": None, "seed": None}
+    own = [s for s in sent if s["model"] == BASE][3:]
+
+    assert refusing.refused == ["max_tokens", "temperature", "seed"]
+    assert len(own) == 9
+    assert all(s["max_completion_tokens"] == 77 for s in own)
+    assert all(s.keys() == {"model", "messages", "max_completion_tokens"} for s in own)
+    assert all(
+        {"max_tokens", "temperature", "seed"} <= s.keys() for s in sent if s["model"] != BASE
+    )
+    assert sum("受け付けない" in line for line in log()) == 3
+    assert results["settings"]["refused_options"] == {BASE: changed}
+    assert results["settings"]["max_tokens"] == 77
+    assert all(r["refused_options"] == changed for r in responses(results))
+    assert results["summary"]["total_cases_evaluated"] == 9
+
+
+def test_many_at_once_are_refused_no_more_than_once_each(
+    make_sft: MakeSFT, endpoint: Rehearsal, log: Callable[[], list[str]]
+) -> None:
+    refusing = Refusing("max_tokens", "temperature")
+    with Gateway(endpoint, refusing) as gateway:
+        results = make_sft(api_key=KEY, base_url=gateway.url).evaluate_model_comprehensive(
+            BASE, examples(40), [], 0, concurrency=4
+        )
+
+    assert results["test_evaluation"]["failed_cases"] == 0
+    assert len(refusing.refused) <= 2 * 4
+    assert sum("受け付けない" in line for line in log()) == 2
+
+
+def test_an_answer_had_without_an_option_is_used_later_and_tells_it(
+    make_sft: MakeSFT, endpoint: Rehearsal
+) -> None:
+    with Gateway(endpoint, Refusing("seed")) as gateway:
+        make_sft(api_key=KEY, base_url=gateway.url).evaluate_model_comprehensive(
+            BASE, examples(3), [], 0
+        )
+        results = make_sft(api_key=KEY, base_url=gateway.url).evaluate_model_comprehensive(
+            BASE, examples(3), [], 0
+        )
+
+    assert len(posts(endpoint, CHAT)) == 3
+    assert results["settings"]["refused_options"] == {BASE: {"seed": None}}
+
+
+@pytest.mark.parametrize(
+    ("name", "code"), [("messages", "unsupported_value"), ("temperature", "invalid_type")]
+)
+def test_any_other_refusal_fails_its_case_and_is_not_asked_again(
+    make_at: MakeSFT, name: str, code: str
+) -> None:
+    error = {"message": f"'{name}' is wrong", "type": "x", "param": name, "code": code}
+
+    def reply(request: Request, forward: Forward) -> Reply:
+        return saying({"error": error}, 400)
+
+    with Gateway(None, reply) as gateway:
+        results = make_at(gateway.url).evaluate_model_comprehensive(BASE, examples(2), [], 0)
+        asked = [r for r in gateway.asked if r.line == ("POST", CHAT)]
+
+    assert len(asked) == 2 == results["test_evaluation"]["failed_cases"]
+
+
 def test_a_model_known_to_be_better_is_called_better_end_to_end(make_at: MakeSFT) -> None:
     data = dialogues(100)
     real = {json.dumps(case.input): case.reference for case in choose_cases(data, max_cases=None)}
@@ -428,6 +536,27 @@ def test_a_pair_with_an_error_on_either_side_or_both_is_left_out_and_counted(
 
 
 # ── Answers that are none ────────────────────────────────────────────────────────────────────
+
+
+def test_an_answer_that_takes_too_long_fails_its_case_alone(
+    make_at: MakeSFT, endpoint: Rehearsal
+) -> None:
+    ended = threading.Event()
+
+    def reply(request: Request, forward: Forward) -> Reply:
+        if request.line == ("POST", CHAT) and "相談2".encode() in request.body:
+            ended.wait(20)
+        return forward(request)
+
+    with Gateway(endpoint, reply) as gateway:
+        results = make_at(gateway.url).evaluate_model_comprehensive(
+            BASE, examples(3), [], 0, concurrency=3, timeout_per_answer=0.3
+        )
+        ended.set()
+    (failed,) = (response for response in responses(results) if "error" in response)
+
+    assert failed["case_id"].startswith("d2:")
+    assert results["test_evaluation"]["evaluated_cases"] == 2
 
 
 @pytest.mark.parametrize(

@@ -107,10 +107,30 @@ def test_the_help_names_every_flag_that_was_agreed() -> None:
         "--max-cost-usd --quiet --verbose --revision --long-examples --min-score --max-score "
         "--topics --exclude-flagged --group-by --check-file --fix --json --check --resume --job-id "
         "--cancel --list --timeout --price-training --price-input --price-output "
-        "--price-base-input --price-base-output"
+        "--price-base-input --price-base-output --max-tokens --temperature --timeout-per-answer"
     )
 
     assert set(agreed.split()) <= set(re.findall(r"--[a-z-]+", HELP.read_text("utf-8")))
+
+
+def test_how_it_is_asked_can_be_told_on_the_command_line(
+    cli: Callable[..., Ended], place: Callable[[str], tuple[str, ...]], endpoint: Rehearsal
+) -> None:
+    how = ("--max-tokens", "77", "--temperature", "0.5", "--timeout-per-answer", "30")
+    ended = cli(
+        *place(endpoint.url),
+        "--evaluate-only",
+        "--model-id",
+        OpenAISFT(offline=True).model,
+        "--yes",
+        *how,
+    )
+    sent = [exchange.request for exchange in posts(endpoint, "/chat/completions")]
+    (record,) = Path("out").glob("run_*.json")
+
+    assert ended.code == 0
+    assert {(one["max_tokens"], one["temperature"]) for one in sent} == {(77, 0.5)}
+    assert read_json(record)["plan"]["asking"]["timeout_per_answer"] == 30
 
 
 def test_the_version_is_the_changelogs_newest(cli: Callable[..., Ended]) -> None:
@@ -630,6 +650,9 @@ def test_quiet_shows_the_results_alone_and_verbose_more_than_usual(dataset: Path
         (("--rehearse", "--resume"), "リハーサル"),
         (("--rehearse", "--job-id", "ftjob-1"), "リハーサル"),
         (("--concurrency", "0"), "concurrency"),
+        (("--max-tokens", "0"), "max_tokens"),
+        (("--temperature", "2.5"), "temperature"),
+        (("--timeout-per-answer", "0"), "timeout_per_answer"),
         (("--eval-turns", "0"), "eval_turns"),
         (("--price-training", "-1", "--price-input", "1", "--price-output", "1"), "単価"),
     ],
