@@ -168,6 +168,7 @@ __all__ = [
     "Prepared",
     "Price",
     "Question",
+    "Rates",
     "Reading",
     "ReadingOptions",
     "Record",
@@ -879,11 +880,26 @@ class Splits(NamedTuple):
     valid: list[Any]
 
 
+class Rates(NamedTuple):
+    """US dollars per 1,000,000 tokens of asking one model. Of a question's tokens those that the
+    service has had in its cache cost less; where that rate is unknown, they cost as the others.
+    """
+
+    input: float
+    output: float
+    cached: float
+
+    def usd(self, asked: int, answered: int, cached: int = 0) -> float:
+        """Dollars of these tokens, of which ``cached`` are a part of those ``asked``."""
+        return _usd([asked - cached, answered, cached], self)
+
+
 @dataclass(frozen=True, slots=True)
 class Price:
     """US dollars per 1,000,000 tokens of one base model and of its tuned ones.
 
-    The base rates are also those of another baseline, where the table doesn't know it.
+    The base rates are also those of another baseline, where the table doesn't know it. A cached
+    rate that is ``None`` is the input's.
     """
 
     training: float
@@ -891,28 +907,32 @@ class Price:
     tuned_output: float
     base_input: float | None = None
     base_output: float | None = None
+    tuned_cached: float | None = None
+    base_cached: float | None = None
 
     def __post_init__(self) -> None:
         for rate in (getattr(self, name) for name in self.__slots__):
             if rate is not None and not (math.isfinite(rate) and rate >= 0):
                 raise ConfigurationError(f"単価は0以上の数です（指定: {rate}）。")
 
-    def rates(self, *, tuned: bool) -> tuple[float, float] | None:
-        """Input and output rate of the tuned or of the base model, ``None`` where unknown."""
+    def rates(self, *, tuned: bool) -> Rates | None:
+        """The rates of asking the tuned or the base model, ``None`` where unknown."""
         if tuned:
-            return self.tuned_input, self.tuned_output
-        if self.base_input is None or self.base_output is None:
+            asked, answered, cached = self.tuned_input, self.tuned_output, self.tuned_cached
+        elif self.base_input is None or self.base_output is None:
             return None
-        return self.base_input, self.base_output
+        else:
+            asked, answered, cached = self.base_input, self.base_output, self.base_cached
+        return Rates(asked, answered, asked if cached is None else cached)
 
 
 PRICES_AS_OF = "2026-09"
 PRICES_SOURCE = "https://platform.openai.com/docs/pricing"
 PRICES: dict[str, Price] = {
-    "gpt-4o-mini-2024-07-18": Price(3.00, 0.30, 1.20, 0.15, 0.60),
-    "gpt-4o-2024-08-06": Price(25.00, 3.75, 15.00, 2.50, 10.00),
-    "gpt-4.1-2025-04-14": Price(25.00, 3.00, 12.00, 2.00, 8.00),
-    "gpt-4.1-mini-2025-04-14": Price(5.00, 0.80, 3.20, 0.40, 1.60),
+    "gpt-4o-mini-2024-07-18": Price(3.00, 0.30, 1.20, 0.15, 0.60, 0.15, 0.075),
+    "gpt-4o-2024-08-06": Price(25.00, 3.75, 15.00, 2.50, 10.00, 1.875, 1.25),
+    "gpt-4.1-2025-04-14": Price(25.00, 3.00, 12.00, 2.00, 8.00, 0.75, 0.50),
+    "gpt-4.1-mini-2025-04-14": Price(5.00, 0.80, 3.20, 0.40, 1.60, 0.20, 0.10),
 }
 MODEL_ALIASES = {
     "gpt-4o-mini": "gpt-4o-mini-2024-07-18",
@@ -4113,11 +4133,9 @@ def price_of(model: str) -> Price | None:
     return PRICES.get(MODEL_ALIASES.get(base, base))
 
 
-def _rates_of(
-    model: str, tuned_from: str | None, given: Price | None
-) -> tuple[float, float] | None:
-    """Dollars per 1,000,000 tokens in and out of asking a tuned model or, with ``tuned_from``
-    ``None``, a base model; ``None`` where unknown. A ``given`` price goes first."""
+def _rates_of(model: str, tuned_from: str | None, given: Price | None) -> Rates | None:
+    """The rates of asking a tuned model or, with ``tuned_from`` ``None``, a base model; ``None``
+    where unknown. A ``given`` price goes first."""
     for price in filter(None, (given, price_of(tuned_from or model))):
         rates = price.rates(tuned=tuned_from is not None)
         if rates is not None:
@@ -4127,7 +4145,7 @@ def _rates_of(
 
 def _baseline_rates(
     model: str, tuned_from: str | None, given: Price | None, *, is_base: bool
-) -> tuple[float, float] | None:
+) -> Rates | None:
     """The rates of asking what an evaluated model is compared with: the base rates of a ``given``
     price are those of its base model, and of any other that the table doesn't know."""
     rates = _rates_of(model, tuned_from, given if is_base else None)
@@ -4176,7 +4194,7 @@ def estimate_cost(
         if rates is None or evaluation is None:
             evaluation = None
         else:
-            evaluation += _usd([evaluation_input_tokens, evaluation_output_tokens], rates)
+            evaluation += rates.usd(evaluation_input_tokens, evaluation_output_tokens)
     return CostEstimate(
         model=model,
         epochs=epochs,
@@ -7076,8 +7094,8 @@ class Ledger:
         self._run, self._settings, self._confirm = run, settings, confirm
         self._base_of = functools.cache(base_of)
 
-    def rates(self, model: str, evaluated: str) -> tuple[float, float] | None:
-        """Dollars per 1,000,000 tokens in and out of asking ``model``, ``None`` where unknown.
+    def rates(self, model: str, evaluated: str) -> Rates | None:
+        """The rates of asking ``model``, ``None`` where unknown.
 
         A given price is that of the evaluated model, and with base rates of what it is compared
         with.
@@ -7096,7 +7114,7 @@ class Ledger:
         rates = {m: self.rates(m, evaluated) for m, (asked, _) in counts.items() if asked.tokens}
         unpriced = tuple(model for model, known in rates.items() if known is None)
         dollars = sum(
-            _usd([counts[m][0].tokens, counts[m][1]], known)
+            known.usd(counts[m][0].tokens, counts[m][1])
             for m, known in rates.items()
             if known is not None
         )
@@ -7189,7 +7207,8 @@ class Ledger:
             rates = self.rates(model, evaluated)
             if rates is None:
                 return None
-            dollars += _usd([tokens["prompt_tokens"], tokens["completion_tokens"]], rates)
+            asked, answered = tokens["prompt_tokens"], tokens["completion_tokens"]
+            dollars += rates.usd(asked, answered, tokens["cached_tokens"])
         return dollars
 
     def is_over(self, answers_usd: float | None) -> bool:
@@ -7955,6 +7974,9 @@ def _to_csv(rows: Sequence[Mapping[str, float]]) -> str:
 # ── Asking and scoring ───────────────────────────────────────────────────────────────────────
 
 
+TOKEN_KINDS = ("prompt_tokens", "completion_tokens", "cached_tokens")
+
+
 class Journal:
     """The answers of an evaluation, one JSON line each, written as they come.
 
@@ -7993,10 +8015,9 @@ class Journal:
             self.answers[key] = _without_owner(line)
         if "reused_from" in line:
             return  # another run has paid for it
-        totals = self._usage.setdefault(model_id, {"prompt_tokens": 0, "completion_tokens": 0})
-        for name in totals:
-            tokens = (line.get("usage") or {}).get(name)
-            totals[name] += tokens if isinstance(tokens, int) else 0
+        totals = self._usage.setdefault(model_id, dict.fromkeys(TOKEN_KINDS, 0))
+        for name, tokens in zip(TOKEN_KINDS, _billed(line.get("usage") or {}), strict=True):
+            totals[name] += tokens
 
     def add(self, question: Question, split: str, response: Response) -> None:
         """Keep one answer, on disk before the next is taken."""
@@ -8012,9 +8033,21 @@ class Journal:
 
     def usage(self) -> dict[str, Any]:
         """The tokens of all models together and ``by_model``."""
-        keys = ("prompt_tokens", "completion_tokens")
-        totals = {key: sum(usage[key] for usage in self._usage.values()) for key in keys}
+        totals = {kind: sum(usage[kind] for usage in self._usage.values()) for kind in TOKEN_KINDS}
         return {**totals, "by_model": self._usage}
+
+
+def _billed(usage: Mapping[str, Any]) -> tuple[int, int, int]:
+    """The tokens of :data:`TOKEN_KINDS` that an answer took; cached ones are never more than the
+    question's, whatever an endpoint tells."""
+
+    def told(count: object) -> int:
+        return count if type(count) is int and count > 0 else 0
+
+    details = usage.get("prompt_tokens_details")
+    cached = told(details.get("cached_tokens")) if isinstance(details, Mapping) else 0
+    asked, answered = told(usage.get("prompt_tokens")), told(usage.get("completion_tokens"))
+    return asked, answered, min(cached, asked)
 
 
 def _without_owner(line: Response) -> Response:
@@ -9440,7 +9473,9 @@ class OpenAISFT:
             results["left_out"] = dict(run.left_out)
         if cost is not None:
             results["cost"] = dict(cost)
-            logger.info("評価の実費: $%.4f（キャッシュ割引を除いた上限）", dollars)
+            cached = results["usage"]["cached_tokens"]
+            discount = f"（キャッシュ割引の対象: 入力 {cached:,}トークン）" if cached else ""
+            logger.info("評価の実費: $%.4f%s", dollars, discount)
         if settings.rehearse or ":rehearsal:" in model_id:
             results["rehearsal"] = True
             results["note"] = "リハーサルの小さな文字モデルの応答です。GPTの性能とは無関係です。"

@@ -223,8 +223,8 @@ MONEY = (
     ),
     Mutant(
         "answers are priced as questions",
-        "_usd([evaluation_input_tokens, evaluation_output_tokens], rates)",
-        "_usd([evaluation_input_tokens + evaluation_output_tokens], rates[:1])",
+        "rates.usd(evaluation_input_tokens, evaluation_output_tokens)",
+        "rates.usd(evaluation_input_tokens + evaluation_output_tokens, 0)",
         "test_cost.py::test_each_known_model_is_priced_by_the_published_table",
     ),
     Mutant(
@@ -565,8 +565,8 @@ MONEY = (
     ),
     Mutant(
         "tokens of failed answers are free",
-        "totals[name] += tokens if isinstance(tokens, int) else 0",
-        'totals[name] += tokens if isinstance(tokens, int) and "error" not in line else 0',
+        "totals[name] += tokens",
+        'totals[name] += tokens if "error" not in line else 0',
         "test_asking.py::test_an_answer_that_is_none_fails_its_case_and_is_named",
     ),
     Mutant(
@@ -1681,8 +1681,8 @@ HOUSE = (
     ),
     Mutant(
         "what is ahead is priced as input alone",
-        "_usd([counts[m][0].tokens, counts[m][1]], known)",
-        "_usd([counts[m][0].tokens + counts[m][1]], known[:1])",
+        "known.usd(counts[m][0].tokens, counts[m][1])",
+        "known.usd(counts[m][0].tokens + counts[m][1], 0)",
         "test_asking.py::test_the_limit_is_held_against_questions_and_answers_at_their_own_rates",
     ),
     Mutant(
@@ -1699,9 +1699,33 @@ HOUSE = (
     ),
     Mutant(
         "answers are paid as questions",
-        '_usd([tokens["prompt_tokens"], tokens["completion_tokens"]], rates)',
-        '_usd([tokens["prompt_tokens"] + tokens["completion_tokens"]], rates[:1])',
+        'rates.usd(asked, answered, tokens["cached_tokens"])',
+        'rates.usd(asked + answered, 0, tokens["cached_tokens"])',
         "test_asking.py::test_tokens_and_dollars_are_of_all_that_was_asked_of_both",
+    ),
+    Mutant(
+        "cached tokens are paid in full",
+        'rates.usd(asked, answered, tokens["cached_tokens"])',
+        "rates.usd(asked, answered)",
+        "test_asking.py::test_cached_tokens_are_paid_at_their_price",
+    ),
+    Mutant(
+        "cached tokens are paid twice",
+        "return _usd([asked - cached, answered, cached], self)",
+        "return _usd([asked, answered, cached], self)",
+        "test_asking.py::test_cached_tokens_are_paid_at_their_price",
+    ),
+    Mutant(
+        "cached tokens of an unknown price are free",
+        "return Rates(asked, answered, asked if cached is None else cached)",
+        "return Rates(asked, answered, cached or 0.0)",
+        "test_asking.py::test_cached_tokens_are_paid_at_their_price",
+    ),
+    Mutant(
+        "an endpoint tells more cached tokens than were asked",
+        "return asked, answered, min(cached, asked)",
+        "return asked, answered, cached",
+        "test_asking.py::test_a_count_of_cached_tokens_that_is_none_changes_no_price",
     ),
     Mutant(
         "a record of the first version is not read",

@@ -1300,16 +1300,81 @@ def test_tokens_and_dollars_are_of_all_that_was_asked_of_both(make_at: MakeSFT) 
         results = make_at(counsellor.url).evaluate_model_comprehensive(
             TUNED, examples(10), [], baseline=True
         )
-    each = {"prompt_tokens": 1000, "completion_tokens": 100}
+    each = {"prompt_tokens": 1000, "completion_tokens": 100, "cached_tokens": 0}
 
     assert results["usage"] == {
         "prompt_tokens": 2000,
         "completion_tokens": 200,
+        "cached_tokens": 0,
         "by_model": {TUNED: each, BASE: each},
     }
     dollars = (1000 * 0.30 + 100 * 1.20 + 1000 * 0.15 + 100 * 0.60) / 1e6
     assert results["cost"]["evaluation_usd"] == pytest.approx(dollars)
     assert results["cost"]["total_usd"] == pytest.approx(dollars)
+
+
+def with_cached(tokens: Any) -> dict[str, Any]:
+    usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
+    return completion("はい", usage=usage | {"prompt_tokens_details": tokens})
+
+
+@pytest.mark.parametrize(
+    ("price", "tuned", "base"),
+    [
+        (None, 40 * 0.30 + 60 * 0.15 + 10 * 1.20, 40 * 0.15 + 60 * 0.075 + 10 * 0.60),
+        (Price(9, 7, 5, 3, 2), 100 * 7 + 10 * 5, 100 * 3 + 10 * 2),
+        (Price(9, 7, 5, 3, 2, 1, 0), 40 * 7 + 60 * 1 + 10 * 5, 40 * 3 + 10 * 2),
+    ],
+    ids=["the table's", "given without", "given"],
+)
+def test_cached_tokens_are_paid_at_their_price(
+    make_at: MakeSFT,
+    log: Callable[[], list[str]],
+    price: Price | None,
+    tuned: float,
+    base: float,
+) -> None:
+    with Counsellor(lambda _: with_cached({"cached_tokens": 60})) as counsellor:
+        results = make_at(counsellor.url, price=price).evaluate_model_comprehensive(
+            TUNED, examples(5), [], baseline=True
+        )
+
+    assert results["cost"]["evaluation_usd"] == pytest.approx(5 * (tuned + base) / 1e6)
+    assert results["usage"]["cached_tokens"] == 600
+    assert any("評価の実費" in line and "600トークン" in line for line in log())
+
+
+@pytest.mark.parametrize(
+    "tokens", [None, {}, {"cached_tokens": None}, {"cached_tokens": -5}, {"cached_tokens": "many"}]
+)
+def test_a_count_of_cached_tokens_that_is_none_changes_no_price(
+    make_at: MakeSFT, tokens: Any
+) -> None:
+    with Counsellor(lambda _: with_cached(tokens)) as counsellor:
+        results = make_at(counsellor.url).evaluate_model_comprehensive(TUNED, examples(5), [])
+    with Counsellor(lambda _: with_cached({"cached_tokens": 999})) as counsellor:
+        most = make_at(counsellor.url).evaluate_model_comprehensive(TUNED, examples(5), [])
+
+    assert results["cost"]["evaluation_usd"] == pytest.approx(5 * (100 * 0.3 + 10 * 1.2) / 1e6)
+    assert most["cost"]["evaluation_usd"] == pytest.approx(5 * (100 * 0.15 + 10 * 1.2) / 1e6)
+
+
+def test_what_was_under_way_when_the_budget_ran_out_is_kept_and_shown(
+    make_at: MakeSFT, out: Path
+) -> None:
+    """Four are asked at once of which the first alone is over the limit."""
+    price = Price(0, 1000, 1000, 0, 0)
+    with Counsellor(lambda _: "はい", together=4) as counsellor:
+        sft = make_at(counsellor.url, price=price, max_cost_usd=0.1)
+        with pytest.raises(BudgetError, match=re.escape("$0.4400")):
+            sft.evaluate_model_comprehensive(TUNED, examples(2), examples(9)[2:4], concurrency=4)
+        later = make_at(counsellor.url, price=price)
+        results = later.resume()
+    (journal,) = out.glob("evaluation_*.jsonl")
+
+    assert len(counsellor.asked) == len(journal.read_text("utf-8").splitlines()) == 4
+    assert results is not None
+    assert results["cost"]["evaluation_usd"] == pytest.approx(0.44)
 
 
 def test_a_given_price_is_that_of_the_tuned_model_and_not_of_its_baseline(

@@ -700,14 +700,14 @@ def test_a_given_price_is_that_of_the_evaluated_model_whatever_its_name(model: s
 
 
 @pytest.mark.parametrize("rate", [-0.01, float("nan"), float("inf")])
-@pytest.mark.parametrize("place", range(5))
+@pytest.mark.parametrize("place", range(7))
 def test_a_price_that_is_none_is_refused_and_nothing_may_cost_nothing(
     place: int, rate: float
 ) -> None:
     with pytest.raises(ConfigurationError, match="0以上"):
-        Price(*(rate if n == place else 1.0 for n in range(5)))
+        Price(*(rate if n == place else 1.0 for n in range(7)))
 
-    assert Price(0, 0, 0, 0, 0).rates(tuned=False) == (0, 0)
+    assert Price(0, 0, 0, 0, 0).rates(tuned=False) == (0, 0, 0)
     assert Price(1, 1, 1, 1).rates(tuned=False) is None
 
 
