@@ -208,6 +208,7 @@ __all__ = [
     "find_form",
     "fix_file",
     "is_backchannel",
+    "is_farewell",
     "is_transient",
     "load_vocabulary",
     "make_score_figures",
@@ -4557,10 +4558,10 @@ def choose_cases(
 
     ``turns`` of a dialogue are asked: that many by a seeded choice, the ``"last"`` or ``"all"``
     of the assistant's turns that answer a user's or a tool's and are trained on (``weight``); the
-    last turn of the dialogue, which is nearly always a farewell, is left out where there is
-    another. No dialogue gives its second case
-    before each has given its first. A case's id is the dialogue's id and the turn's index in
-    ``messages``; the draws depend on the seed and the id alone, so that two runs meet on the
+    farewells at the end of a dialogue (:func:`is_farewell`) are left out where there is another
+    turn. No dialogue gives its second case before each has given its first. A case's id is the
+    dialogue's id and the turn's index in ``messages``; the draws depend on the seed and the id
+    alone, so that two runs meet on the
     same cases. Raises :class:`ConfigurationError` for a value out of range.
     """
     Asking(max_cases, seed, turns)  # checks the values
@@ -4593,9 +4594,30 @@ def _turns_to_ask(messages: Sequence[Message]) -> list[int]:
         and isinstance(message.get("content"), str)
         and message["content"].strip()
     ]
-    if len(turns) > 1 and turns[-1] == len(messages) - 1:
+    while len(turns) > 1 and is_farewell(messages[turns[-1]]["content"]):
         turns.pop()
     return turns
+
+
+# The words of leave-taking, by what is taken leave of: the other, the talk, the role-play; and
+# thanks or a request for favour that are a whole sentence.
+FAREWELL = re.compile(
+    r"失礼(?:いたし|致し|させていただき|させて頂き|し)ます|さよう?なら|おやすみなさい|お大事に"
+    r"|終了|終わ(?:り(?:ま|に|と)|ら)|時間(?:と|に)なって|時間.{0,4}(?:過ぎ|すぎ|オーバー)"
+    r"|(?:お疲れ|おつかれ)(?:様|さま)|(?:ありがと|有り?難)う?(?:ござ|御座)いました"
+    r"|勉強(?:になり|させていただき|させて頂き)ました|ロールプレ|ロープレ|フィードバック|評価"
+    r"|(?:また|いつでも).*(?:来て|いらし|お越し|お待ち|お話に)|\b(?:good-?bye|bye|take care)\b"
+    r"|^(?:はい|いえ|こちらこそ|それでは|では|また|です|どうも|どうぞ|本当に|[、.~ー\s])*"
+    r"(?:(?:ありがとう|有り?難う)ございます|(?:よろしく|宜しく)?お?願い(?:し|いたし|致し)ます)ね?$",
+    re.IGNORECASE,
+)
+
+
+def is_farewell(text: str) -> bool:
+    """Whether the last sentence of a turn takes leave (:data:`FAREWELL`)."""
+    sentences = re.split(r"[。!?\n()…]+", unicodedata.normalize("NFKC", text))
+    said = [sentence.strip() for sentence in sentences if re.search(r"[^\W\d_]", sentence)]
+    return bool(said) and FAREWELL.search(said[-1]) is not None
 
 
 def _case(example: Example, index: int) -> Case:

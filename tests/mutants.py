@@ -1240,9 +1240,15 @@ DATA = (
     Mutant(
         "the farewell is asked",
         "turns.pop()",
-        "pass",
-        "test_evaluation.py::test_a_case_is_the_context_up_to_an_answer_and_that_answer",
+        "break",
+        "test_asking.py::test_farewells_are_left_out_by_what_they_are",
         within="_turns_to_ask",
+    ),
+    Mutant(
+        "one farewell alone is left out",
+        'while len(turns) > 1 and is_farewell(messages[turns[-1]]["content"]):',
+        'if len(turns) > 1 and is_farewell(messages[turns[-1]]["content"]):',
+        "test_asking.py::test_farewells_are_left_out_by_what_they_are",
     ),
     Mutant(
         "one dialogue is asked twice before another is asked once",

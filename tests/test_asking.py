@@ -43,12 +43,15 @@ from openai_sft import (
     CostEstimate,
     DataError,
     Declined,
+    Dialogue,
     OpenAISFT,
     Price,
     Splits,
     TokenCounter,
     choose_cases,
+    is_farewell,
     load_vocabulary,
+    to_example,
 )
 
 MakeSFT = Callable[..., OpenAISFT]
@@ -136,8 +139,9 @@ def make_at(make_sft: MakeSFT, sdk: openai.OpenAI) -> MakeSFT:
 
 
 def talk(name: str, turns: int) -> dict[str, Any]:
-    """A dialogue of so many exchanges."""
-    return example(name, *(f"{name}の{kind}{n}" for n in range(turns) for kind in ("話", "返事")))
+    """A dialogue of so many exchanges, the last a farewell."""
+    said = [f"{name}の{kind}{n}" for n in range(turns) for kind in ("話", "返事")]
+    return example(name, *said[:-1], f"{name}、失礼します{turns}")
 
 
 def dialogues(count: int, turns: int = 4) -> list[dict[str, Any]]:
@@ -185,6 +189,66 @@ def test_the_last_turn_is_the_one_before_the_farewell(turns: list[int], seed: in
     assert set(case_ids(data, max_cases=None, seed=seed, turns="last")) == {
         f"d{n}:{max(1, 2 * count - 3)}" for n, count in enumerate(turns)
     }
+
+
+FAREWELLS = (
+    "ありがとうございました。",
+    "（ロープレありがとうございました。大変勉強になりました。これにて終了させていただきます。）",
+    "では、失礼いたします。",
+    "こちらこそ、よろしくお願いいたします！",
+    "お気をつけて。またいつでもお話にいらしてくださいね😊",
+    "お時間になってしまいました",
+    "どうぞお大事に。12",
+    "有難うございました。",
+    "Thank you. Good-bye!",
+)
+NO_FAREWELLS = (
+    "はい",
+    "それは良かったです。",
+    "お辛いですね。もう少し聞かせていただけますか？",
+    "大変失礼いたしました。どんなお気持ちでしたか？",
+    "また眠れなくなったのですね",
+    "話してくださってありがとうございます。眠れないのはいつからですか？",
+    "。",
+    "",
+)
+
+
+@pytest.mark.parametrize("text", FAREWELLS)
+def test_a_farewell_is_known_by_its_last_sentence(text: str) -> None:
+    assert is_farewell(text)
+
+
+@pytest.mark.parametrize("text", NO_FAREWELLS)
+def test_what_asks_or_answers_is_no_farewell(text: str) -> None:
+    assert not is_farewell(text)
+
+
+@pytest.mark.parametrize("turns", ["last", "all", 9])
+def test_farewells_are_left_out_by_what_they_are(turns: Any) -> None:
+    """However many there are, and where the client has the last word too."""
+    said = ("相談です", "では失礼します", "まだあります", "どんなことですか", "やっぱりいいです")
+    several = example("a", *said, "ありがとうございました", "また来ます", "お大事に", "はい")
+    none = example("b", "相談です", "聞かせてください", "眠れません", "それはお辛いですね")
+    only = example("c", "終わります", "では失礼します", "はい", "終了します")
+    found = case_ids([several, none, only], max_cases=0, turns=turns)
+    wanted = {"a:3", "b:3", "c:1"} if turns == "last" else {"a:1", "a:3", "b:1", "b:3", "c:1"}
+
+    assert set(found) == wanted
+
+
+def test_nearly_all_last_turns_of_kokorochat_are_farewells_and_few_others(
+    kokorochat: list[Dialogue],
+) -> None:
+    last, others = [], []
+    for dialogue in kokorochat[::10]:
+        messages = (to_example(dialogue) or {"messages": []})["messages"]
+        said = [m["content"] for m in messages if m["role"] == "assistant"]
+        last += [is_farewell(text) for text in said[-1:]]
+        others += [is_farewell(text) for text in said[:-8]]  # the last are of the closing
+
+    assert sum(last) / len(last) > 0.9
+    assert sum(others) / len(others) < 0.02
 
 
 @given(lengths, st.integers(1, 9), st.integers(0, 3))
@@ -1003,7 +1067,7 @@ def test_an_answer_of_another_endpoint_or_with_other_tools_is_none(make_at: Make
 def test_a_question_that_comes_twice_is_asked_twice_and_both_answers_are_used_later(
     make_at: MakeSFT,
 ) -> None:
-    data = [example(name, "こんにちは", "はい", "では", "また") for name in ("a", "b", "c")]
+    data = [example(name, "こんにちは", "はい", "では", "お大事に") for name in ("a", "b", "c")]
     with Counsellor(lambda _: f"{len(counsellor.asked)}番目") as counsellor:
         make_at(counsellor.url).evaluate_model_comprehensive(
             TUNED, data[:1], data[1:], 0, temperature=1.0, concurrency=1, seed=7

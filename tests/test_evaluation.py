@@ -71,7 +71,6 @@ def test_a_case_is_the_context_up_to_an_answer_and_that_answer(
         assert int(index) in turns
         assert case.input == messages[: int(index)]
         assert case.reference == messages[int(index)]["content"]
-        assert len(turns) == 1 or int(index) != len(messages) - 1
 
 
 @given(example_lists(), st.integers(1, 9), st.integers(0, 5))
@@ -196,11 +195,13 @@ def test_another_seed_asks_other_dialogues() -> None:
 
 
 def test_the_farewell_is_asked_only_where_there_is_nothing_else() -> None:
-    (only,) = choose_cases([example("a", "相談", "はい")])
+    (only,) = choose_cases([example("a", "相談", "お大事に")])
     asked = {
         case.id
         for seed in range(40)
-        for case in choose_cases([example("a", "一", "二", "三", "四", "五", "六")], seed=seed)
+        for case in choose_cases(
+            [example("a", "一", "二", "三", "四", "五", "お大事に")], seed=seed
+        )
     }
 
     assert only.id == "a:1"
