@@ -392,6 +392,7 @@ NO_KEY = (
     "--rehearse）を使えます。"
 )
 SPLIT_LABELS = {"test": "テスト", "valid": "検証"}
+ENOUGH_CASES = 200  # of a split: fewer seldom show a difference that is there
 
 
 # ── Text and files ───────────────────────────────────────────────────────────────────────────
@@ -974,6 +975,17 @@ class CostEstimate:
     unpriced: tuple[str, ...] = ()
     estimated: tuple[str, ...] = ()
     images: int = 0
+    enough_cases: int | None = None
+    enough_usd: float | None = None
+
+    def with_enough(self, asked: int, sizes: Iterable[int], dollars: float | None) -> CostEstimate:
+        """This estimate with what it would cost to ask enough (:data:`ENOUGH_CASES` of a split,
+        or all): ``dollars`` are what ``asked`` cases of dialogues in these numbers cost."""
+        enough = sum(min(size, ENOUGH_CASES) for size in sizes)
+        if not asked or enough <= asked or dollars is None or self.evaluation_usd is None:
+            return self
+        more = dollars / asked * (enough - asked)
+        return replace(self, enough_cases=enough, enough_usd=self.evaluation_usd + more)
 
     @property
     def most_usd(self) -> float | None:
@@ -1004,6 +1016,15 @@ class CostEstimate:
             return PRICE_FLAGS
         return f"{BASE_PRICE_FLAGS}（{PRICE_FLAGS} と一緒に）"
 
+    def _enough_lines(self, money: Callable[[float | None], str]) -> list[str]:
+        if self.enough_cases is None:
+            return []
+        return [
+            f"この件数では、差があっても見分けにくくなります。各分割{ENOUGH_CASES}件まで（計"
+            f"{self.enough_cases:,}件、--max-test-cases {ENOUGH_CASES}）の評価なら"
+            f"約{money(self.enough_usd)}です。"
+        ]
+
     def lines(self) -> list[str]:
         """The estimate as lines of Japanese text."""
 
@@ -1029,6 +1050,7 @@ class CostEstimate:
                 f"{f' × 2（比較: {self.baseline}）' if self.baseline else ''}"
                 f" = {money(self.evaluation_usd)}"
             )
+        lines += self._enough_lines(money)
         lines.append(f"合計: {money(self.total_usd)}")
         if self.estimated:
             lines.append(
@@ -8303,7 +8325,14 @@ class Evaluation:
             model: [item.case for item in missing if item.question.model == model]
             for model in asked.models
         }
-        self._ledger.require(self._ledger.ahead(left), "evaluation", paid=paid)
+        estimate = self._ledger.ahead(left)
+        if estimate.evaluation_input_tokens:
+            cases = [case for part in asked.cases.values() for case in part]
+            whole = estimate.evaluation_usd
+            if responses:
+                whole = self._ledger.ahead(dict.fromkeys(asked.models, cases)).evaluation_usd
+            estimate = estimate.with_enough(len(cases), asked.sizes.values(), whole)
+        self._ledger.require(estimate, "evaluation", paid=paid)
         for model, name in itertools.product(asked.models, asked.cases):
             if count := len(asked.cases[name]):
                 label = SPLIT_LABELS[name]
@@ -9626,12 +9655,12 @@ def _estimate_run(
     model: str | None = None,
 ) -> CostEstimate:
     """Price training, if any, on what is ``trained``, and the evaluation of what comes of it."""
-    cases = itertools.chain(*_choose_for(splits, asking).values())
+    cases = list(itertools.chain(*_choose_for(splits, asking).values()))
     asked, answered = _count_cases(cases, TASKS[settings.task].request)
     counted = [asked, *filter(None, [trained])]
     model = model or settings.model
     baseline = asking.baseline_of(model, settings.model)
-    return estimate_cost(
+    estimate = estimate_cost(
         trained.tokens if trained else None,
         training.epochs if training else None,
         model=model,
@@ -9644,6 +9673,8 @@ def _estimate_run(
         estimated=[name for count in counted for name in count.estimated],
         images=sum(count.images for count in counted),
     )
+    sizes = (len(splits.test), len(splits.valid))
+    return estimate.with_enough(len(cases), sizes, estimate.evaluation_usd)
 
 
 def _estimate_evaluation(settings: Settings, splits: Splits, plan: Plan) -> CostEstimate:

@@ -168,6 +168,18 @@ MONEY = (
         "test_asking.py::test_what_is_answered_already_is_not_held_against_the_limit_twice",
     ),
     Mutant(
+        "enough costs what is asked",
+        "more = dollars / asked * (enough - asked)",
+        "more = 0.0",
+        "test_asking.py::test_the_price_of_enough_stands_beside_the_price_before_it_is_asked_for",
+    ),
+    Mutant(
+        "what was had before is paid again in the price of enough",
+        "more = dollars / asked * (enough - asked)",
+        "more = dollars / asked * enough",
+        "test_asking.py::test_the_price_of_enough_stands_beside_the_price_before_it_is_asked_for",
+    ),
+    Mutant(
         "an answer of an earlier run is paid again",
         "reused = self._earlier(missing)",
         "reused: Mapping[str, Response] = {}",
@@ -1638,7 +1650,7 @@ HOUSE = (
     ),
     Mutant(
         "a model is asked without passing the door to payment",
-        'self._ledger.require(self._ledger.ahead(left), "evaluation", paid=paid)',
+        'self._ledger.require(estimate, "evaluation", paid=paid)',
         "pass",
         "test_edges_money.py::test_an_evaluation_made_step_by_step_is_asked_about_with_its_price",
     ),

@@ -1575,6 +1575,50 @@ def test_an_evaluation_over_the_budget_stops_before_its_first_question(
     assert endpoint.exchanges == []
 
 
+def test_the_price_of_enough_stands_beside_the_price_before_it_is_asked_for(
+    make_at: MakeSFT,
+) -> None:
+    """All dialogues are as long; of 250 and 30 of them 200 and 30 are enough."""
+    price, shown = Price(0, 1, 1, 1, 1), []
+    data = [example(f"d{n:03}", f"相談{n:03}です", "眠れないのですね") for n in range(280)]
+
+    def confirm(estimate: CostEstimate) -> bool:
+        shown.append(estimate)
+        return len(shown) < 3
+
+    with Counsellor(lambda _: "はい") as counsellor:
+        for count in (10, 20, 0):
+            sft = make_at(counsellor.url, price=price, confirm=confirm)
+            with contextlib.suppress(Declined):
+                sft.evaluate_model_comprehensive(
+                    TUNED, data[:250], data[250:], count, baseline=BASE
+                )
+    few, more, whole = shown
+    each = (few.evaluation_usd or 0) / 20
+
+    assert few.enough_cases == more.enough_cases == 230
+    assert few.enough_usd == pytest.approx(230 * each, rel=0.02)
+    assert more.evaluation_usd == pytest.approx(20 * each, rel=0.02)  # 20 were had before
+    assert more.enough_usd == pytest.approx(210 * each, rel=0.02)
+    assert whole.enough_cases is None
+    (line,) = (line for line in few.lines() if "--max-test-cases 200" in line)
+    assert f"${few.enough_usd:,.4f}" in line
+    assert not any("--max-test-cases" in line for line in whole.lines())
+
+
+def test_the_price_of_enough_is_shown_with_the_data_too(make_sft: MakeSFT, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "many.jsonl", records(100))
+    summary = make_sft(dataset=str(source)).prepare_data(max_test_cases=3)
+    small = make_sft(dataset=str(source)).prepare_data(max_test_cases=0)
+
+    assert summary.estimate.enough_cases == 20
+    assert any("計20件" in line for line in summary.lines())
+    assert (summary.estimate.enough_usd or 0) == pytest.approx(
+        small.estimate.evaluation_usd, rel=0.2
+    )
+    assert small.estimate.enough_cases is None
+
+
 @pytest.mark.parametrize(("baseline", "stops"), [(None, False), (True, True)])
 def test_the_baselines_questions_count_against_the_budget(
     make_at: MakeSFT, baseline: bool | None, stops: bool
