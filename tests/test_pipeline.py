@@ -231,7 +231,9 @@ def test_an_evaluation_that_nothing_happens_to_sends_its_questions_alone_and_eac
 ) -> None:
     model = run(make_sft())["model_id"] if known else "gpt-4.1-2025-04-14"
     before = len(endpoint.exchanges)
-    make_sft().run_evaluation(model, max_test_cases=2, baseline="gpt-4o-2024-08-06")
+    make_sft().run_evaluation(
+        model, max_test_cases=2, baseline="gpt-4o-2024-08-06", temperature=0.5
+    )
     after = endpoint.exchanges[before:]
 
     assert requests(after) == ["POST /chat/completions"] * 8
