@@ -1150,7 +1150,7 @@ class Case:
             object.__setattr__(self, "group", self.dialogue_id)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Question:
     """One request for an answer: where it is sent, to which model, with what messages.
 
@@ -1164,7 +1164,7 @@ class Question:
     options: Mapping[str, Any]
     number: int = 0
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """What an answer to it is found again by."""
         asked = [self.place, self.model, list(self.messages), dict(self.options), self.number]
@@ -8409,7 +8409,7 @@ class Evaluation:
             first = [i for i in missing if endpoint.is_loading(i.question.model)][:1]
             rest = [item for item in missing if item not in first]
             ask = functools.partial(self._ask, create, pool)
-            for item, response in itertools.chain(map(ask, first), pool.map(ask, rest)):
+            for item, response in itertools.chain(pool.map(ask, first), pool.map(ask, rest)):
                 self._journal.add(item.question, item.split, response)
                 responses[item.question.key] = response
                 failed += "error" in response
