@@ -1443,9 +1443,8 @@ class Asking:
     """How an evaluation asks; ``max_test_cases`` is per split, 0 or ``None``: all.
 
     ``checkpoint`` says which of a job's models is asked: the ``"last"``, the ``"best"`` on the
-    validation data, or the one of this id, name or step.
-    ``timeout_per_answer`` is in seconds; ``None`` is :data:`ANSWER_SECONDS`, or what a given
-    client has.
+    validation data, or the one of this id, name or step. ``timeout_per_answer`` is in seconds;
+    ``None`` is :data:`ANSWER_SECONDS`, or what a given client has.
 
     Raises :class:`ConfigurationError` for values out of range.
     """
@@ -1457,8 +1456,8 @@ class Asking:
     concurrency: int = 8
     temperature: float = 0.0
     max_tokens: int = 1024
-    checkpoint: str = "last"
     timeout_per_answer: float | None = None
+    checkpoint: str = "last"
 
     def __post_init__(self) -> None:
         cases, turns = self.max_test_cases, self.eval_turns
