@@ -67,6 +67,7 @@ import random
 import re
 import shlex
 import shutil
+import statistics
 import sys
 import threading
 import time
@@ -134,6 +135,7 @@ __all__ = [
     "Case",
     "CheckItem",
     "Checkpoint",
+    "Compared",
     "ConfigurationError",
     "Conversation",
     "CostEstimate",
@@ -159,6 +161,7 @@ __all__ = [
     "Ledger",
     "Lines",
     "Loaded",
+    "Measured",
     "OpenAISFT",
     "OpenAISFTError",
     "OtherPurpose",
@@ -185,6 +188,7 @@ __all__ = [
     "Settings",
     "Speakers",
     "Splits",
+    "Spread",
     "Step",
     "SystemMonitor",
     "Task",
@@ -196,23 +200,30 @@ __all__ = [
     "UnknownRole",
     "Upload",
     "WaitTimeout",
-    "agreement",
     "check_file",
+    "chi2_interval",
     "choose_cases",
     "compare_answers",
     "compare_figures",
+    "constant_scores",
+    "detectable_difference",
     "dialogue_row",
     "estimate_cost",
     "example_line",
     "explain_api_error",
     "find_form",
     "fix_file",
+    "holm",
     "is_backchannel",
     "is_farewell",
     "is_transient",
+    "jackknife",
     "load_vocabulary",
+    "make_constant_figures",
+    "make_response_figures",
     "make_score_figures",
-    "mean_scores",
+    "measure_figure",
+    "measure_figures",
     "measure_leakage",
     "parse_dialogue",
     "parse_result_file",
@@ -221,18 +232,21 @@ __all__ = [
     "price_of",
     "printable",
     "printable_lines",
+    "randomise",
     "read_dialogues",
     "read_examples",
     "retry_delay",
     "score_answers",
     "score_predictions",
     "select_dialogues",
-    "sign_test",
     "split_dialogues",
     "split_long_example",
+    "student_t",
+    "t_interval",
     "to_example",
     "to_score_example",
     "token_stats",
+    "wilson_interval",
     "write_new_file",
 ]
 
@@ -720,6 +734,7 @@ class RunOptions(SelectionOptions, total=False):
     max_tokens: int
     checkpoint: str
     timeout_per_answer: float | None
+    main_figure: str | None
 
 
 @dataclass(frozen=True)
@@ -1458,6 +1473,7 @@ class Asking:
     max_tokens: int = 1024
     timeout_per_answer: float | None = None
     checkpoint: str = "last"
+    main_figure: str | None = None  # of the task's
 
     def __post_init__(self) -> None:
         cases, turns = self.max_test_cases, self.eval_turns
@@ -4753,84 +4769,357 @@ def _count_cases(cases: Iterable[Case], request: Mapping[str, Any]) -> tuple[_Co
 
 # ── Scoring ──────────────────────────────────────────────────────────────────────────────────
 
-BOOTSTRAP_SAMPLES = 1000
+SWAPS = 4_999  # of the randomisation test; up to 12 dialogues all of their swaps are tried
 SIGNIFICANCE = 0.05
+POWER = 0.8
+MIN_DIALOGUES = 10  # below it no interval keeps its 95 %
+DIST_DRAWN = 50  # n-grams, of any answers, among which Dist counts the distinct ones
+MIN_FREEDOM = 5.0  # of a standard error, however long the tail
+NEAR_ONE = 1 - 1e-6  # a correlation of 1 has no Fisher z
+VALUES_AT_ONCE = 2**22  # statistics of samples in memory
 EVAL_EXTRA = "pip install 'openai-sft[eval]'"
+# By their reading: see _reading.
 BACKCHANNELS = frozenset(
     {"はい", "ええ", "うん", "うんうん", "はいはい", "そう", "なるほど"}
-    | {"そうですか", "そうですね", "そうなんですね"}
+    | {"そうですか", "そうですね", "そうなんですか", "そうなんですね", "そうだったんですね"}
 )
 
 
 class Answer(NamedTuple):
-    """A model's text for one case, beside the real one."""
+    """A model's text for one case, beside the real one.
+
+    ``group`` is who took part, where the split was made by it: the answers of a group are drawn
+    and swapped together, otherwise those of a dialogue. ``fault`` says why the text is no answer
+    (failed, refused, empty, invalid); it counts as a wrong one.
+    """
 
     case_id: str
     dialogue_id: str
     output: str
     reference: str
+    group: str | None = None
+    fault: str | None = None
+
+    @property
+    def unit(self) -> str:
+        """What is drawn and swapped as a whole."""
+        return self.dialogue_id if self.group is None else self.group
+
+
+IntervalKind = Literal["log", "chi2", "root", "wilson", "fisher"]
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A corpus-level figure of some answers, ready to be computed on resampled dialogues.
+    """A figure of one model's answers, or of two models' to the same cases.
 
-    ``score`` takes weights of shape (samples, dialogues), how often each dialogue is in each
-    sample, and gives one value a sample. ``per_case`` holds a value a case for the sign test,
-    ``None`` where models aren't compared by the figure. ``better`` is the sign of a good
-    difference, 0 where neither direction is good by itself. A ``name`` may be ``GROUP.NAME``.
+    ``sums`` holds for each model an array (units, statistics): what adds up over the answers of
+    a dialogue. ``of`` gives a value for each row of totals, so that the figure is computed anew for
+    all dialogues but one and for every swap. ``per_case`` holds for each model a value a case, to
+    count wins by; empty where a case has none of its own. ``better`` is the sign of a good
+    difference, 0 where neither direction is good by itself. ``interval`` is the kind that suits;
+    ``full`` is the largest value. Models are compared by a figure if ``compared``. A ``name`` may
+    be ``GROUP.NAME``.
     """
 
     name: str
     label: str
     better: int
     signature: str
-    score: Callable[[Any], Any]
-    per_case: Sequence[float] | None
-    symmetric: bool = False
+    sums: tuple[Any, ...]
+    of: Callable[[Any], Any]
+    per_case: tuple[Sequence[float], ...] = ()
+    interval: IntervalKind = "log"
+    full: float = math.inf
+    compared: bool = True
+
+    @property
+    def units(self) -> int:
+        """How many dialogues (or groups) there are."""
+        return len(self.sums[0])
+
+    def of_other(self) -> Figure:
+        """The figure of the second model alone."""
+        return replace(self, sums=self.sums[1:], per_case=self.per_case[1:])
+
+    def value(self, model: int = 0) -> float:
+        """What a model has; ``nan`` where that is undefined."""
+        return float(self.of(self.sums[model].sum(axis=0, keepdims=True))[0])
+
+    def without_each(self, model: int = 0) -> Any:
+        """The model's values without the first dialogue, without the second, and so on."""
+        own = self.sums[model]
+        total = own.sum(axis=0)
+        return _in_pieces(lambda rows: self.of(total - rows), own, own.shape[1])
 
 
-def score_answers(
-    answers: Sequence[Answer],
-    *,
-    seed: int = 42,
-    make: Callable[[Sequence[Answer]], tuple[list[Figure], list[str]]] | None = None,
-) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Corpus-level figures with 95 % intervals, and the names of those that are missing.
+def _in_pieces(of: Callable[[Any], Any], rows: Any, columns: int) -> Any:
+    """``of(rows)``, some rows at a time, where each row makes ``columns`` numbers."""
+    import numpy as np
 
-    Each is ``{"score", "low", "high", "signature"}``, on a scale of 0–100 for the response task.
-    Intervals are by bootstrap over dialogues (percentiles of :data:`BOOTSTRAP_SAMPLES` samples by
-    ``seed``; for Dist-n, whose resampled values are biased low by repetition, the score ± 1.96
-    standard deviations of them). Nothing is scored where there is no answer; chrF, BLEU and
-    ROUGE-L need the extra ``eval``. ``make`` gives the figures (by default those of the response
-    task).
+    pieces = min(len(rows), math.ceil(len(rows) * columns / VALUES_AT_ONCE))
+    return np.concatenate([of(piece) for piece in np.array_split(rows, max(1, pieces))])
+
+
+FigureMaker = Callable[[Sequence[Sequence[Answer]]], tuple[list[Figure], list[str]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A figure of a model with its 95 % interval, ``None`` where that can't be known."""
+
+    score: float | None
+    low: float | None
+    high: float | None
+    signature: str
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """Two models by one figure.
+
+    ``p_value`` is of :func:`randomise`, ``p_adjusted`` with Holm's correction for all figures of
+    the split. ``wins`` (the first model is better), ``losses`` and ``ties`` over cases describe;
+    ``None`` where a case has no value. ``detectable`` is the least true difference that would
+    be found in 80 of 100 such samples.
     """
-    figures, missing = (make or _make_figures)(answers)
-    weights = _resample(answers, seed)
-    metrics: dict[str, dict[str, Any]] = {}
-    for figure in figures:
-        measured: dict[str, Any] = _measure(figure, weights)
-        if figure.signature:
-            measured["signature"] = figure.signature
-        group, _, name = figure.name.rpartition(".")
-        (metrics.setdefault(group, {}) if group else metrics)[name] = measured
-    return metrics, missing
+
+    tuned: float
+    baseline: float
+    difference: float
+    low: float | None
+    high: float | None
+    p_value: float
+    p_adjusted: float
+    wins: int | None
+    losses: int | None
+    ties: int | None
+    detectable: float | None
+    verdict: Verdict
 
 
-def _measure(figure: Figure, weights: Any) -> dict[str, float | None]:
-    score, samples = _evaluate_figure(figure, weights)
-    if math.isnan(score):
-        return {"score": None, "low": None, "high": None}
-    low, high = _interval(score, samples, symmetric=figure.symmetric)
-    if figure.symmetric:
-        low, high = max(0.0, low), min(100.0, high)
-    return {"score": score, "low": low, "high": high}
+Verdict = Literal["better", "worse", "higher", "lower", "indistinguishable", "too_few"]
 
 
-def _make_figures(answers: Sequence[Answer]) -> tuple[list[Figure], list[str]]:
-    """The figures of some answers, and the names of those that a missing package holds back."""
-    if not answers:
+# Intervals and tests -------------------------------------------------------------------------
+
+
+def student_t(probability: float, freedom: float) -> float:
+    """The quantile of Student's t, to three digits from 5 degrees of freedom up.
+
+    Abramowitz & Stegun 1964, 26.7.5 (Fisher's expansion in the normal quantile).
+    """
+    z = statistics.NormalDist().inv_cdf(probability)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + math.fsum(term / freedom**power for power, term in enumerate(terms, 1))
+
+
+class Spread(NamedTuple):
+    """A standard error, and the degrees of freedom with which it is known."""
+
+    error: float
+    freedom: float
+
+    def times(self, factor: float) -> Spread:
+        """Of ``factor`` times the figure."""
+        return self._replace(error=self.error * factor)
+
+    def half(self) -> float:
+        """Half of a 95 % interval by Student's t (Hesterberg 2015, "What Teachers Should Know
+        About the Bootstrap", 5.3: normal quantiles are too narrow for a few tens)."""
+        return student_t(1 - SIGNIFICANCE / 2, self.freedom) * self.error
+
+
+def jackknife(values: Any) -> Spread:
+    """The standard error of a figure by its values without each dialogue.
+
+    Efron & Tibshirani 1993, "An Introduction to the Bootstrap", 11.5. Unlike bootstrap samples
+    these repeat no dialogue, which would take distinct n-grams away from Dist. An error by n values
+    of kurtosis κ has 2n / (κ − 1) degrees of freedom (O'Neill 2014), and not more than n − 1.
+    ``nan`` where the figure is undefined without one of them.
+    """
+    import numpy as np
+
+    units = len(values)
+    deviations = values - np.mean(values)
+    variance = float(np.mean(deviations**2))
+    if math.isnan(variance):
+        return Spread(math.nan, 1)
+    freedom = float(units - 1)
+    if variance > 0:
+        kurtosis = float(np.mean(deviations**4)) / variance**2
+        freedom = min(freedom, max(MIN_FREEDOM, 2 * units / max(kurtosis - 1, 1e-9)))
+    return Spread(math.sqrt((units - 1) * variance), freedom)
+
+
+def t_interval(value: float, spread: Spread) -> tuple[float, float]:
+    """The value and half of the interval each way."""
+    return value - spread.half(), value + spread.half()
+
+
+def chi2_interval(value: float, spread: Spread, full: float) -> tuple[float, float]:
+    """The interval of a mean of squares, which is about χ² with ν = 2 (value / error)²
+    (Satterthwaite 1946), by its cube root (Wilson & Hilferty 1931) with t's quantile."""
+    third = spread.times(1 / (3 * value))  # √(2 / 9ν) of the cube root
+    above, below = (1 - third.error**2 + side * third.half() for side in (1, -1))
+    return value / above**3, min(full, value / below**3) if below > 0 else full
+
+
+def wilson_interval(share: float, spread: Spread, units: int) -> tuple[float, float]:
+    """Wilson's score interval (1927) of a share of answers that come in dialogues.
+
+    The number of cases is the one at which single draws would have this standard error (Kish 1965,
+    the design effect), and the quantile is t's, as Korn & Graubard 1998 have it.
+    """
+    known = spread.error > 0 and 0 < share < 1
+    count = share * (1 - share) / spread.error**2 if known else float(units)
+    z = student_t(1 - SIGNIFICANCE / 2, spread.freedom)
+    middle = share + z**2 / (2 * count)
+    half = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    low, high = ((middle + side * half) / (1 + z**2 / count) for side in (-1, 1))
+    # At 0 and 1 rounding leaves an end beside it.
+    return (0.0 if share == 0 else low), (1.0 if share == 1 else high)
+
+
+def measure_figure(figure: Figure) -> Measured:
+    """The figure of the first model, with its interval."""
+    value = figure.value()
+    if math.isnan(value):
+        return Measured(None, None, None, figure.signature)
+    if figure.units < MIN_DIALOGUES:
+        return Measured(value, None, None, figure.signature)
+    values = figure.without_each()
+    if math.isnan(jackknife(values).error):
+        return Measured(value, None, None, figure.signature)
+    low, high = _interval(figure, value, values)
+    return Measured(value, low, high, figure.signature)
+
+
+def _interval(figure: Figure, value: float, values: Any) -> tuple[float, float]:
+    """The 95 % interval of the kind that suits the figure."""
+    import numpy as np
+
+    full, spread = figure.full, jackknife(values)
+    if figure.interval == "fisher":
+        z = np.arctanh(np.clip([value, *values], -NEAR_ONE, NEAR_ONE))
+        low, high = t_interval(float(z[0]), jackknife(z[1:]))
+        return math.tanh(low), math.tanh(high)
+    if figure.interval == "wilson":
+        low, high = wilson_interval(value / full, spread.times(1 / full), figure.units)
+        return full * low, full * high
+    if value <= 0 or spread.error == 0:
+        return value, value
+    if figure.interval == "chi2":
+        return chi2_interval(value, spread, full)
+    if figure.interval == "root":
+        low, high = chi2_interval(value**2, spread.times(2 * value), full**2)
+        return math.sqrt(low), math.sqrt(high)
+    # The scale of logarithms: such a figure has a long tail above.
+    spread = jackknife(np.log(np.maximum(values, 1e-9 * value)))
+    low, high = t_interval(math.log(value), spread)
+    return math.exp(low), min(full, math.exp(high))
+
+
+def randomise(figure: Figure, seed: int) -> float:
+    """Two-sided p of the difference between two models: paired approximate randomisation.
+
+    If the models don't differ, the answers to a dialogue may as well have come from the other
+    one: whole dialogues are swapped, and the figure is computed anew on each swap. p is
+    (1 + swaps with a difference at least as great) / (1 + swaps) (Noreen 1989; Riezler & Maxwell
+    2005), or the exact share where all swaps can be tried.
+    """
+    import numpy as np
+
+    one, other = figure.sums
+    units = figure.units
+    exact = 2**units <= SWAPS + 1
+    if exact:
+        swaps = np.arange(2**units)[:, None] >> np.arange(units) & 1
+    else:
+        swaps = np.random.default_rng((seed, 1)).integers(0, 2, (SWAPS, units), dtype=np.int8)
+    mine, others = one.sum(axis=0), other.sum(axis=0)
+    pair = figure.of(np.stack([mine, others]))
+    observed = abs(pair[0] - pair[1])
+
+    def differences(totals: Any) -> Any:
+        return np.abs(figure.of(totals) - figure.of(mine + others - totals))
+
+    # Sums in another order differ in their last digits.
+    least = observed - 1e-9 * max(1.0, observed)
+    found = _in_pieces(
+        lambda rows: differences(mine + rows.astype(one.dtype) @ (other - one)),
+        swaps,
+        one.shape[1],
+    )
+    extreme = int((~(found < least)).sum())  # also where the figure of a swap is undefined
+    return extreme / len(swaps) if exact else (1 + extreme) / (1 + len(swaps))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p adjusted for their number (Holm 1979): all false alarms together stay below the level."""
+    adjusted, least = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = least
+    return adjusted
+
+
+def _is_too_few(units: int) -> bool:
+    """Whether even a win in every dialogue would be no more than luck may do."""
+    return bool(2 / 2**units >= SIGNIFICANCE)
+
+
+def detectable_difference(spread: Spread) -> float | None:
+    """The true difference that a two-sided test at 5 % finds with a power of 80 %, given the
+    spread of the paired difference (Cohen 1988; Card et al. 2020). ``None`` where that isn't
+    known."""
+    if math.isnan(spread.error):
+        return None
+    return spread.half() + student_t(POWER, spread.freedom) * spread.error
+
+
+# The response task ---------------------------------------------------------------------------
+
+
+def _units(answers: Sequence[Answer]) -> tuple[list[int], int]:
+    """The place of each answer's dialogue (or group), and how many there are."""
+    order = {unit: n for n, unit in enumerate(dict.fromkeys(a.unit for a in answers))}
+    return [order[answer.unit] for answer in answers], len(order)
+
+
+def _by_unit(rows: Any, answers: Sequence[Answer]) -> Any:
+    """Rows of statistics an answer, summed over the answers of each dialogue."""
+    import numpy as np
+
+    owners, count = _units(answers)
+    rows = np.asarray(rows, dtype=float)
+    sums = np.zeros((count, rows.shape[1]))
+    np.add.at(sums, owners, rows)
+    return sums
+
+
+def _normalised(answers: Sequence[Answer]) -> list[Answer]:
+    """In NFKC, which every figure is computed on; what is no answer has no text."""
+    return [
+        answer._replace(
+            output="" if answer.fault else unicodedata.normalize("NFKC", answer.output),
+            reference=unicodedata.normalize("NFKC", answer.reference),
+        )
+        for answer in answers
+    ]
+
+
+def make_response_figures(sides: Sequence[Sequence[Answer]]) -> tuple[list[Figure], list[str]]:
+    """The figures of a model's answers, or of two models' to the same cases, and the names of those
+    that a missing package holds back."""
+    if not sides[0]:
         return [], []
+    sides = [_normalised(answers) for answers in sides]
     figures: list[Figure] = []
     missing: list[str] = []
     for name, make in (
@@ -4840,122 +5129,128 @@ def _make_figures(answers: Sequence[Answer]) -> tuple[list[Figure], list[str]]:
         ("rouge_l", _make_rouge_l),
     ):
         try:
-            figures.append(make(answers))
+            figures.append(make(sides))
         except ImportError:
             missing += [name] if name != "bleu_ja_mecab" else []
     figures += [
-        _make_dist(answers, 1),
-        _make_dist(answers, 2),
-        _make_length_ratio(answers),
-        _make_backchannel_share(answers),
+        _make_dist(sides, 1),
+        _make_dist(sides, 2),
+        _make_length_ratio(sides),
+        _make_backchannel_share(sides),
     ]
     return figures, missing
 
 
-def _dialogue_indexes(answers: Sequence[Answer]) -> tuple[list[int], int]:
-    order = {id_: n for n, id_ in enumerate(dict.fromkeys(a.dialogue_id for a in answers))}
-    return [order[answer.dialogue_id] for answer in answers], len(order)
-
-
-def _resample(answers: Sequence[Answer], seed: int) -> Any:
-    """Weights of the sample itself (first row) and of the bootstrap samples of its dialogues."""
+def _ratio(totals: Any, scale: float = 1.0) -> Any:
+    """``scale`` × first / second statistic; ``nan`` where there is nothing to divide by."""
     import numpy as np
 
-    _, count = _dialogue_indexes(answers)
-    if not count:
-        return np.zeros((0, 0))
-    draws = np.random.default_rng(seed).multinomial(
-        count, np.full(count, 1 / count), size=BOOTSTRAP_SAMPLES
-    )
-    return np.vstack([np.ones((1, count)), draws])
-
-
-def _evaluate_figure(figure: Figure, weights: Any) -> tuple[float, Any]:
-    values = figure.score(weights)
-    return float(values[0]), values[1:]
-
-
-def _interval(score: float, samples: Any, *, symmetric: bool) -> tuple[float, float]:
-    import numpy as np
-
-    if symmetric:
-        half = 1.96 * float(np.std(samples, ddof=1))
-        return score - half, score + half
-    low, high = np.nanpercentile(samples, (2.5, 97.5))
-    return float(low), float(high)
-
-
-def _by_dialogue(rows: Any, answers: Sequence[Answer]) -> Any:
-    """Rows of statistics an answer, summed over the answers of each dialogue."""
-    import numpy as np
-
-    owners, count = _dialogue_indexes(answers)
-    rows = np.asarray(rows, dtype=float)
-    sums = np.zeros((count, rows.shape[1]))
-    np.add.at(sums, owners, rows)
-    return sums
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return scale * totals[:, 0] / totals[:, 1]
 
 
 def _ratio_figure(
     name: str,
     better: int,
     signature: str,
-    rows: Sequence[tuple[float, float]],
-    answers: Sequence[Answer],
+    rows: Sequence[Sequence[tuple[float, float]]],
+    sides: Sequence[Sequence[Answer]],
+    interval: IntervalKind = "log",
+    full: float = 100.0,
 ) -> Figure:
-    """A figure that is 100 × Σ first / Σ second of statistics that add up over cases."""
-    sums = _by_dialogue(rows, answers)
+    """A figure that is 100 × Σ first / Σ second of the rows of each model."""
+    return Figure(
+        name=name,
+        label=FIGURE_LABELS[name],
+        better=better,
+        signature=f"{signature}|norm:NFKC",
+        sums=tuple(_by_unit(own, answers) for own, answers in zip(rows, sides, strict=True)),
+        of=functools.partial(_ratio, scale=100.0),
+        per_case=tuple([100 * a / b if b else 0.0 for a, b in own] for own in rows),
+        interval=interval,
+        full=full,
+    )
 
-    def score(weights: Any) -> Any:
-        totals = weights @ sums
-        return 100 * totals[:, 0] / totals[:, 1]
 
-    per_case = [100 * first / second for first, second in rows]
-    return Figure(name, FIGURE_LABELS[name], better, signature, score, per_case)
+def _sacrebleu_figure(
+    name: str, metric: Any, of: Callable[[Any], Any], sides: Sequence[Sequence[Answer]]
+) -> Figure:
+    import numpy as np
 
-
-def _sacrebleu_figure(name: str, metric: Any, answers: Sequence[Answer]) -> Figure:
     # The statistics of each segment, which corpus_score() sums up itself, are wanted one by one.
-    outputs = [answer.output for answer in answers]
-    statistics = metric._extract_corpus_statistics(outputs, [[a.reference for a in answers]])
-    sums = _by_dialogue(statistics, answers)
+    rows = [
+        np.array(
+            metric._extract_corpus_statistics(
+                [answer.output for answer in answers], [[a.reference for a in answers]]
+            ),
+            dtype=float,
+        )
+        for answers in sides
+    ]
+    return Figure(
+        name=name,
+        label=FIGURE_LABELS[name],
+        better=1,
+        signature=f"{metric.get_signature().format()}|norm:NFKC",
+        sums=tuple(_by_unit(own, answers) for own, answers in zip(rows, sides, strict=True)),
+        of=of,
+        per_case=tuple(of(own).tolist() for own in rows),
+        full=100.0,
+    )
 
-    def score(weights: Any) -> Any:
-        import numpy as np
 
-        totals = (weights @ sums).round().astype(int).tolist()
-        return np.array([metric._compute_score_from_stats(row).score for row in totals])
+def _chrf(totals: Any) -> Any:
+    """sacrebleu's chrF2 (Popović 2015) of rows of (output's, reference's, common) n-grams."""
+    import numpy as np
 
-    per_case = [metric._compute_score_from_stats(list(row)).score for row in statistics]
-    signature = metric.get_signature().format()
-    return Figure(name, FIGURE_LABELS[name], 1, signature, score, per_case)
+    said, real, common = (totals[:, column::3] for column in range(3))
+    has = (said > 0) & (real > 0)
+    orders = np.maximum(1, has.sum(axis=1))
+    precision = np.where(has, common / np.maximum(1, said), 0).sum(axis=1) / orders
+    recall = np.where(has, common / np.maximum(1, real), 0).sum(axis=1) / orders
+    below = 4 * precision + recall
+    return np.where(below > 0, 500 * precision * recall / np.where(below > 0, below, 1), 0)
 
 
-def _make_chrf(answers: Sequence[Answer]) -> Figure:
+def _bleu(totals: Any) -> Any:
+    """sacrebleu's BLEU (Papineni et al. 2002) of rows of two lengths, then the common and all
+    n-grams of 1–4 characters: smoothing by halves ("exp"), effective order."""
+    import numpy as np
+
+    said, real, common, all_ = totals[:, 0], totals[:, 1], totals[:, 2:6], totals[:, 6:10]
+    has = all_ > 0
+    halves = 2.0 ** np.cumsum(common == 0, axis=1)
+    precision = np.where(common > 0, common, 1 / halves) / np.maximum(1, all_)
+    logarithms = np.where(has, np.log(precision), 0).sum(axis=1) / np.maximum(1, has.sum(axis=1))
+    brevity = np.minimum(0, 1 - real / np.maximum(1, said))
+    return np.where(common.any(axis=1), 100 * np.exp(brevity + logarithms), 0)
+
+
+def _make_chrf(sides: Sequence[Sequence[Answer]]) -> Figure:
     from sacrebleu.metrics.chrf import CHRF
 
-    return _sacrebleu_figure("chrf", CHRF(), answers)
+    return _sacrebleu_figure("chrf", CHRF(), _chrf, sides)
 
 
-def _make_bleu_char(answers: Sequence[Answer]) -> Figure:
-    return _make_bleu("bleu_char", "char", answers)
+def _make_bleu_char(sides: Sequence[Sequence[Answer]]) -> Figure:
+    return _make_bleu("bleu_char", "char", sides)
 
 
-def _make_bleu_mecab(answers: Sequence[Answer]) -> Figure:
+def _make_bleu_mecab(sides: Sequence[Sequence[Answer]]) -> Figure:
     import MeCab  # noqa: F401  # sacrebleu's own error for its absence is a RuntimeError
 
-    return _make_bleu("bleu_ja_mecab", "ja-mecab", answers)
+    return _make_bleu("bleu_ja_mecab", "ja-mecab", sides)
 
 
-def _make_bleu(name: str, tokenize: str, answers: Sequence[Answer]) -> Figure:
+def _make_bleu(name: str, tokenize: str, sides: Sequence[Sequence[Answer]]) -> Figure:
     from sacrebleu.metrics.bleu import BLEU
 
     # Effective order only matters where all answers are shorter than four tokens, which would
     # otherwise score 0 even when they are the references.
-    return _sacrebleu_figure(name, BLEU(tokenize=tokenize, effective_order=True), answers)
+    return _sacrebleu_figure(name, BLEU(tokenize=tokenize, effective_order=True), _bleu, sides)
 
 
-def _make_rouge_l(answers: Sequence[Answer]) -> Figure:
+def _make_rouge_l(sides: Sequence[Sequence[Answer]]) -> Figure:
     from rapidfuzz.distance import LCSseq
 
     def f1(answer: Answer) -> float:
@@ -4963,54 +5258,118 @@ def _make_rouge_l(answers: Sequence[Answer]) -> Figure:
         return 2 * LCSseq.similarity(answer.output, answer.reference) / lengths
 
     signature = "F1 of the longest common subsequence of characters, mean over cases (Lin 2004)"
-    rows = [(f1(answer), 1.0) for answer in answers]
-    return _ratio_figure("rouge_l", 1, signature, rows, answers)
+    rows = [[(f1(answer), 1.0) for answer in answers] for answers in sides]
+    return _ratio_figure("rouge_l", 1, signature, rows, sides)
 
 
-def _make_dist(answers: Sequence[Answer], n: int) -> Figure:
+def _rarefied(totals: Any) -> Any:
+    """100 × the distinct n-grams to be expected among ``DIST_DRAWN`` drawn without replacement,
+    as a share of these; rows say how often there is each n-gram. ``nan`` where there are fewer.
+
+    Hurlbert 1971, "The nonconcept of species diversity": Σ 1 − C(N − Nᵢ, m) / C(N, m).
+    """
     import numpy as np
 
-    grams = [[a.output[i : i + n] for i in range(len(a.output) - n + 1)] for a in answers]
-    columns = {gram: k for k, gram in enumerate(dict.fromkeys(itertools.chain(*grams)))}
-    owners, count = _dialogue_indexes(answers)
-    present = np.zeros((count, len(columns)), dtype=np.float32)
-    for owner, own in zip(owners, grams, strict=True):
-        present[owner, [columns[gram] for gram in own]] = 1
-    totals = _by_dialogue([(len(own),) for own in grams], answers)[:, 0]
+    counts = np.rint(totals).astype(np.int64)
+    all_ = counts.sum(axis=1, keepdims=True)
+    factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, all_.max() + 1)))])
+    rest, drawn = all_ - counts, DIST_DRAWN
+    missed = factorial[rest] - factorial[np.maximum(rest - drawn, 0)]
+    missed -= factorial[all_] - factorial[np.maximum(all_ - drawn, 0)]
+    expected = np.where(rest >= drawn, 1 - np.exp(np.minimum(missed, 0)), 1).sum(axis=1)
+    return np.where(all_[:, 0] >= drawn, 100 * expected / drawn, np.nan)
 
-    def score(weights: Any) -> Any:
-        chunks = np.array_split((weights > 0).astype(np.float32), max(1, len(weights) // 64))
-        distinct = np.concatenate([((chunk @ present) > 0).sum(axis=1) for chunk in chunks])
-        return 100 * distinct / np.maximum(1, weights @ totals)
 
+def _make_dist(sides: Sequence[Sequence[Answer]], n: int) -> Figure:
+    import numpy as np
+
+    grams = [
+        [[a.output[i : i + n] for i in range(len(a.output) - n + 1)] for a in answers]
+        for answers in sides
+    ]
+    said = dict.fromkeys(itertools.chain.from_iterable(itertools.chain(*grams)))
+    columns = {gram: place for place, gram in enumerate(said)}
+    owners, count = _units(sides[0])
+    sums = []
+    for side in grams:
+        present = np.zeros((count, max(1, len(columns))), dtype=np.float32)
+        for owner, own in zip(owners, side, strict=True):
+            np.add.at(present[owner], [columns[gram] for gram in own], 1)
+        sums.append(present)
     return Figure(
         f"dist_{n}",
         FIGURE_LABELS[f"dist_{n}"],
         1,
-        f"distinct/all character {n}-grams of all answers (Li et al. 2016)",
-        score,
-        [100 * len(set(own)) / max(1, len(own)) for own in grams],
-        symmetric=True,
+        f"100 × distinct character {n}-grams among {DIST_DRAWN} drawn from all answers, expected "
+        "(Li et al. 2016; rarefaction, Hurlbert 1971)|norm:NFKC",
+        tuple(sums),
+        _rarefied,
+        full=100.0,
     )
 
 
-def _make_length_ratio(answers: Sequence[Answer]) -> Figure:
-    rows = [(float(len(a.output)), float(len(a.reference))) for a in answers]
-    signature = "100 × characters of all answers / of all references"
-    return _ratio_figure("length_ratio", 0, signature, rows, answers)
+def _make_length_ratio(sides: Sequence[Sequence[Answer]]) -> Figure:
+    rows = [
+        [
+            (0.0, 0.0) if a.fault else (float(len(a.output)), float(len(a.reference)))
+            for a in answers
+        ]
+        for answers in sides
+    ]
+    signature = "100 × characters of all answers / of their references"
+    return _ratio_figure("length_ratio", 0, signature, rows, sides, full=math.inf)
 
 
-def _make_backchannel_share(answers: Sequence[Answer]) -> Figure:
-    rows = [(float(is_backchannel(answer.output)), 1.0) for answer in answers]
-    signature = "100 × share of answers that are a bare back-channel (openai_sft.BACKCHANNELS)"
-    return _ratio_figure("backchannel_share", 0, signature, rows, answers)
+def _make_backchannel_share(sides: Sequence[Sequence[Answer]]) -> Figure:
+    rows = [
+        [(float(is_backchannel(a.output)), float(not a.fault)) for a in answers]
+        for answers in sides
+    ]
+    signature = (
+        "100 × share of answers that are a bare back-channel by their reading "
+        "(openai_sft.BACKCHANNELS)"
+    )
+    return _ratio_figure("backchannel_share", 0, signature, rows, sides, interval="wilson")
+
+
+def _reading(text: str) -> str:
+    """How an answer sounds, near enough to tell back-channels: hiragana without signs and long
+    vowels, のです as んです."""
+    kana = unicodedata.normalize("NFKC", text).replace("成る程", "なるほど")
+    kana = "".join(chr(ord(c) - 0x60) if "ァ" <= c <= "ヶ" else c for c in kana)
+    return re.sub(r"[\s。、．，.,!！?？…〜~ー]+", "", kana).replace("のです", "んです")
 
 
 def is_backchannel(text: str) -> bool:
-    """Whether an answer is nothing but back-channels such as はい or ええ、ええ。"""
-    bare = re.sub(r"[\s。、．，.,!！?？…〜ー]+", "", text)
+    """Whether an answer is nothing but back-channels such as はい or そうなのですね。ええ。"""
     longest_first = sorted(BACKCHANNELS, key=len, reverse=True)
-    return re.fullmatch(f"(?:{'|'.join(longest_first)})+", bare) is not None
+    return re.fullmatch(f"(?:{'|'.join(longest_first)})+", _reading(text)) is not None
+
+
+# Scores and comparisons ----------------------------------------------------------------------
+
+
+def score_answers(
+    answers: Sequence[Answer], *, make: FigureMaker = make_response_figures
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Corpus-level figures with 95 % intervals, and the names of those that are missing.
+
+    Each is ``{"score", "low", "high", "signature"}``, on a scale of 0–100 for the response task.
+    An answer with a ``fault`` counts as a wrong one. Intervals are over dialogues, ``None`` below
+    :data:`MIN_DIALOGUES`, as is all of a figure that is undefined. chrF, BLEU and ROUGE-L need
+    the extra ``eval``. ``make`` gives the figures (by default those of the response task).
+    """
+    figures, missing = make([answers])
+    return measure_figures(figures), missing
+
+
+def measure_figures(figures: Iterable[Figure]) -> dict[str, dict[str, Any]]:
+    """:class:`Measured` of each figure, those of a group together, ready to be written as JSON."""
+    metrics: dict[str, dict[str, Any]] = {}
+    for figure in figures:
+        group, _, name = figure.name.rpartition(".")
+        (metrics.setdefault(group, {}) if group else metrics)[name] = asdict(measure_figure(figure))
+    return metrics
 
 
 def compare_answers(
@@ -5018,96 +5377,133 @@ def compare_answers(
     baseline: Sequence[Answer],
     *,
     seed: int = 42,
-    make: Callable[[Sequence[Answer]], tuple[list[Figure], list[str]]] | None = None,
+    make: FigureMaker = make_response_figures,
     cases: int | None = None,
+    main: str | None = None,
 ) -> dict[str, Any]:
-    """Compare two models on the cases that both answered, figure by figure.
+    """Compare two models on the cases that both were asked, figure by figure.
 
-    A figure holds both values, ``difference`` (tuned − baseline) with its paired 95 % bootstrap
-    interval over dialogues, wins (where the tuned model is better), losses and ties over cases
-    with the two-sided sign test's ``p_value``, ``verdict`` (``better``, ``worse``, ``higher``,
-    ``lower`` or ``indistinguishable``) and ``sentence``. A verdict needs both: the interval
-    excludes 0, and p < .05 in the same direction. ``make`` gives the figures (by default those
-    of the response task); ``cases`` is how many were asked, by default those with an answer.
+    Each figure is a :class:`Compared`, with the paired 95 % interval of the difference (tuned −
+    baseline). A verdict is by p < .05: of :func:`randomise` for ``main``, the figure named before
+    anything was asked, with Holm's correction for all others. With ``main`` there is its
+    ``verdict`` and ``sentence``. ``make`` gives the figures (by default those of the response
+    task); ``cases`` is how many were asked, by default those with an answer.
     """
     others = {answer.case_id: answer for answer in baseline}
     both = [answer for answer in tuned if answer.case_id in others]
-    return compare_figures(
-        both,
-        [others[answer.case_id] for answer in both],
-        make=make or _make_figures,
-        seed=seed,
-        cases=len({a.case_id for a in tuned} | others.keys()) if cases is None else cases,
-    )
+    theirs = [others[answer.case_id] for answer in both]
+    asked = len({a.case_id for a in tuned} | others.keys()) if cases is None else cases
+    return {
+        "pairs": len(both),
+        "left_out_pairs": asked - len(both),
+        "failed_pairs": sum(
+            bool(one.fault or other.fault) for one, other in zip(both, theirs, strict=True)
+        ),
+        "dialogues": _units(both)[1],
+        **compare_figures(make([both, theirs])[0], seed=seed, main=main),
+    }
 
 
 def compare_figures(
-    tuned: Sequence[Answer],
-    baseline: Sequence[Answer],
-    *,
-    make: Callable[[Sequence[Answer]], tuple[list[Figure], list[str]]],
-    seed: int,
-    cases: int,
-    rival: str = "基準のモデル",
+    figures: Sequence[Figure], *, seed: int, main: str | None = None, rival: str = "基準のモデル"
 ) -> dict[str, Any]:
-    """:func:`compare_answers` of answers that stand in pairs already, out of ``cases`` asked."""
-    weights = _resample(tuned, seed)
-    figures = {}
-    for one, other in zip(make(tuned)[0], make(baseline)[0], strict=True):
-        if one.per_case is None or other.per_case is None:
-            continue
-        value, samples = _evaluate_figure(one, weights)
-        other_value, other_samples = _evaluate_figure(other, weights)
-        difference = value - other_value
-        low, high = _interval(difference, samples - other_samples, symmetric=one.symmetric)
-        good = one.better or 1
-        deltas = [good * (a - b) for a, b in zip(one.per_case, other.per_case, strict=True)]
+    """The ``figures`` of two models compared; with ``main`` its ``verdict`` and ``sentence``."""
+    told = [
+        figure
+        for figure in figures
+        if figure.compared and not math.isnan(figure.value(0) + figure.value(1))
+    ]
+    p_values = [randomise(figure, seed) for figure in told]
+    compared = {
+        figure.name: _compare(figure, p_value, adjusted, is_main=figure.name == main)
+        for figure, p_value, adjusted in zip(told, p_values, holm(p_values), strict=True)
+    }
+    found: dict[str, Any] = {"figures": {name: asdict(one) for name, one in compared.items()}}
+    if main is not None:
+        figure = next((figure for figure in told if figure.name == main), None)
+        found |= {"main_figure": main, "verdict": None}
+        if figure is None:
+            found["sentence"] = f"主指標の{_figure_label(main)}は計算できないため、判定しません。"
+        else:
+            found["verdict"] = compared[main].verdict
+            found["sentence"] = _sentence(figure, compared[main], rival)
+    return found
+
+
+def _compare(figure: Figure, p_value: float, p_adjusted: float, *, is_main: bool) -> Compared:
+    value, other_value, units = figure.value(0), figure.value(1), figure.units
+    difference = value - other_value
+    spread = Spread(math.nan, 1)
+    if not _is_too_few(units):
+        spread = jackknife(figure.without_each(0) - figure.without_each(1))
+    low = high = None
+    if units >= MIN_DIALOGUES and not math.isnan(spread.error):
+        low, high = t_interval(difference, spread)
+    wins = losses = ties = None
+    if figure.per_case:
+        good = figure.better or 1
+        deltas = [good * (a - b) for a, b in zip(*figure.per_case, strict=True)]
         wins, losses = sum(delta > 0 for delta in deltas), sum(delta < 0 for delta in deltas)
-        p_value = sign_test(wins, losses)
-        verdict = _verdict(one.better, low, high, wins - losses, p_value)
-        figures[one.name] = {
-            "tuned": value,
-            "baseline": other_value,
-            "difference": difference,
-            "low": low,
-            "high": high,
-            "wins": wins,
-            "losses": losses,
-            "ties": len(deltas) - wins - losses,
-            "p_value": p_value,
-            "verdict": verdict,
-            "sentence": f"{one.label}は{rival}{VERDICTS[verdict]}（差 {difference:+.2f}、95%区間 "
-            f"{low:+.2f}〜{high:+.2f}、符号検定 p={p_value:.3g}）。",
-        }
-    return {"pairs": len(tuned), "left_out_pairs": cases - len(tuned), "figures": figures}
+        ties = len(deltas) - wins - losses
+    return Compared(
+        tuned=value,
+        baseline=other_value,
+        difference=difference,
+        low=low,
+        high=high,
+        p_value=p_value,
+        p_adjusted=p_adjusted,
+        wins=wins,
+        losses=losses,
+        ties=ties,
+        detectable=detectable_difference(spread),
+        verdict=_verdict(figure.better, difference, p_value if is_main else p_adjusted, units),
+    )
 
 
-VERDICTS = {
+VERDICTS: dict[Verdict, str] = {
     "better": "より良くなりました",
     "worse": "より悪くなりました",
     "higher": "より高くなりました",
     "lower": "より低くなりました",
     "indistinguishable": "と区別できない",
+    "too_few": "と区別できない",
 }
 
 
-def _verdict(better: int, low: float, high: float, lead: int, p_value: float) -> str:
-    direction = (better or 1) * (1 if low > 0 else -1 if high < 0 else 0)
-    if direction * lead <= 0 or p_value >= SIGNIFICANCE:
+def _verdict(better: int, difference: float, p_value: float, units: int) -> Verdict:
+    if _is_too_few(units):
+        return "too_few"
+    if p_value >= SIGNIFICANCE:
         return "indistinguishable"
     if better == 0:
-        return "higher" if direction > 0 else "lower"
-    return "better" if direction > 0 else "worse"
+        return "higher" if difference > 0 else "lower"
+    return "better" if better * difference > 0 else "worse"
 
 
-def sign_test(wins: int, losses: int) -> float:
-    """Two-sided exact p of a sign test (binomial with one half; ties are left out before)."""
-    trials = wins + losses
-    term = tail = 1  # the binomial coefficients, each from the one before
-    for k in range(min(wins, losses)):
-        term = term * (trials - k) // (k + 1)
-        tail += term
-    return min(1.0, float(2 * tail / 2**trials))
+def _sentence(figure: Figure, compared: Compared, rival: str) -> str:
+    """What the main figure says, with what these cases could have shown."""
+    interval = ""
+    if compared.low is not None and compared.high is not None:
+        interval = f"、95%区間 {compared.low:+.2f}〜{compared.high:+.2f}"
+    told = (
+        f"主指標の{figure.label}は{rival}{VERDICTS[compared.verdict]}"
+        f"（差 {compared.difference:+.2f}{interval}、p={compared.p_value:.3g}）。"
+    )
+    if compared.verdict == "too_few":
+        least = 2 / 2**figure.units
+        return f"{told}件数が少なすぎる: 対話{figure.units}件では、全勝でも p={least:.2g} です。"
+    if compared.verdict != "indistinguishable":
+        return told
+    if compared.detectable is None:
+        return told
+    if compared.detectable == 0:
+        return f"{told}どの対話でも差が同じです。"
+    shown = f"{compared.detectable:.2g}" if compared.detectable < 1 else _short(compared.detectable)
+    return f"{told}対話{figure.units}件で80%の確率で見つかるのは、{shown}以上の差です。"
+
+
+# The score task ------------------------------------------------------------------------------
 
 
 def parse_scores(text: str) -> dict[str, int] | str:
@@ -5128,66 +5524,201 @@ def parse_scores(text: str) -> dict[str, int] | str:
 
 
 def score_predictions(
-    answers: Sequence[Answer], *, seed: int = 42
+    answers: Sequence[Answer],
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """How well predicted scores agree with the real ones: an item, ``overall`` and ``total``.
 
     Each holds ``mse``, ``rmse``, ``mae``, ``accuracy``, ``accuracy_within_1`` (shares, 0–1),
-    ``spearman`` and ``pearson`` as ``{"score", "low", "high"}`` with 95 % percentile bootstrap
-    intervals over dialogues; ``None`` where a correlation is undefined. ``overall`` pools the
-    items, ``total`` is their sum (0–100).
+    ``spearman`` and ``pearson`` as :func:`score_answers` has them. ``overall`` pools the items'
+    errors and takes the mean of their correlations by Fisher's z; ``total`` is their sum (0–100).
+    An answer with a ``fault`` has the greatest error that its real scores allow, and isn't
+    in the correlations.
     """
-    return score_answers(answers, seed=seed, make=make_score_figures)
+    return score_answers(answers, make=make_score_figures)
 
 
-def _score_groups(answers: Sequence[Answer]) -> Iterator[tuple[str, Any, Any]]:
-    """Name, predictions and real scores of shape (dialogues, items of the group)."""
+class _Scores(NamedTuple):
+    """Of a group of scores the predicted and the real ones, (answers, scores); which answers are
+    valid; the largest score."""
+
+    predicted: Any
+    real: Any
+    valid: Any
+    largest: float
+
+    @property
+    def filled(self) -> Any:
+        """The predictions, the worst that could be in the place of an answer that is none."""
+        import numpy as np
+
+        worst = np.where(2 * self.real > self.largest, 0.0, self.largest)
+        return np.where(self.valid[:, None], self.predicted, worst)
+
+
+ERRORS = ("mse", "rmse", "mae")
+ERROR_INTERVALS: dict[str, IntervalKind] = {"mse": "chi2", "rmse": "root", "mae": "log"}
+SHARES = ("accuracy", "accuracy_within_1")
+CORRELATIONS = ("spearman", "pearson")
+
+
+def _score_groups(answers: Sequence[Answer]) -> dict[str, _Scores]:
+    """``overall`` (the items side by side), ``total`` (their sums) and each item."""
     import numpy as np
 
-    predicted, real = (
-        np.array([[float(json.loads(text)[item]) for item in SCORE_ITEMS] for text in texts])
-        for texts in zip(*((answer.output, answer.reference) for answer in answers), strict=True)
-    )
-    yield "overall", predicted, real
-    yield "total", predicted.sum(axis=1, keepdims=True), real.sum(axis=1, keepdims=True)
-    for index, item in enumerate(SCORE_ITEMS):
-        yield item, predicted[:, index : index + 1], real[:, index : index + 1]
+    def table(texts: Iterable[str | None]) -> Any:
+        rows = [dict.fromkeys(SCORE_ITEMS, 0) if t is None else json.loads(t) for t in texts]
+        return np.array([[float(row[item]) for item in SCORE_ITEMS] for row in rows])
 
-
-def agreement(
-    weights: Any, predicted: Any, real: Any, owners: Sequence[int] | None = None
-) -> dict[str, Any]:
-    """Measures of agreement, an array of one value a row of ``weights``.
-
-    ``weights`` (samples, dialogues) says how often each dialogue is in each sample;
-    ``predicted`` and ``real`` are (answers, values), and ``owners`` tells the dialogue of each
-    answer, by default one each. Predictions that are no integers are
-    rounded for the accuracies. Ranks of ties are their mean; a correlation with a constant is
-    ``nan``.
-    """
-    import numpy as np
-
-    # A sample is known by how often each distinct pair of values is in it.
-    pairs, codes = np.unique(
-        np.stack([predicted.ravel(), real.ravel()], axis=1), axis=0, return_inverse=True
-    )
-    counts = np.zeros((weights.shape[1], len(pairs)))
-    rows = np.arange(len(predicted)) if owners is None else np.asarray(owners)
-    np.add.at(counts, (np.repeat(rows, predicted.shape[1]), codes.ravel()), 1)
-    weighted = weights @ counts
-    shares = weighted / weighted.sum(axis=1, keepdims=True)
-    x, y = pairs.T
-    errors, misses = x - y, np.abs(np.rint(x) - y)
-    mse = shares @ errors**2
-    return {
-        "mse": mse,
-        "rmse": np.sqrt(mse),
-        "mae": shares @ np.abs(errors),
-        "accuracy": shares @ (misses == 0).astype(float),
-        "accuracy_within_1": shares @ (misses <= 1).astype(float),
-        "spearman": _correlation(shares, _mean_ranks(shares, x), _mean_ranks(shares, y)),
-        "pearson": _correlation(shares, x[None, :], y[None, :]),
+    predicted = table(None if answer.fault else answer.output for answer in answers)
+    real = table(answer.reference for answer in answers)
+    valid = np.array([not answer.fault for answer in answers])
+    groups = {
+        "overall": _Scores(predicted, real, valid, MAX_ITEM_SCORE),
+        "total": _Scores(
+            predicted.sum(axis=1, keepdims=True),
+            real.sum(axis=1, keepdims=True),
+            valid,
+            MAX_ITEM_SCORE * len(SCORE_ITEMS),
+        ),
     }
+    for index, item in enumerate(SCORE_ITEMS):
+        columns = slice(index, index + 1)
+        groups[item] = _Scores(predicted[:, columns], real[:, columns], valid, MAX_ITEM_SCORE)
+    return groups
+
+
+def make_score_figures(sides: Sequence[Sequence[Answer]]) -> tuple[list[Figure], list[str]]:
+    """Every measure of every group; predictors are compared by the errors and accuracies of
+    ``overall`` and ``total``."""
+    if not sides[0]:
+        return [], []
+    return _score_figures(sides[0], [_score_groups(answers) for answers in sides]), []
+
+
+def _score_figures(
+    answers: Sequence[Answer], sides: Sequence[Mapping[str, _Scores]]
+) -> list[Figure]:
+    figures = []
+    for group in sides[0]:
+        scores = [side[group] for side in sides]
+        figures += [
+            _error_figure(group, measure, answers, scores) for measure in (*ERRORS, *SHARES)
+        ]
+        figures += [
+            _correlation_figure(group, measure, answers, scores) for measure in CORRELATIONS
+        ]
+    return figures
+
+
+def _score_label(group: str, measure: str) -> str:
+    return f"{FIGURE_LABELS.get(group, group)}の{FIGURE_LABELS[measure]}"
+
+
+def _root_ratio(totals: Any) -> Any:
+    import numpy as np
+
+    return np.sqrt(_ratio(totals))
+
+
+def _error_figure(
+    group: str, measure: str, answers: Sequence[Answer], sides: Sequence[_Scores]
+) -> Figure:
+    """A mean over scores; predictions that are no integers are rounded for the accuracies."""
+    import numpy as np
+
+    per_case, sums, largest = [], [], sides[0].largest
+    for scores in sides:
+        filled, real = scores.filled, scores.real
+        misses = np.abs(np.rint(filled) - real)
+        values = {
+            "mse": (filled - real) ** 2,
+            "rmse": (filled - real) ** 2,
+            "mae": np.abs(filled - real),
+            "accuracy": (misses == 0).astype(float),
+            "accuracy_within_1": (misses <= 1).astype(float),
+        }[measure].mean(axis=1)
+        per_case.append(values.tolist())
+        sums.append(_by_unit(np.stack([values, np.ones(len(values))], axis=1), answers))
+    return Figure(
+        name=f"{group}.{measure}",
+        label=_score_label(group, measure),
+        better=-1 if measure in ERRORS else 1,
+        signature="an answer that is none has the greatest error",
+        sums=tuple(sums),
+        of=_root_ratio if measure == "rmse" else _ratio,
+        per_case=tuple(per_case),
+        interval=ERROR_INTERVALS.get(measure, "wilson"),
+        full={"mse": largest**2, "rmse": largest, "mae": largest}.get(measure, 1.0),
+        compared=group not in SCORE_ITEMS,
+    )
+
+
+def _correlation_figure(
+    group: str, measure: str, answers: Sequence[Answer], sides: Sequence[_Scores]
+) -> Figure:
+    """The correlation of the valid answers' scores; of several items the mean by Fisher's z.
+
+    A sample is known by how often each distinct pair of scores is in it.
+    """
+    import numpy as np
+
+    sums, kinds = [], []
+    for scores in sides:
+        columns = scores.predicted.shape[1]
+        items, places = np.tile(np.arange(columns), (len(answers), 1)), scores.valid
+        table = np.stack([items, scores.predicted, scores.real], axis=2)[places].reshape(-1, 3)
+        distinct, codes = np.unique(table, axis=0, return_inverse=True)
+        owners, count = _units(answers)
+        counts = np.zeros((count, len(distinct)))
+        np.add.at(counts, (np.repeat(np.array(owners)[places], columns), codes.ravel()), 1)
+        sums.append(counts)
+        kinds.append(distinct)
+    return Figure(
+        name=f"{group}.{measure}",
+        label=_score_label(group, measure),
+        better=1,
+        signature=(
+            "mean of the items' by Fisher's z" if group == "overall" else "of the valid answers"
+        ),
+        sums=tuple(sums),
+        of=functools.partial(_correlation, pairs=kinds[0], is_ranked=measure == "spearman"),
+        interval="fisher",
+        compared=False,  # other pairs are distinct in the other model's answers
+    )
+
+
+def _correlation(totals: Any, pairs: Any, *, is_ranked: bool) -> Any:
+    """For rows of how often there is each of the ``pairs`` (item, x, y) the correlation, ``nan``
+    with a constant; of several items the mean by Fisher's z (Silver & Dunlap 1987), to which
+    an item that is predicted by a constant adds 0."""
+    import numpy as np
+
+    columns = []
+    for item in np.unique(pairs[:, 0]):
+        own = pairs[:, 0] == item
+        x, y = pairs[own, 1], pairs[own, 2]
+        shares = totals[:, own] / np.maximum(1, totals[:, own].sum(axis=1, keepdims=True))
+        if is_ranked:
+            columns.append(_correlate(shares, _mean_ranks(shares, x), _mean_ranks(shares, y)))
+        else:
+            columns.append(_correlate(shares, x[None, :], y[None, :]))
+    if len(columns) <= 1:
+        return columns[0] if columns else np.full(len(totals), np.nan)
+    values = np.stack(columns, axis=1)
+    told = ~np.isnan(values)
+    z = np.arctanh(np.clip(np.where(told, values, 0), -NEAR_ONE, NEAR_ONE))
+    return np.where(told.any(axis=1), np.tanh(z.mean(axis=1)), np.nan)
+
+
+def _correlate(shares: Any, x: Any, y: Any) -> Any:
+    import numpy as np
+
+    x = x - (shares * x).sum(axis=1, keepdims=True)
+    y = y - (shares * y).sum(axis=1, keepdims=True)
+    spread = np.sqrt((shares * x**2).sum(axis=1) * (shares * y**2).sum(axis=1))
+    together = (shares * x * y).sum(axis=1)
+    # Rounding leaves a constant a spread of about 1e-16 instead of 0.
+    return np.where(spread > 1e-12, together / np.maximum(spread, 1e-12), np.nan)
 
 
 def _mean_ranks(shares: Any, values: Any) -> Any:
@@ -5201,74 +5732,70 @@ def _mean_ranks(shares: Any, values: Any) -> Any:
     return (np.cumsum(mass, axis=1) - mass / 2)[:, codes]
 
 
-def _correlation(shares: Any, x: Any, y: Any) -> Any:
-    import numpy as np
-
-    x = x - (shares * x).sum(axis=1, keepdims=True)
-    y = y - (shares * y).sum(axis=1, keepdims=True)
-    spread = np.sqrt((shares * x**2).sum(axis=1) * (shares * y**2).sum(axis=1))
-    together = (shares * x * y).sum(axis=1)
-    # Rounding leaves a constant a spread of about 1e-16 instead of 0.
-    return np.where(spread > 1e-12, together / np.maximum(spread, 1e-12), np.nan)
-
-
-def make_score_figures(answers: Sequence[Answer]) -> tuple[list[Figure], list[str]]:
-    """Every measure of every group; predictors are compared by the errors and accuracies of
-    ``overall`` and ``total``."""
-    import numpy as np
-
-    figures: list[Figure] = []
-    if not answers:
-        return figures, []
-    owners, _ = _dialogue_indexes(answers)
-    for group, predicted, real in _score_groups(answers):
-        errors, misses = predicted - real, np.abs(np.rint(predicted) - real)
-        compared = {
-            "mse": (errors**2).mean(axis=1),
-            "rmse": np.sqrt((errors**2).mean(axis=1)),
-            "mae": np.abs(errors).mean(axis=1),
-            "accuracy": (misses == 0).mean(axis=1),
-            "accuracy_within_1": (misses <= 1).mean(axis=1),
-        }
-        shared = _SharedAgreement(predicted, real, owners)
-        for measure in (*compared, "spearman", "pearson"):
-            is_compared = measure in compared and group not in SCORE_ITEMS
-            figures.append(
-                Figure(
-                    name=f"{group}.{measure}",
-                    label=f"{FIGURE_LABELS.get(group, group)}の{FIGURE_LABELS[measure]}",
-                    better=-1 if measure in ("mse", "rmse", "mae") else 1,
-                    signature="",
-                    score=functools.partial(shared.score, measure),
-                    per_case=compared[measure].tolist() if is_compared else None,
-                )
-            )
-    return figures, []
+ConstantKind = Literal["mean", "median", "mode"]
+# The constant that a measure is held against: the one that does best by it.
+BEST_CONSTANT: dict[str, ConstantKind] = {
+    "mse": "mean",
+    "rmse": "mean",
+    "mae": "median",
+    "accuracy": "mode",
+    "accuracy_within_1": "mode",
+}
 
 
-class _SharedAgreement:
-    """:func:`agreement` of a group, computed once for all of its figures."""
-
-    def __init__(self, predicted: Any, real: Any, owners: Sequence[int]) -> None:
-        self._compute = functools.partial(agreement, predicted=predicted, real=real, owners=owners)
-        self._weights: Any = None
-        self._values: dict[str, Any] = {}
-
-    def score(self, measure: str, weights: Any) -> Any:
-        if weights is not self._weights:
-            self._weights, self._values = weights, self._compute(weights)
-        return self._values[measure]
-
-
-def mean_scores(train_data: Iterable[Example]) -> dict[str, float]:
-    """The mean of each item over the training examples: what a model has to beat."""
+def constant_scores(
+    train_data: Iterable[Example],
+) -> dict[ConstantKind, dict[str, float]]:
+    """Mean, median and mode of each item and of ``total`` over the training examples: what a
+    model has to beat."""
     scores = list(filter(None, map(_scores_of, train_data)))
-    return {item: math.fsum(row[item] for row in scores) / len(scores) for item in SCORE_ITEMS}
+    columns = {item: [row[item] for row in scores] for item in SCORE_ITEMS}
+    columns["total"] = [sum(row.values()) for row in scores]
+    return {
+        "mean": {name: statistics.fmean(values) for name, values in columns.items()},
+        "median": {name: statistics.median(values) for name, values in columns.items()},
+        # Of several modes the least, whatever the order of the data.
+        "mode": {name: min(statistics.multimode(values)) for name, values in columns.items()},
+    }
 
 
 def _scores_of(example: Example) -> dict[str, int] | None:
     scores = parse_scores(str(example["messages"][-1].get("content")))
     return None if isinstance(scores, str) else scores
+
+
+def make_constant_figures(
+    answers: Sequence[Answer], constants: Mapping[ConstantKind, Mapping[str, float]]
+) -> list[Figure]:
+    """The errors and accuracies of a model's answers (first) and of the best constants."""
+    import numpy as np
+
+    if not answers:
+        return []
+    mine = _score_groups(answers)
+    figures = []
+    for kind, values in constants.items():
+        theirs = {
+            group: scores._replace(
+                predicted=np.zeros_like(scores.real)
+                + [values[item] for item in (SCORE_ITEMS if group == "overall" else (group,))],
+                valid=np.ones_like(scores.valid),
+            )
+            for group, scores in mine.items()
+        }
+        figures += [
+            _error_figure(group, measure, answers, (mine[group], theirs[group]))
+            for group in mine
+            for measure, best in BEST_CONSTANT.items()
+            if best == kind
+        ]
+    order = {
+        figure_name: n
+        for n, figure_name in enumerate(
+            f"{group}.{measure}" for group in mine for measure in BEST_CONSTANT
+        )
+    }
+    return sorted(figures, key=lambda figure: order[figure.name])
 
 
 @dataclass(frozen=True, slots=True)
@@ -5278,13 +5805,25 @@ class Task:
     ``make_example`` turns a dialogue into an example, ``None`` for ``left_out``. ``request`` is
     added to each question. ``find_fault`` says why an answer isn't one. ``make_figures`` gives
     the figures of some answers, and the names of those that a missing package holds back.
+    One of ``main_figures``, by default the first, carries the verdict.
     """
 
     make_example: Callable[..., Example | None]
     left_out: str
     request: Mapping[str, Any]
     find_fault: Callable[[str], str | None]
-    make_figures: Callable[[Sequence[Answer]], tuple[list[Figure], list[str]]]
+    make_figures: FigureMaker
+    main_figures: tuple[str, ...]
+
+    def main_figure(self, name: str | None) -> str:
+        """The figure that carries the verdict. Raises :class:`ConfigurationError` for one that
+        can't."""
+        if name is not None and name not in self.main_figures:
+            known = "、".join(self.main_figures)
+            raise ConfigurationError(
+                f"--main-figure（main_figure=）は {known} のどれかです（指定: {printable(name)}）。"
+            )
+        return name or self.main_figures[0]
 
 
 def _find_score_fault(text: str) -> str | None:
@@ -5298,7 +5837,8 @@ TASKS: dict[TaskName, Task] = {
         left_out="カウンセラーの発話がない",
         request={},
         find_fault=lambda text: None,
-        make_figures=_make_figures,
+        make_figures=make_response_figures,
+        main_figures=("rouge_l", "chrf", "bleu_char", "bleu_ja_mecab", "dist_1", "dist_2"),
     ),
     "score": Task(
         make_example=to_score_example,
@@ -5324,6 +5864,9 @@ TASKS: dict[TaskName, Task] = {
         },
         find_fault=_find_score_fault,
         make_figures=make_score_figures,
+        main_figures=tuple(
+            f"{group}.{measure}" for group in ("overall", "total") for measure in BEST_CONSTANT
+        ),
     ),
 }
 
@@ -5332,36 +5875,59 @@ class EvaluationResults(dict[str, Any]):
     """The results of an evaluation: a plain dict that a notebook shows as a table."""
 
     def tables(self) -> list[list[list[str]]]:
-        """Rows of text, the first of each table its head: the figures, then the comparisons."""
+        """Rows of text, the first of each table its head: the figures, then the comparisons.
+
+        A star marks the main figure, whose p isn't corrected for the number of figures.
+        """
         tables = [self._score_table()] if self.get("task") == "score" else [self._figure_table()]
         comparisons = self.get("comparison", {})
-        against = {"基準": comparisons, "平均予測": comparisons.get("mean_reference", {})}
-        for rival, (name, label) in itertools.product(
-            against, (("test", "テスト"), ("valid", "検証"))
-        ):
-            if name not in against[rival]:
-                continue
-            rows = [[f"比較（{label}）", "学習後", rival, "差", "95%区間", "p", "判定"]]
-            for figure_name, figure in against[rival][name]["figures"].items():
-                rows.append(
-                    [
-                        _figure_label(figure_name),
-                        _short(figure["tuned"]),
-                        _short(figure["baseline"]),
-                        *_figure_cells(figure, "difference"),
-                        f"{figure['p_value']:.2g}",
-                        VERDICT_LABELS[figure["verdict"]],
-                    ]
-                )
-            tables.append(rows)
+        against = {"基準": comparisons, "定数予測": comparisons.get("constant_reference", {})}
+        for rival, name in itertools.product(against, SPLIT_LABELS):
+            if name in against[rival]:
+                tables.append(self._comparison_table(rival, name, against[rival][name]))
         return [table for table in tables if len(table) > 1]
+
+    def _comparison_table(
+        self, rival: str, name: str, comparison: Mapping[str, Any]
+    ) -> list[list[str]]:
+        failed = comparison["failed_pairs"]
+        void = f"、うち応答なし・無効{failed}組" if failed else ""
+        pairs = f"比較（{SPLIT_LABELS[name]}、{comparison['pairs']}組{void}）"
+        rows = [[pairs, "学習後", rival, "差", "95%区間", "補正p", "判定"]]
+        for figure_name, figure in comparison["figures"].items():
+            is_main = figure_name == comparison.get("main_figure")
+            rows.append(
+                [
+                    _figure_label(figure_name) + ("*" if is_main else ""),
+                    _short(figure["tuned"]),
+                    _short(figure["baseline"]),
+                    *_figure_cells(figure, "difference"),
+                    f"{figure['p_value' if is_main else 'p_adjusted']:.2g}",
+                    VERDICT_LABELS[figure["verdict"]],
+                ]
+            )
+        return rows
+
+    def sentences(self) -> list[str]:
+        """What the main figure says of the test data, of each comparison."""
+        comparison = self.get("comparison", {})
+        rivals = (comparison, comparison.get("constant_reference", {}))
+        tested = [rival["test"] for rival in rivals if "test" in rival]
+        return [part["sentence"] for part in tested if part["pairs"]]
 
     def _metrics(self, name: str) -> dict[str, Any]:
         metrics: dict[str, Any] = self[f"{name}_evaluation"].get("metrics", {})
         return metrics
 
+    def _coverage(self, name: str) -> str:
+        """Of how many cases there is a valid answer, for the head of a table."""
+        part = self[f"{name}_evaluation"]
+        asked = part["evaluated_cases"] + part["failed_cases"]
+        return f"{part['evaluated_cases'] - part['invalid_cases']}/{asked}件"
+
     def _figure_table(self) -> list[list[str]]:
-        rows = [["指標", "テスト", "95%区間", "検証", "95%区間"]]
+        heads = [[f"{SPLIT_LABELS[n]}（{self._coverage(n)}）", "95%区間"] for n in SPLIT_LABELS]
+        rows = [["指標", *itertools.chain(*heads)]]
         parts = [self._metrics("test"), self._metrics("valid")]
         for name in dict.fromkeys(itertools.chain(*parts)):
             cells = [_figure_cells(part.get(name), "score") for part in parts]
@@ -5371,17 +5937,18 @@ class EvaluationResults(dict[str, Any]):
     def _score_table(self) -> list[list[str]]:
         measures = ("mse", "mae", "accuracy", "spearman")
         head = [FIGURE_LABELS[measure] for measure in measures]
-        rows = [["項目（テスト）", head[0], "95%区間", "平均予測", *head[1:]]]
-        means = self.get("mean_reference", {}).get("test", {})
+        coverage = self._coverage("test")
+        rows = [[f"項目（テスト、{coverage}）", head[0], "95%区間", "定数予測", *head[1:]]]
+        constants = self.get("constant_reference", {}).get("test", {})
         for name, metrics in self._metrics("test").items():
             if name == "coverage":
                 continue
-            mean = means.get(name, {}).get("mse", {"score": None})["score"]
+            constant = constants.get(name, {}).get("mse", {"score": None})["score"]
             rows.append(
                 [
                     _figure_label(name),
                     *_figure_cells(metrics["mse"], "score"),
-                    _short(mean),
+                    _short(constant),
                     *(_figure_cells(metrics[measure], "score")[0] for measure in measures[1:]),
                 ]
             )
@@ -5391,6 +5958,7 @@ class EvaluationResults(dict[str, Any]):
         parts = [f"<p>モデル: {html.escape(str(self['model_id']))}</p>"]
         if self.get("rehearsal"):
             parts.append(f"<p><strong>{html.escape(self['note'])}</strong></p>")
+        parts += [f"<p>判定（テスト）: {html.escape(told)}</p>" for told in self.sentences()]
         for head, *rows in self.tables():
             cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
             body = "".join(
@@ -5426,6 +5994,7 @@ VERDICT_LABELS = {
     "higher": "高い",
     "lower": "低い",
     "indistinguishable": "区別できない",
+    "too_few": "件数が少なすぎる",
 }
 
 
@@ -5439,7 +6008,7 @@ def _figure_cells(figure: Mapping[str, float | None] | None, key: str) -> list[s
     if figure is None or figure[key] is None:
         return ["-", "-"]
     score, low, high = (_short(figure[name]) for name in (key, "low", "high"))
-    return [score, f"{low}〜{high}"]
+    return [score, "対話が少なすぎます" if figure["low"] is None else f"{low}〜{high}"]
 
 
 def _short(value: float | None) -> str:
@@ -8223,17 +8792,19 @@ class Pool:
 class Asked(NamedTuple):
     """Whom an evaluation asks what: the models, and the cases and size of each split.
 
-    ``means`` are the mean scores of the training data, which the score task compares with.
+    ``constants`` are mean, median and mode of the training data's scores, which the score task
+    compares with.
     """
 
     models: Sequence[str]
     cases: Mapping[str, Sequence[Case]]
     sizes: Mapping[str, int]
-    means: Mapping[str, float] | None = None
+    constants: Mapping[ConstantKind, Mapping[str, float]] | None = None
 
     @classmethod
     def of(cls, model: str, splits: Splits, asking: Asking, settings: Settings) -> Asked:
-        """Whom ``asking`` asks what of test and validation data; ``splits.train`` gives the means.
+        """Whom ``asking`` asks what of test and validation data; ``splits.train`` gives the
+        constants.
 
         Raises :class:`DataError` where the data are another task's.
         """
@@ -8249,8 +8820,8 @@ class Asked(NamedTuple):
             baseline = None
         sizes = {"test": len(splits.test), "valid": len(splits.valid)}
         is_score = settings.task == "score" and splits.train
-        means = mean_scores(splits.train) if is_score else None
-        return cls((model, baseline) if baseline else (model,), cases, sizes, means)
+        constants = constant_scores(splits.train) if is_score else None
+        return cls((model, baseline) if baseline else (model,), cases, sizes, constants)
 
     @classmethod
     def read(cls, path: Path, sha256: str) -> Asked:
@@ -8307,6 +8878,7 @@ class Evaluation:
         self._settings, self._asking, self._journal = settings, asking, journal
         self._earlier = earlier
         self._task = TASKS[settings.task]
+        self._main_figure = self._task.main_figure(asking.main_figure)
         self._responses: dict[tuple[str, str], list[Response]] = {}
         self._failing_since: float | None = None  # since when no question is answered
 
@@ -8499,12 +9071,13 @@ class Evaluation:
                     make=self._task.make_figures,
                     seed=self._asking.seed,
                     cases=len(cases),
+                    main=self._main_figure if name == "test" else None,
                 )
                 for name, cases in asked.cases.items()
             }
         if self._settings.task == "score":
             tested = {name: answers[asked.evaluated, name] for name in asked.cases}
-            _add_mean_reference(results, tested, asked.means, self._asking.seed)
+            self._add_constant_reference(results, tested, asked.constants)
             overall = results["test_evaluation"]["metrics"].get("overall")
             results["summary"]["mse"] = overall["mse"]["score"] if overall else None
         results["task"] = self._settings.task
@@ -8515,6 +9088,7 @@ class Evaluation:
             **self._asking.generation,
             "max_test_cases": self._asking.max_test_cases,
             "eval_turns": self._asking.eval_turns,
+            "main_figure": self._main_figure,
             "concurrency": self._asking.concurrency,
         }
         return results
@@ -8528,17 +9102,47 @@ class Evaluation:
                     refused.setdefault(model, {}).update(changed)
         return refused
 
+    def _add_constant_reference(
+        self,
+        results: EvaluationResults,
+        answers: Mapping[str, Sequence[Answer]],
+        constants: Mapping[ConstantKind, Mapping[str, float]] | None,
+    ) -> None:
+        """Add what always saying the training data's mean, median or mode gives on the cases."""
+        if constants is None:
+            logger.warning("学習データがないため、定数予測との比較は省きます（train_data=）。")
+            return
+        seed = self._asking.seed
+        reference: dict[str, Any] = {"scores": constants}
+        compared: dict[str, Any] = {}
+        for name, part in answers.items():
+            figures = make_constant_figures(part, constants)
+            reference[name] = measure_figures(figure.of_other() for figure in figures)
+            compared[name] = {
+                "pairs": len(part),
+                "left_out_pairs": 0,
+                "failed_pairs": sum(answer.fault is not None for answer in part),
+                "dialogues": _units(part)[1],
+                **compare_figures(
+                    figures,
+                    seed=seed,
+                    main=self._main_figure if name == "test" else None,
+                    rival="定数予測",
+                ),
+            }
+        results["constant_reference"] = reference
+        results.setdefault("comparison", {})["constant_reference"] = compared
+
     def _part(
         self, asked: Asked, model: str, name: str, answers: Sequence[Answer]
     ) -> dict[str, Any]:
         """A model's answers to one split, with their figures."""
         responses = self._responses[model, name]
         answered = sum("error" not in response for response in responses)
-        metrics, missing = score_answers(
-            answers, seed=self._asking.seed, make=self._task.make_figures
-        )
+        metrics, missing = score_answers(answers, make=self._task.make_figures)
         if self._settings.task == "score":
-            metrics["coverage"] = {"valid": len(answers), "asked": len(responses)}
+            valid = sum(answer.fault is None for answer in answers)
+            metrics["coverage"] = {"valid": valid, "asked": len(responses)}
         return {
             "dataset_type": name,
             "total_test_cases": asked.sizes[name],
@@ -8562,41 +9166,17 @@ def _tell_missing(parts: Iterable[Mapping[str, Any]]) -> None:
         )
 
 
-def _add_mean_reference(
-    results: EvaluationResults,
-    answers: Mapping[str, Sequence[Answer]],
-    means: Mapping[str, float] | None,
-    seed: int,
-) -> None:
-    """Add what predicting the training mean gives on the cases that were answered."""
-    if means is None:
-        logger.warning("学習データがないため、平均予測との比較は省きます（train_data=）。")
-        return
-    text = _dump(means)
-    reference = {
-        name: [answer._replace(output=text) for answer in part] for name, part in answers.items()
-    }
-    results["mean_reference"] = {"scores": means} | {
-        name: score_predictions(part, seed=seed)[0] for name, part in reference.items()
-    }
-    results.setdefault("comparison", {})["mean_reference"] = {
-        name: compare_figures(
-            part,
-            reference[name],
-            make=make_score_figures,
-            seed=seed,
-            cases=len(part),
-            rival="平均予測",
-        )
-        for name, part in answers.items()
-    }
-
-
 def _answers(cases: Sequence[Case], responses: Sequence[Mapping[str, Any]]) -> list[Answer]:
+    """An answer a case; one that failed or is invalid says so."""
     return [
-        Answer(case.id, case.dialogue_id, response["output"], case.reference)
+        Answer(
+            case_id=case.id,
+            dialogue_id=case.dialogue_id,
+            output=response.get("output", ""),
+            reference=case.reference,
+            fault=response.get("error") or response.get("invalid"),
+        )
         for case, response in zip(cases, responses, strict=True)
-        if "error" not in response and "invalid" not in response
     ]
 
 
@@ -9009,7 +9589,7 @@ class OpenAISFT:
         :class:`Declined` before anything is sent, and what the stages raise.
         """
         training = Training(epochs, batch_size, learning_rate_multiplier, suffix, seed)
-        filters, asking = _read_options(options, max_test_cases, seed)
+        filters, asking = _read_options(options, max_test_cases, seed, self.task)
         _require_untrained_choice(asking.checkpoint)
         selection = Selection(max_samples, seed, **filters)
         self._require_ready(self.settings)
@@ -9175,7 +9755,7 @@ class OpenAISFT:
     ) -> DataSummary:
         """Load, split, convert and write the three files, and price them. Needs no key."""
         training = Training(epochs, "auto", seed=seed)
-        filters, asking = _read_options(options, max_test_cases, seed)
+        filters, asking = _read_options(options, max_test_cases, seed, self.task)
         run, splits, tokens = self._make_data("data", Selection(max_samples, seed, **filters))
         counted = run.data["train"].count(exact=bool(run.exact_tokens))
         loaded = self._loads[-1]
@@ -9203,7 +9783,7 @@ class OpenAISFT:
         from the options (``seed`` 42), and nothing tells what the model was trained on.
         """
         _require_filled(model_id=model_id)
-        filters, asking = _read_options(options, max_test_cases, 42 if seed is None else seed)
+        filters, asking = _read_options(options, max_test_cases, 42 if seed is None else seed, None)
         settings, tuned = self.settings, self._runs.of_model(model_id)
         model_id = model_id or (tuned.fine_tuned_model if tuned else None)
         if model_id is None:
@@ -9229,6 +9809,7 @@ class OpenAISFT:
             )
             selection = Selection(max_samples, asking.seed, **filters)
             plan = Plan(asking, model_id=model_id, selection=selection)
+        plan = replace(plan, asking=_with_main_figure(asking, settings.task))
         return self._go_on(self._begin("evaluation", settings=settings, plan=plan))
 
     def _where_tuned(self, run: Run) -> Settings:
@@ -9468,6 +10049,7 @@ class OpenAISFT:
         temperature: float = 0.0,
         max_tokens: int = 1024,
         timeout_per_answer: float | None = None,
+        main_figure: str | None = None,
         train_data: Sequence[Example] | None = None,
     ) -> EvaluationResults:
         """Ask the model :func:`choose_cases` of each split and score its answers.
@@ -9475,22 +10057,24 @@ class OpenAISFT:
         ``max_test_cases`` is per split; 0 or ``None`` asks all. ``baseline`` names a model to
         ask the same (``True``: the base model), and the results gain ``comparison``. Up to
         ``concurrency`` questions are under way at once, fewer while the endpoint limits the
-        rate; an answer may take ``timeout_per_answer`` seconds (600 unless told). In the score
-        task the mean of ``train_data``'s scores (by default what this instance prepared) is a
-        reference as well. The price is shown, held against
+        rate; an answer may take ``timeout_per_answer`` seconds (600 unless told).
+        ``main_figure`` carries the verdict (by default ROUGE-L, and the MSE of all items in
+        the score task). There constants of ``train_data``'s scores (by default what this
+        instance prepared) are a reference as well. The price is shown, held against
         ``max_cost_usd`` and confirmed before anything is asked (:class:`BudgetError`,
         :class:`Declined`). A case that fails carries its ``error``; errors that would meet
         every case (key, model, quota) are raised, and :meth:`resume` then asks only the rest.
         """
         how = (concurrency, temperature, max_tokens, timeout_per_answer)
-        asking = Asking(max_test_cases, seed, eval_turns, baseline, *how)
+        asking = Asking(max_test_cases, seed, eval_turns, baseline, *how, main_figure=main_figure)
         _require_filled(model_id=model_id)
         run = self._current()
         if run.plan is not None or "journal" in run.files:
             run = self._succeed(run)
         given = train_data or self._train_data or ()
         splits = Splits(list(given), list(test_data), list(valid_data))
-        plan, settings = Plan(asking, model_id=model_id), self.settings.working_as(run.settings)
+        settings = self.settings.working_as(run.settings)
+        plan = Plan(_with_main_figure(asking, settings.task), model_id=model_id)
         splits = _leave_out_trained(run, plan, splits, self._runs)
         asked = _asked_by(plan, run, self._runs, splits, settings)
         run.publish("asked", ".json", asked.to_json())
@@ -9504,6 +10088,7 @@ class OpenAISFT:
         settings, model_id = self.settings.working_as(run.settings), asked.evaluated
         path = self._runs.folder / f"evaluation_{run.stamp}.jsonl"
         known = {"model_id": model_id, "baseline": asked.baseline, "generation": asking.generation}
+        known["main_figure"] = TASKS[settings.task].main_figure(asking.main_figure)
         run.save(evaluation=known, files={**run.files, "journal": str(path)})
         ledger, endpoint = self._ledger(run), self._endpoint_of(settings)
         with Journal(path) as journal:
@@ -9774,16 +10359,23 @@ def _read_dotenv() -> Mapping[str, str | None]:
 
 
 def _read_options(
-    options: Mapping[str, Any], max_test_cases: int | None, seed: int
+    options: Mapping[str, Any], max_test_cases: int | None, seed: int, task: TaskName | None
 ) -> tuple[SelectionOptions, Asking]:
-    """The filters among :class:`RunOptions`, and how the evaluation asks.
+    """The filters among :class:`RunOptions`, and how the evaluation asks, of a ``task`` if known.
 
     Raises :class:`ConfigurationError` for values out of range.
     """
     names = SelectionOptions.__annotations__
     filters = cast("SelectionOptions", {k: v for k, v in options.items() if k in names})
     others = {key: value for key, value in options.items() if key not in names}
-    return filters, Asking(max_test_cases, seed, **others)
+    asking = Asking(max_test_cases, seed, **others)
+    return filters, asking if task is None else _with_main_figure(asking, task)
+
+
+def _with_main_figure(asking: Asking, task: TaskName) -> Asking:
+    """``asking`` with the figure that carries the verdict named, so that it is recorded before
+    anything is asked."""
+    return replace(asking, main_figure=TASKS[task].main_figure(asking.main_figure))
 
 
 def _splits_of(run: Run, settings: Settings, runs: Runs) -> Splits:

@@ -383,6 +383,12 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
         "（既定: last）",
     )
     group.add_argument(
+        "--main-figure",
+        type=filled,
+        metavar="NAME",
+        help="比較の判定をする指標。聞く前に決める（既定: rouge_l、score では overall.mse）",
+    )
+    group.add_argument(
         "--concurrency",
         type=INTEGER,
         default=8,
@@ -598,7 +604,7 @@ def show_outcome(results: EvaluationResults | FineTuningJob | None) -> int:
     """The results of an evaluation, a job, or that there was nothing to resume."""
     if results is None:
         show(["再開する実行はありません。"])
-    elif isinstance(results, dict):
+    elif isinstance(results, EvaluationResults):
         show_results(results)
     else:
         show([f"ジョブ: {printable(results.id)}（{printable(results.status)}）"])
@@ -799,7 +805,7 @@ def price_from(options: argparse.Namespace) -> Price | None:
     return Price(*prices, *base)
 
 
-def show_results(results: dict[str, Any]) -> None:
+def show_results(results: EvaluationResults) -> None:
     """What an evaluation found; the file holds the answers."""
     show([f"モデル: {printable(results['model_id'])}"])
     for name, label in (("test", "テスト"), ("valid", "検証")):
@@ -813,14 +819,9 @@ def show_results(results: dict[str, Any]) -> None:
                 f"（対話{part['total_test_cases']}件中）"
             ]
         )
-    for table in getattr(results, "tables", list)():
+    for table in results.tables():
         show(["", *aligned(table)])
-    for name, label in (("test", "テスト"), ("valid", "検証")):
-        comparison = results.get("comparison", {})
-        for rival in (comparison, comparison.get("mean_reference", {})):
-            for figure in rival.get(name, {}).get("figures", {}).values():
-                if figure["verdict"] != "indistinguishable":
-                    show([f"{label}: {figure['sentence']}"])
+    show(f"判定（テスト）: {sentence}" for sentence in results.sentences())
     if "cost" in results:
         show([f"実費: ${results['cost']['total_usd']:,.4f}"])
     if results.get("rehearsal"):

@@ -45,14 +45,13 @@ from openai_sft import (
     OpenAISFT,
     Splits,
     TokenCounter,
-    agreement,
     check_file,
     choose_cases,
-    compare_figures,
+    compare_answers,
+    constant_scores,
     example_line,
     load_vocabulary,
     make_score_figures,
-    mean_scores,
     parse_dialogue,
     parse_scores,
     read_examples,
@@ -125,9 +124,12 @@ def answers(predicted: Sequence[int], real: Sequence[int]) -> list[Answer]:
 
 def measured(predicted: Sequence[float], real: Sequence[float]) -> dict[str, float]:
     """The measures of a sample of one value a dialogue."""
-    columns = [np.array([values], dtype=float).T for values in (predicted, real)]
-    found = agreement(np.ones((1, len(predicted))), *columns)
-    return {name: float(values[0]) for name, values in found.items()}
+    pairs = enumerate(zip(predicted, real, strict=True))
+    given = [
+        answer(f"d{n}", {**scores_of(), FIRST: x}, {**scores_of(), FIRST: y}) for n, (x, y) in pairs
+    ]
+    found = score_predictions(given)[0][FIRST]
+    return {name: math.nan if f["score"] is None else f["score"] for name, f in found.items()}
 
 
 def completion(content: str) -> dict[str, Any]:
@@ -481,7 +483,7 @@ def test_an_interrupted_run_goes_on_as_the_task_it_was_begun_with(
     assert results is not None
     assert results["task"] == "score"
     assert results["summary"]["mse"] >= 0
-    assert set(results["mean_reference"]) == {"scores", "test", "valid"}
+    assert set(results["constant_reference"]) == {"scores", "test", "valid"}
     assert all("response_format" in e.request for e in posts(endpoint, CHAT)[before:])
     assert len(posts(endpoint, JOBS)) == 1
 
@@ -499,7 +501,7 @@ def test_an_evaluation_alone_takes_the_recorded_task_and_split(
     assert (kept["kind"], kept["settings"]["task"]) == ("evaluation", "score")
     for part in ("test_evaluation", "valid_evaluation"):
         assert results[part]["metrics"] == finished.results[part]["metrics"]
-    assert results["mean_reference"] == finished.results["mean_reference"]
+    assert results["constant_reference"] == finished.results["constant_reference"]
     assert results["summary"]["mse"] == finished.results["summary"]["mse"]
 
 
@@ -613,47 +615,98 @@ def test_twenty_whole_numbers_of_the_scale_are_an_answer_in_any_order(points: li
     assert parse_scores(written(scores)) == parse_scores(json.dumps(turned, indent=1)) == scores
 
 
-def test_invalid_answers_are_counted_never_clipped_and_stand_outside_the_figures(
+def test_invalid_answers_are_counted_never_clipped_and_have_the_greatest_error(
     evaluate: Callable[..., EvaluationResults],
 ) -> None:
-    data = rated_examples(len(NO_ANSWERS) + 2)
+    data = rated_examples(len(NO_ANSWERS) + 2)  # 3 everywhere: the worst is 0
     said = [written(scores_of(4)), *NO_ANSWERS.values(), written(scores_of(5))]
     results = evaluate(said, data)
     part = results["test_evaluation"]
     invalid = [r for r in part["responses"] if "invalid" in r]
+    count = len(NO_ANSWERS)
 
-    assert part["invalid_cases"] == len(invalid) == len(NO_ANSWERS)
+    assert part["invalid_cases"] == len(invalid) == count
     assert part["failed_cases"] == 0
     assert part["metrics"]["coverage"] == {"valid": 2, "asked": len(said)}
     assert [r["output"] for r in part["responses"]] == said
     assert "invalid" not in part["responses"][0]
-    assert part["metrics"][FIRST]["mse"]["score"] == pytest.approx((1 + 4) / 2)
-    assert results["summary"]["mse"] == pytest.approx((1 + 4) / 40)
+    assert part["metrics"][FIRST]["mse"]["score"] == pytest.approx(
+        (1 + 4 + 9 * count) / (count + 2)
+    )
+    assert part["metrics"]["total"]["mae"]["score"] == pytest.approx(
+        (1 + 2 + 60 * count) / (count + 2)
+    )
+    assert part["metrics"]["overall"]["accuracy"]["score"] == pytest.approx(38 / 20 / (count + 2))
+    assert results["summary"]["mse"] == pytest.approx((5 + 180 * count) / 20 / (count + 2))
     assert results["summary"]["mse"] == part["metrics"]["overall"]["mse"]["score"]
+    assert results.tables()[0][0][0] == f"項目（テスト、2/{len(said)}件）"
 
 
-def test_the_mean_is_held_against_the_model_on_the_cases_with_a_valid_answer_only(
+def test_the_worst_in_the_place_of_an_invalid_answer_is_on_the_far_side_of_the_real_score() -> None:
+    real = scores_of(0, 2, 3, 5)  # the others 3
+    metrics, _ = score_predictions([answer("a", scores_of(), real)._replace(fault="無効")])
+
+    found = [metrics[item]["mae"]["score"] for item in ITEMS[:4]]
+    assert found == [5, 3, 3, 5]
+    assert metrics["total"]["mae"]["score"] == sum(real.values())
+    assert metrics[FIRST]["accuracy"]["score"] == 0
+
+
+def test_being_invalid_where_it_would_be_wrong_makes_no_predictor_better() -> None:
+    rng = np.random.default_rng(1)
+    honest = [
+        answer(f"d{n}", scores_of(), scores_of(*map(int, rng.integers(0, 6, 20))))
+        for n in range(40)
+    ]
+    errors = [score_predictions([one])[0]["overall"]["mse"]["score"] for one in honest]
+    sly = [
+        one._replace(output="?", fault="無効") if error > 2.5 else one
+        for one, error in zip(honest, errors, strict=True)
+    ]
+
+    assert any(one.fault for one in sly)
+    assert (
+        score_predictions(sly)[0]["overall"]["mse"]["score"]
+        > score_predictions(honest)[0]["overall"]["mse"]["score"]
+    )
+
+
+def test_an_invalid_answer_is_in_no_correlation() -> None:
+    given = answers([0, 1, 5, 3], [1, 2, 3, 4])
+    failed = [*given[:3], given[3]._replace(output="?", fault="無効")]
+
+    for name in ("spearman", "pearson"):
+        assert (
+            score_predictions(failed)[0][FIRST][name]
+            == score_predictions(given[:3])[0][FIRST][name]
+        )
+
+
+def test_constants_are_held_against_the_model_on_all_cases_and_a_failed_one_is_lost(
     evaluate: Callable[..., EvaluationResults],
 ) -> None:
-    data = [*rated_examples(3), *rated_examples(6, others=0)[3:]]
+    data = rated_examples(12)
     order = [case.dialogue_id for case in choose_cases(data, max_cases=0)]
     said = [written(scores_of()) if name in ("d1", "d2", "d3") else "?" for name in order]
     results = evaluate(said, data, train_data=rated_examples(2, others=5))
-    comparison = results["comparison"]["mean_reference"]["test"]
+    comparison = results["comparison"]["constant_reference"]["test"]
 
-    assert results["mean_reference"]["test"]["overall"]["mse"]["score"] == pytest.approx(4)
-    assert comparison["pairs"] == 3
+    assert results["constant_reference"]["test"]["overall"]["mse"]["score"] == pytest.approx(4)
+    assert (comparison["pairs"], comparison["failed_pairs"]) == (12, 9)
     assert comparison["figures"]["overall.mse"]["baseline"] == pytest.approx(4)
+    assert comparison["figures"]["overall.mse"]["tuned"] == pytest.approx(9 * 9 / 12)
+    assert comparison["figures"]["overall.mse"]["losses"] == 9
+    assert results.tables()[1][0][0] == "比較（テスト、12組、うち応答なし・無効9組）"
 
 
-def test_where_no_answer_is_valid_there_is_no_figure_and_the_results_are_saved_all_the_same(
+def test_where_no_answer_is_valid_the_figures_are_the_worst_and_the_results_are_saved(
     evaluate: Callable[..., EvaluationResults],
 ) -> None:
     results = evaluate(["わかりません"], rated_examples(3))
 
-    assert results["test_evaluation"]["metrics"] == {"coverage": {"valid": 0, "asked": 3}}
-    assert results["summary"]["mse"] is None
-    assert results.tables() == []
+    assert results["test_evaluation"]["metrics"]["coverage"] == {"valid": 0, "asked": 3}
+    assert results["summary"]["mse"] == 9
+    assert results["test_evaluation"]["metrics"]["overall"]["spearman"]["score"] is None
 
 
 def test_failed_and_invalid_answers_are_told_apart(
@@ -694,7 +747,7 @@ def test_when_no_case_is_answered_at_all_the_run_fails(
     with pytest.raises(EvaluationFailed) as caught:
         make_sft(task="score", dataset=str(source)).run_evaluation(MODEL)
 
-    assert strict_json(caught.value.path)["summary"]["mse"] is None
+    assert strict_json(caught.value.path)["test_evaluation"]["metrics"]["coverage"]["valid"] == 0
 
 
 # ── The figures ──────────────────────────────────────────────────────────────────────────────
@@ -755,40 +808,6 @@ def by_definition(x: Any, y: Any) -> dict[str, float]:
     }
 
 
-@st.composite
-def score_tables(draw: st.DrawFn) -> tuple[Any, Any]:
-    """Predicted and real scores, (dialogues, items)."""
-    rows, items = draw(st.integers(1, 8)), draw(st.integers(1, 4))
-    cells = st.lists(st.integers(0, 5), min_size=rows * items, max_size=rows * items)
-    return tuple(np.array(draw(cells), dtype=float).reshape(rows, items) for _ in range(2))
-
-
-@given(score_tables())
-def test_with_weights_of_one_the_measures_are_those_of_the_textbook(
-    table: tuple[Any, Any],
-) -> None:
-    found = agreement(np.ones((1, len(table[0]))), *table)
-    expected = by_definition(table[0].ravel(), table[1].ravel())
-
-    assert found.keys() == expected.keys() == MEASURES
-    for name, value in expected.items():
-        assert found[name].shape == (1,)
-        assert found[name][0] == pytest.approx(value, nan_ok=True, abs=1e-9), name
-
-
-@given(score_tables(), st.data())
-def test_a_weight_of_n_is_the_dialogue_n_times(table: tuple[Any, Any], data: st.DataObject) -> None:
-    rows = len(table[0])
-    weights = st.lists(st.integers(0, 4), min_size=rows, max_size=rows).filter(any)
-    samples = np.array(data.draw(st.lists(weights, min_size=1, max_size=3)))
-    found = agreement(samples, *table)
-
-    for number, counts in enumerate(samples):
-        x, y = (np.repeat(values, counts, axis=0).ravel() for values in table)
-        for name, value in by_definition(x, y).items():
-            assert found[name][number] == pytest.approx(value, nan_ok=True, abs=1e-9), name
-
-
 @pytest.mark.parametrize("constant", [3, 100 / 7])
 def test_a_correlation_with_a_constant_is_not_there_and_no_warning(constant: float) -> None:
     real = list(range(60))
@@ -804,9 +823,9 @@ def test_what_is_undefined_is_none_in_the_metrics() -> None:
     metrics, missing = score_predictions(answers([3, 3, 3], [1, 2, 3]))
 
     assert missing == []
-    assert metrics[FIRST]["pearson"] == {"score": None, "low": None, "high": None}
-    assert metrics[FIRST]["spearman"] == {"score": None, "low": None, "high": None}
-    assert metrics[SECOND]["mse"] == {"score": 0, "low": 0, "high": 0}
+    for name in ("pearson", "spearman"):
+        assert [metrics[FIRST][name][key] for key in ("score", "low", "high")] == [None] * 3
+    assert metrics[SECOND]["mse"]["score"] == 0
     json.dumps(metrics, allow_nan=False)
 
 
@@ -854,6 +873,8 @@ def test_the_metrics_are_the_textbooks_for_every_group(
     groups = {"overall": (x.ravel(), y.ravel()), "total": (x.sum(axis=1), y.sum(axis=1))}
     for group, sides in {**groups, ITEMS[7]: (x[:, 7], y[:, 7])}.items():
         for name, value in by_definition(*sides).items():
+            if group == "overall" and name in ("spearman", "pearson"):
+                continue
             found = metrics[group][name]["score"]
             assert (math.nan if found is None else found) == pytest.approx(
                 value, nan_ok=True, abs=1e-9
@@ -861,8 +882,44 @@ def test_the_metrics_are_the_textbooks_for_every_group(
     json.dumps(metrics, allow_nan=False)
 
 
+def test_the_correlation_of_all_items_is_the_mean_of_the_items_own_by_fishers_z() -> None:
+    rng = np.random.default_rng(2)
+    x, y = rng.integers(0, 6, (30, 20)), rng.integers(0, 6, (30, 20))
+    y[:, :10] = x[:, :10] // 2 + 1
+    given = [
+        answer(f"d{n}", scores_of(*map(int, x[n])), scores_of(*map(int, y[n]))) for n in range(30)
+    ]
+    metrics, _ = score_predictions(given)
+    for name in ("spearman", "pearson"):
+        own = [metrics[item][name]["score"] for item in ITEMS]
+        z = sum(math.atanh(min(value, 1 - 1e-6)) for value in own) / 20
+        assert metrics["overall"][name]["score"] == pytest.approx(math.tanh(z))
+
+
+def test_saying_the_same_of_every_dialogue_is_no_correlation_over_all_items() -> None:
+    rng = np.random.default_rng(2)
+    same = scores_of(0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5)
+    given = [
+        answer(
+            f"d{n}", same, scores_of(*(min(5, v + int(rng.integers(0, 2))) for v in same.values()))
+        )
+        for n in range(30)
+    ]
+    metrics, _ = score_predictions(given)
+
+    assert metrics["overall"]["pearson"]["score"] is None
+    assert metrics["overall"]["spearman"]["score"] is None
+
+
+def test_an_item_that_is_predicted_by_a_constant_adds_no_correlation() -> None:
+    metrics, _ = score_predictions(answers([0, 1, 2, 3], [1, 3, 2, 4]))  # the others are constant
+    own = metrics[FIRST]["pearson"]["score"]
+
+    assert metrics["overall"]["pearson"]["score"] == pytest.approx(math.tanh(math.atanh(own) / 20))
+
+
 def test_intervals_are_over_dialogues_and_not_over_items() -> None:
-    alike = [answer(f"d{n}", scores_of(5, 1), scores_of()) for n in range(6)]
+    alike = [answer(f"d{n}", scores_of(5, 1), scores_of()) for n in range(12)]
     metrics, _ = score_predictions(alike)
     interval = metrics["overall"]["mse"]
 
@@ -876,13 +933,13 @@ def test_the_interval_of_a_share_of_scores_is_the_textbooks() -> None:
     textbook = 2 * 1.96 * math.sqrt(0.5 * 0.5 / 400)
 
     assert found["score"] == pytest.approx(0.5)
-    assert found["high"] - found["low"] == pytest.approx(textbook, rel=0.1)
+    assert found["high"] - found["low"] == pytest.approx(textbook, rel=0.02)
 
 
 def test_answers_of_one_dialogue_are_drawn_together() -> None:
     answered = [
-        answer(name, scores_of(predicted), scores_of(3), turn)
-        for name in ("a", "b", "c")
+        answer(f"d{n}", scores_of(predicted), scores_of(3), turn)
+        for n in range(12)
         for turn, predicted in ((2, 3), (4, 5))
     ]
     interval = score_predictions(answered)[0][FIRST]["mse"]
@@ -891,52 +948,75 @@ def test_answers_of_one_dialogue_are_drawn_together() -> None:
     assert (interval["low"], interval["high"]) == pytest.approx((2, 2))
 
 
-def test_an_interval_of_two_dialogues_reaches_from_one_to_the_other() -> None:
-    metrics, _ = score_predictions(answers([3, 5], [3, 3]))
+def test_the_intervals_of_the_error_and_of_its_root_are_one() -> None:
+    rng = np.random.default_rng(3)
+    metrics, _ = score_predictions(
+        answers(rng.integers(0, 6, 40).tolist(), rng.integers(0, 6, 40).tolist())
+    )
+    for group in ("overall", "total", FIRST):
+        square, root = metrics[group]["mse"], metrics[group]["rmse"]
+        assert 0 < square["low"] < square["score"] < square["high"]
+        for key in ("score", "low", "high"):
+            assert root[key] ** 2 == pytest.approx(square[key], rel=0.05)
 
-    # a quarter of the samples is the first twice, a quarter the second twice
-    assert metrics[FIRST]["mse"] == pytest.approx({"score": 2, "low": 0, "high": 4})
-    assert metrics["overall"]["mse"] == pytest.approx({"score": 0.1, "low": 0, "high": 0.2})
 
+def test_the_interval_of_a_correlation_is_fishers() -> None:
+    rng = np.random.default_rng(3)
+    x = rng.integers(0, 6, 200)
+    y = np.clip(x + rng.integers(-2, 3, 200), 0, 5)
+    found = score_predictions(answers(x.tolist(), y.tolist()))[0][FIRST]["pearson"]
+    half = (math.atanh(found["high"]) - math.atanh(found["low"])) / 2
 
-def test_intervals_come_again_with_the_same_seed() -> None:
-    answered = answers([0, 1, 2, 3, 4, 5, 5, 5], [5, 1, 1, 3, 0, 2, 5, 4])
-    first, again = (score_predictions(answered, seed=7)[0] for _ in range(2))
-    figure = first["overall"]["mse"]
-
-    assert first == again
-    assert figure["low"] < figure["score"] < figure["high"]
+    assert found["low"] < found["score"] < found["high"] < 1
+    assert half == pytest.approx(1.97 / math.sqrt(197), rel=0.25)
 
 
 def test_nothing_answered_has_no_metrics() -> None:
     assert score_predictions([]) == ({}, [])
-    assert make_score_figures([]) == ([], [])
+    assert make_score_figures([[]]) == ([], [])
 
 
 # ── The references ───────────────────────────────────────────────────────────────────────────
 
 
-def test_the_mean_is_that_of_each_item_over_the_training_examples() -> None:
-    train = [*rated_examples(1, 5, 0), *rated_examples(2, 4, 0)]
+def test_the_constants_are_those_of_each_item_and_the_total_over_the_training_examples() -> None:
+    train = [*rated_examples(1, 5, 0), *rated_examples(2, 4, 0), *rated_examples(1, 1, 0)]
+    constants = constant_scores(train)
 
-    assert mean_scores(train) == pytest.approx(dict.fromkeys(ITEMS, 3) | {
-        FIRST: 13 / 3,
-        SECOND: 0,
-    })  # fmt: skip
+    assert constants["mean"][FIRST] == pytest.approx(14 / 4)
+    assert (constants["median"][FIRST], constants["mode"][FIRST]) == (4, 4)
+    assert [constants[kind][SECOND] for kind in ("mean", "median", "mode")] == [0, 0, 0]
+    assert constants["mean"]["total"] == pytest.approx(54 + 14 / 4)
+    assert (constants["median"]["total"], constants["mode"]["total"]) == (58, 58)
 
 
-def test_the_mean_reference_is_the_training_mean_measured_on_the_test_cases(
+def test_each_measure_is_held_against_the_constant_that_does_best_by_it(
+    evaluate: Callable[..., EvaluationResults],
+) -> None:
+    points = [0, 4, 4, 5, 5, 5, 3, 5, 4, 4, 4, 1]
+    train = [one for value in points for one in rated_examples(1, value)]
+    test = [{**one, "id": f"t{n}"} for n, one in enumerate(train)]
+    results = evaluate([written(scores_of())], test, train_data=train)
+    found = results["constant_reference"]["test"][FIRST]
+
+    mean = sum(points) / len(points)
+    assert found["mse"]["score"] == pytest.approx(sum((p - mean) ** 2 for p in points) / 12)
+    assert found["mae"]["score"] == pytest.approx(sum(abs(p - 4) for p in points) / 12)
+    assert found["accuracy"]["score"] == pytest.approx(points.count(4) / 12)
+    assert set(found) == {"mse", "rmse", "mae", "accuracy", "accuracy_within_1"}
+
+
+def test_the_constant_reference_is_the_training_mean_measured_on_the_test_cases(
     evaluate: Callable[..., EvaluationResults],
 ) -> None:
     train = [*rated_examples(1, 5), *rated_examples(2, 2)]  # first item 5, 2, 2: the mean is 3
     test = [*rated_examples(1, 0), *rated_examples(4, 4)[2:]]  # 0, 4, 4: errors 3, -1, -1
     results = evaluate([written(scores_of())], test, train_data=train)
-    reference = results["mean_reference"]
+    reference = results["constant_reference"]
 
-    assert reference["scores"] == pytest.approx(scores_of(3))
+    assert reference["scores"]["mean"] == pytest.approx({**scores_of(3), "total": 60})
     assert reference["test"][FIRST]["mse"]["score"] == pytest.approx(11 / 3)
     assert reference["test"]["overall"]["mse"]["score"] == pytest.approx(11 / 60)
-    assert reference["test"][FIRST]["pearson"]["score"] is None
     assert reference["valid"] == {}
 
 
@@ -946,7 +1026,7 @@ def test_the_mean_is_by_default_that_of_what_this_instance_prepared(make_sft: Ma
     test = sft.prepare_dataset([rated(3, 0)], "test")
     results = sft.evaluate_model_comprehensive(MODEL, test, [])
 
-    assert results["mean_reference"]["scores"][FIRST] == pytest.approx(4.5)
+    assert results["constant_reference"]["scores"]["mean"][FIRST] == pytest.approx(4.5)
 
 
 def test_the_mean_is_by_default_that_of_what_the_data_stage_wrote(
@@ -959,7 +1039,7 @@ def test_the_mean_is_by_default_that_of_what_the_data_stage_wrote(
     results = sft.evaluate_model_comprehensive(MODEL, rated_examples(2), [])
 
     expected = sum(row[FIRST] for row in rows) / len(rows)
-    assert results["mean_reference"]["scores"][FIRST] == pytest.approx(expected)
+    assert results["constant_reference"]["scores"]["mean"][FIRST] == pytest.approx(expected)
 
 
 def test_the_mean_of_a_run_is_that_of_its_training_file(finished: Finished) -> None:
@@ -968,7 +1048,8 @@ def test_the_mean_of_a_run_is_that_of_its_training_file(finished: Finished) -> N
     ]
     expected = {item: sum(row[item] for row in rows) / len(rows) for item in ITEMS}
 
-    assert finished.results["mean_reference"]["scores"] == pytest.approx(expected)
+    found = finished.results["constant_reference"]["scores"]["mean"]
+    assert {item: found[item] for item in ITEMS} == pytest.approx(expected)
 
 
 def test_a_fresh_instance_takes_the_mean_of_the_recorded_split(
@@ -978,7 +1059,9 @@ def test_a_fresh_instance_takes_the_mean_of_the_recorded_split(
     sft = make_sft(task="score", base_url=finished.endpoint.url, output_dir=folder)
     results = sft.evaluate_model_comprehensive(finished.results["model_id"], rated_examples(2), [])
 
-    assert results["mean_reference"]["scores"] == finished.results["mean_reference"]["scores"]
+    assert (
+        results["constant_reference"]["scores"] == finished.results["constant_reference"]["scores"]
+    )
 
 
 def test_an_evaluation_that_is_resumed_compares_with_the_mean_that_it_began_with(
@@ -996,7 +1079,7 @@ def test_an_evaluation_that_is_resumed_compares_with_the_mean_that_it_began_with
 
     assert results is not None
     assert results["summary"]["total_cases_evaluated"] == 3
-    assert results["mean_reference"] == whole["mean_reference"]
+    assert results["constant_reference"] == whole["constant_reference"]
 
 
 def test_without_training_data_the_mean_is_left_out_and_it_is_said(
@@ -1004,9 +1087,9 @@ def test_without_training_data_the_mean_is_left_out_and_it_is_said(
 ) -> None:
     results = make_sft(task="score").evaluate_model_comprehensive(MODEL, rated_examples(2), [])
 
-    assert "mean_reference" not in results
+    assert "constant_reference" not in results
     assert results["summary"]["mse"] >= 0
-    assert any("平均予測" in line for line in log())
+    assert any("定数予測" in line for line in log())
 
 
 def test_the_mean_stands_beside_each_item_in_the_table(
@@ -1014,7 +1097,7 @@ def test_the_mean_stands_beside_each_item_in_the_table(
 ) -> None:
     results = evaluate([written(scores_of(5))], rated_examples(8), train_data=rated_examples(2, 1))
     head, *rows = results.tables()[0]
-    column = head.index("平均予測")
+    column = head.index("定数予測")
     by_item = {row[0]: row for row in rows}
 
     assert list(by_item)[-20:] == list(ITEMS)
@@ -1042,30 +1125,28 @@ def test_a_table_fits_its_terminal_by_cutting_the_items(
 
 
 def compared(tuned: Sequence[int], other: Sequence[int], real: Sequence[int]) -> dict[str, Any]:
-    compared = compare_figures(
-        answers(tuned, real), answers(other, real), make=make_score_figures, seed=1, cases=9
-    )
+    compared = compare_answers(answers(tuned, real), answers(other, real), make=make_score_figures)
     figures: dict[str, Any] = compared["figures"]
     return figures
 
 
 def test_the_lower_error_is_the_better_one_and_the_higher_accuracy() -> None:
-    real = [1, 2, 3, 4, 1, 2, 3, 4]
-    good, bad = compared(real, [0] * 8, real), compared([0] * 8, real, real)
+    real = [1, 2, 3, 4] * 3
+    good, bad = compared(real, [0] * 12, real), compared([0] * 12, real, real)
 
     for name in ("mse", "rmse", "mae", "accuracy", "accuracy_within_1"):
         assert f"overall.{name}" in good
         assert f"total.{name}" in good
     for name in ("overall.mse", "overall.mae", "total.mse", "overall.accuracy"):
         assert (good[name]["verdict"], bad[name]["verdict"]) == ("better", "worse")
-        assert (good[name]["wins"], good[name]["losses"]) == (8, 0)
-        assert (bad[name]["wins"], bad[name]["losses"]) == (0, 8)
+        assert (good[name]["wins"], good[name]["losses"]) == (12, 0)
+        assert (bad[name]["wins"], bad[name]["losses"]) == (0, 12)
         assert good[name]["difference"] == pytest.approx(-bad[name]["difference"])
-    assert good["overall.mse"]["difference"] == pytest.approx(-7.5 / 20)  # 1, 4, 9, 16 twice
+    assert good["overall.mse"]["difference"] == pytest.approx(-7.5 / 20)  # 1, 4, 9, 16 thrice
     assert good["total.mse"]["difference"] == pytest.approx(-7.5)
     assert good["overall.accuracy"]["difference"] == pytest.approx(1 / 20)
     assert good["overall.mse"]["high"] < 0 < bad["overall.mse"]["low"]
-    assert good["overall.mse"]["p_value"] == pytest.approx(2 / 2**8)
+    assert good["overall.mse"]["p_value"] == pytest.approx(2 / 2**12)
 
 
 def test_of_two_errors_of_one_point_and_one_of_two_only_the_square_tells() -> None:
@@ -1073,9 +1154,7 @@ def test_of_two_errors_of_one_point_and_one_of_two_only_the_square_tells() -> No
     one_of_two, two_of_one = (
         [Answer("d1:2", "d1", written(scores_of(*points)), real)] for points in ((3, 1), (2, 2))
     )
-    figures = compare_figures(two_of_one, one_of_two, make=make_score_figures, seed=1, cases=1)[
-        "figures"
-    ]
+    figures = compare_answers(two_of_one, one_of_two, make=make_score_figures)["figures"]
 
     assert [figures["overall.mse"][key] for key in ("wins", "ties")] == [1, 0]
     assert [figures["overall.rmse"][key] for key in ("wins", "ties")] == [1, 0]
@@ -1090,9 +1169,9 @@ def test_a_model_never_differs_from_itself(pairs: list[tuple[int, int]]) -> None
     predicted, real = zip(*pairs, strict=True)
 
     for figure in compared(predicted, predicted, real).values():
-        assert figure["difference"] == figure["low"] == figure["high"] == 0
-        assert figure["verdict"] == "indistinguishable"
-        assert "区別できない" in figure["sentence"]
+        assert figure["difference"] == 0
+        assert figure["p_value"] == 1
+        assert figure["verdict"] in ("indistinguishable", "too_few")
 
 
 @pytest.mark.parametrize(
@@ -1112,28 +1191,68 @@ def test_both_references_are_told_in_a_plain_sentence(
         train_data=rated_examples(2, untuned),
     )  # fmt: skip
     comparison = results["comparison"]
-    for rival, name in ((comparison, "基準"), (comparison["mean_reference"], "平均予測")):
+    for rival, name in ((comparison, "基準"), (comparison["constant_reference"], "定数予測")):
         figure = rival["test"]["figures"]["overall.mse"]
 
         assert figure["tuned"] == pytest.approx((tuned - 3) ** 2 / 20)
         assert figure["baseline"] == pytest.approx((untuned - 3) ** 2 / 20)
         assert figure["verdict"] == verdict
-        assert "MSE" in figure["sentence"]
-        assert name in figure["sentence"]
-        assert word in figure["sentence"]
+        assert rival["test"]["verdict"] == verdict
+        assert all(part in rival["test"]["sentence"] for part in ("全項目のMSE", name, word))
+        assert rival["test"]["sentence"] in results.sentences()
+        assert "sentence" not in rival["valid"]
     assert comparison["baseline_model"] == results["baseline"]["model_id"]
     assert results["baseline"]["test_evaluation"]["metrics"]["coverage"]["valid"] == 8
 
 
-def test_a_pair_with_an_invalid_answer_on_either_side_is_left_out_and_counted(
+def test_a_pair_with_an_invalid_answer_on_either_side_is_counted(
     evaluate: Callable[..., EvaluationResults],
 ) -> None:
     good = written(scores_of())
     said = ["?", "?", *[good] * 6, "?", good, "?", *[good] * 5]
     results = evaluate(said, rated_examples(8), baseline="gpt-4.1-mini-2025-04-14")
-    compared_ = results["comparison"]["test"]
+    found = results["comparison"]["test"]
 
-    assert (compared_["pairs"], compared_["left_out_pairs"]) == (5, 3)
+    assert (found["pairs"], found["left_out_pairs"], found["failed_pairs"]) == (8, 0, 3)
+
+
+@pytest.mark.parametrize(("task", "figure"), [("score", "rouge_l"), ("response", "overall.mse")])
+def test_a_main_figure_of_another_task_is_refused_before_anything_is_read(
+    make_sft: MakeSFT, endpoint: Rehearsal, task: Any, figure: str
+) -> None:
+    sft = make_sft(task=task)
+    for call in (
+        lambda: sft.run_full_pipeline(1, 4, main_figure=figure),
+        lambda: sft.run_evaluation(MODEL, main_figure=figure),
+        lambda: sft.prepare_data(main_figure=figure),
+        lambda: sft.evaluate_model_comprehensive(MODEL, examples(1), [], main_figure=figure),
+    ):
+        with pytest.raises(ConfigurationError, match="--main-figure"):
+            call()
+
+    assert posts(endpoint) == []
+
+
+def test_the_main_figure_is_recorded_before_anything_is_asked(
+    make_sft: MakeSFT, endpoint: Rehearsal
+) -> None:
+    endpoint.inject(Fault("401", "POST", CHAT, skip=1))
+    with make_sft(task="score") as sft, pytest.raises(openai.AuthenticationError):
+        sft.evaluate_model_comprehensive(
+            MODEL,
+            rated_examples(3),
+            [],
+            main_figure="total.mae",
+            baseline="gpt-4.1-2025-04-14",
+            concurrency=1,
+        )
+    kept = read_json(sft.files["record"])
+    results = make_sft().resume()
+
+    assert kept["evaluation"]["main_figure"] == "total.mae"
+    assert results is not None
+    assert results["settings"]["main_figure"] == "total.mae"
+    assert results["comparison"]["test"]["main_figure"] == "total.mae"
 
 
 # ── The loss of the job ──────────────────────────────────────────────────────────────────────
@@ -1230,7 +1349,7 @@ def test_a_rehearsal_learns_the_scores_of_the_example_dialogues(clean_environmen
     assert set(tuned["metrics"]) == {"coverage", "overall", "total", *ITEMS}
     assert results["summary"]["mse"] == tuned["metrics"]["overall"]["mse"]["score"]
     assert results["summary"]["mse"] < untuned["metrics"]["overall"]["mse"]["score"]
-    assert set(results["comparison"]) == {"baseline_model", "test", "valid", "mean_reference"}
+    assert set(results["comparison"]) == {"baseline_model", "test", "valid", "constant_reference"}
 
 
 def test_the_command_line_ends_with_the_table_of_twenty_items(
@@ -1241,7 +1360,7 @@ def test_the_command_line_ends_with_the_table_of_twenty_items(
     (saved,) = (clean_environment / "openai_sft_outputs").glob("comprehensive_evaluation_*.json")
     results = strict_json(saved)
     lines = ended.out.splitlines()
-    (head,) = [n for n, line in enumerate(lines) if line.startswith("項目（テスト）")]
+    (head,) = [n for n, line in enumerate(lines) if line.startswith("項目（テスト、")]
     rows = [line.split() for line in lines[head + 1 : head + 23]]
     metrics = results["test_evaluation"]["metrics"]
 
@@ -1250,7 +1369,7 @@ def test_the_command_line_ends_with_the_table_of_twenty_items(
     for row, group in zip(rows, ("overall", "total", *ITEMS), strict=True):
         mse = metrics[group]["mse"]["score"]
         assert row[1] == (f"{mse:.2f}" if mse < 100 else f"{mse:.1f}")
-    assert "平均予測" in lines[head]
+    assert "定数予測" in lines[head]
     assert f"モデル: {results['model_id']}" in lines
     assert results["summary"]["mse"] == metrics["overall"]["mse"]["score"]
 
