@@ -9174,6 +9174,7 @@ def _answers(cases: Sequence[Case], responses: Sequence[Mapping[str, Any]]) -> l
             dialogue_id=case.dialogue_id,
             output=response.get("output", ""),
             reference=case.reference,
+            group=case.group,
             fault=response.get("error") or response.get("invalid"),
         )
         for case, response in zip(cases, responses, strict=True)

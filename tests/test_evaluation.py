@@ -429,6 +429,23 @@ def test_results_are_saved_as_they_are_under_a_stamped_name(make_sft: MakeSFT) -
     assert "心😀" in Path(path).read_text("utf-8")
 
 
+def test_answers_of_those_who_took_part_are_compared_as_one_where_the_split_was_made_by_it(
+    make_sft: MakeSFT,
+) -> None:
+    data = [{**one, "group": f"counsellor {n % 4}"} for n, one in enumerate(examples(12))]
+    alone = evaluate_compared(make_sft(), examples(12))
+    grouped = evaluate_compared(make_sft(), data)
+
+    assert (alone["dialogues"], grouped["dialogues"]) == (12, 4)
+    assert grouped["verdict"] == "too_few"
+
+
+def evaluate_compared(sft: OpenAISFT, data: Any) -> dict[str, Any]:
+    results = sft.evaluate_model_comprehensive(MODEL, data, [], 0, baseline="gpt-4.1-2025-04-14")
+    found: dict[str, Any] = results["comparison"]["test"]
+    return found
+
+
 def test_saving_twice_keeps_both(make_sft: MakeSFT) -> None:
     sft = make_sft(clock=lambda: 1_800_000_000.0)
     first, second = sft.save_results({"a": 1}), sft.save_results({"a": 2})
