@@ -388,6 +388,11 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="比較の判定をする指標。聞く前に決める（既定: rouge_l、score では overall.mse）",
     )
+    add_answering(group)
+
+
+def add_answering(group: argparse._ArgumentGroup) -> None:
+    """How it is asked."""
     group.add_argument(
         "--concurrency",
         type=INTEGER,
