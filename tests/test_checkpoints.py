@@ -152,7 +152,7 @@ def test_the_best_on_validation_is_asked_and_no_other_and_that_is_said_before(
     best, last = best_of(checkpoints_of(sft)), checkpoints_of(sft)[0]
     lines = log()
     told = next(n for n, line in enumerate(lines) if "これを評価します" in line)
-    first = next(n for n, line in enumerate(lines) if "件を評価しています" in line)
+    first = next(n for n, line in enumerate(lines) if "件を評価します" in line)
 
     assert set(asked_models(endpoint)) == {best["model"]}
     assert results["model_id"] == best["model"] != last["model"]
