@@ -19,7 +19,8 @@ What is real here and what is not:
   model has learned nothing and says so. Tools are accepted and have no influence.
 - ``response_format`` is obeyed where it asks for scores: see `_wanted_scores`. A model tuned on
   JSON objects of whole numbers fills in what it predicts from the last user text (`ScoreModel`);
-  where nothing was learned stands the lowest number allowed.
+  where nothing was learned stands the lowest number allowed. It is obeyed as well where it asks
+  which of two answers is better: see `_verdict_text`.
 - A chat completion is one whole answer. What isn't rehearsed (more choices, streams, other schemas)
   is refused with a 400. How strict the service is with parameters, sizes and keys isn't rehearsed.
 - A checkpoint answers once its job has succeeded, with what had been learned by then. Each epoch
@@ -660,7 +661,7 @@ def fit_scores(examples: list[Example]) -> ScoreModel | None:
     return ScoreModel(rows) if rows else None
 
 
-# --- Scores as structured answers -----------------------------------------------------------------
+# --- Structured answers ---------------------------------------------------------------------------
 
 
 def _wanted_scores(body: Json) -> dict[str, list[int]] | None:
@@ -688,7 +689,7 @@ def _wanted_scores(body: Json) -> dict[str, list[int]] | None:
     rehearsed = {"name": name, "strict": True, "schema": understood}
     _check(
         named and whole and given == {"type": "json_schema", "json_schema": rehearsed},
-        "Only a strict schema of integers with an enum, all required, is rehearsed here.",
+        "Only a strict schema of integers with an enum, or of a verdict, is rehearsed here.",
         "response_format",
     )
     return scores
@@ -701,6 +702,54 @@ def _score_text(wanted: dict[str, list[int]], predicted: dict[str, float]) -> st
         for key, numbers in wanted.items()
     }
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+_VERDICT: Final = {
+    "type": "object",
+    "properties": {
+        "reason": {"type": "string"},
+        "winner": {"type": "string", "enum": ["A", "B", "tie"]},
+    },
+    "required": ["reason", "winner"],
+    "additionalProperties": False,
+}
+
+
+def _wants_verdict(body: Json) -> bool:
+    """Whether a ``response_format`` asks which of two answers, A and B, is better."""
+    given = body.get("response_format")
+    described = given.get("json_schema") if isinstance(given, dict) else None
+    if not isinstance(described, dict) or described.get("strict") is not True:
+        return False
+    named = re.fullmatch("[a-zA-Z0-9_-]{1,64}", str(described.get("name")))
+    return bool(named) and described.get("schema") == _VERDICT
+
+
+def _verdict_text(user_text: str, model: CharacterModel | None) -> str:
+    """The likelier of two answers, by the mean log-probability of their characters.
+
+    The user text is a JSON object with both, ``A`` and ``B``, and the ``dialogue`` before them. A
+    base model, which has learned nothing, measures by what this dialogue alone teaches.
+    """
+    said: list[str] = []
+    answers: dict[str, str] = {}
+    with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):
+        asked = _strict_json(user_text)
+        said = [message["content"] for message in asked["dialogue"]]
+        answers = {name: asked[name] for name in "AB"}
+    texts = all(isinstance(text, str) for text in (*said, *answers.values()))
+    _check(answers and texts, "Only a JSON of a dialogue, A and B is judged here.", "messages")
+    if model is None:
+        model = CharacterModel()
+        for text in said:
+            model.learn(text)
+    means: dict[str, float] = {}
+    for name, text in answers.items():
+        nats, _, characters = model.measure(text)
+        means[name] = round(-nats / characters, 4)
+    winner = "tie" if means["A"] == means["B"] else max(means, key=means.__getitem__)
+    reason = f"1文字あたりの対数確率: A {means['A']}、B {means['B']}（リハーサル）"
+    return json.dumps({"reason": reason, "winner": winner}, ensure_ascii=False)
 
 
 # --- The service: what it keeps -------------------------------------------------------------------
@@ -1225,9 +1274,12 @@ def _choice(body: Json, tuned: _Tuned | None) -> Json:
     """One answer to a chat request, in the shape of a choice."""
     users = [_text(m) for m in body["messages"] if m["role"] == "user"]
     user_text = users[-1] if users else ""
-    wanted = _wanted_scores(body)
+    judging = _wants_verdict(body)
+    wanted = None if judging else _wanted_scores(body)
     text, reason = UNTRAINED_ANSWER, "stop"
-    if wanted is not None:
+    if judging:
+        text = _verdict_text(user_text, tuned.model if tuned else None)
+    elif wanted is not None:
         text = _score_text(
             wanted, tuned.scores.predict(user_text) if tuned and tuned.scores else {}
         )

@@ -924,17 +924,67 @@ def renamed(name: Any, **more: Any) -> dict[str, Any]:
         json_schema({"a": POINTS}, anyOf=[POINTS]),
         json_schema({"a": 1}),
         json_schema({"a": {"type": "string"}}),
+        json_schema({"reason": {"type": "string"}, "winner": {"type": "string"}}),
         json_schema({"a": {"type": "integer"}}),
         json_schema({"a": POINTS | {"enum": []}}),
         json_schema({"a": POINTS | {"enum": [1, "2"]}}),
         json_schema({"a": POINTS | {"minimum": 0}}),
     ],
 )
-def test_a_response_format_other_than_scores_is_refused(endpoint: Rehearsal, wanted: Any) -> None:
+def test_a_response_format_other_than_scores_or_a_verdict_is_refused(
+    endpoint: Rehearsal, wanted: Any
+) -> None:
     body = {"model": BASE, "messages": [USER], "response_format": wanted}
     status, answer = raw(endpoint, "POST", "/chat/completions", json.dumps(body).encode())
 
     assert (status, answer["error"]["param"]) == (400, "response_format")
+
+
+VERDICT = json_schema(
+    {"reason": {"type": "string"}, "winner": {"type": "string", "enum": ["A", "B", "tie"]}}
+)
+SAID = [{"role": "user", "content": "夜に何度も目が覚めて、眠れません。"}]
+
+
+def judged(client: openai.OpenAI, model: str, a: str, b: str) -> str:
+    text = json.dumps({"dialogue": SAID, "A": a, "B": b}, ensure_ascii=False)
+    answer = ask(client, model, text, response_format=VERDICT, temperature=0)
+    verdict = json.loads(answer.choices[0].message.content)
+
+    assert list(verdict) == ["reason", "winner"]
+    return str(verdict["winner"])
+
+
+@pytest.mark.parametrize(("a", "b"), [("眠れませんか。", "Buy now!"), ("夜に目が覚めて。", "zz")])
+def test_a_base_model_judges_by_what_was_said_in_the_dialogue(
+    client: openai.OpenAI, a: str, b: str
+) -> None:
+    assert [judged(client, BASE, *pair) for pair in ((a, b), (b, a), (a, a))] == ["A", "B", "tie"]
+
+
+def test_a_tuned_model_judges_by_what_it_has_learned(
+    endpoint: Rehearsal, client: openai.OpenAI
+) -> None:
+    data = jsonl(*[messages(USER, {"role": "assistant", "content": "Buy now!"})] * 10)
+    model = finish(endpoint, client, start_job(client, data)).fine_tuned_model
+
+    assert judged(client, model, "眠れませんか。", "Buy now!") == "B"
+    assert judged(client, BASE, "眠れませんか。", "Buy now!") == "A"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("はい", "[1]", '{"A": "", "B": ""}', '{"dialogue": [], "A": "x"}'),
+        *('{"dialogue": ["x"], "A": "", "B": ""}', '{"dialogue": [], "A": 1, "B": ""}'),
+    ],
+)
+def test_what_is_no_pair_of_answers_is_not_judged(endpoint: Rehearsal, text: str) -> None:
+    asked = [{"role": "user", "content": text}]
+    body = {"model": BASE, "messages": asked, "response_format": VERDICT}
+    status, answer = raw(endpoint, "POST", "/chat/completions", json.dumps(body).encode())
+
+    assert (status, answer["error"]["param"]) == (400, "messages")
 
 
 @pytest.mark.parametrize(
