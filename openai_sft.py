@@ -129,7 +129,9 @@ __all__ = [
     "PRICES",
     "Answer",
     "Asked",
+    "Asker",
     "Asking",
+    "AskingOptions",
     "BrokenAnswer",
     "BudgetError",
     "Case",
@@ -723,9 +725,14 @@ class ReadingOptions(TypedDict, total=False):
     skip_unreadable: bool
 
 
-class RunOptions(SelectionOptions, total=False):
-    """Besides the filters, how the evaluation asks; see
-    :meth:`OpenAISFT.evaluate_model_comprehensive`."""
+class AskingOptions(TypedDict, total=False):
+    """How an evaluation asks, as keywords of the methods that evaluate.
+
+    ``eval_turns`` are :func:`choose_cases`' turns. ``baseline`` names a model to ask the same
+    (``True``: the base model). Up to ``concurrency`` questions are under way at once, fewer while
+    the endpoint limits the rate; an answer may take ``timeout_per_answer`` seconds (600 unless
+    told).
+    """
 
     eval_turns: EvalTurns
     baseline: str | bool | None
@@ -735,6 +742,10 @@ class RunOptions(SelectionOptions, total=False):
     checkpoint: str
     timeout_per_answer: float | None
     main_figure: str | None
+
+
+class RunOptions(SelectionOptions, AskingOptions, total=False):
+    """The filters, and how the evaluation asks."""
 
 
 @dataclass(frozen=True)
@@ -8858,29 +8869,147 @@ class _Item(NamedTuple):
     question: Question
 
 
-class Evaluation:
-    """Questions to some models, their answers in a journal, and what these are worth.
+@dataclass
+class Asker:
+    """Asks one endpoint, all in one pool, and keeps what it answers in a journal.
 
-    ``ask`` spends; ``results`` only computes. ``earlier`` finds answers that were had before, by
-    the keys of their questions.
+    ``earlier`` finds answers that were had before, by the keys of their questions. ``request``
+    goes with every question, ``find_fault`` says why an answer isn't one; ``deed`` is what is
+    asked for, in Japanese.
     """
 
-    def __init__(
-        self,
-        endpoint: Endpoint,
-        ledger: Ledger,
-        settings: Settings,
-        asking: Asking,
-        journal: Journal,
-        earlier: Callable[[Container[str]], Mapping[str, Response]],
+    endpoint: Endpoint
+    ledger: Ledger
+    settings: Settings
+    asking: Asking
+    journal: Journal
+    earlier: Callable[[Container[str]], Mapping[str, Response]]
+    request: Mapping[str, Any]
+    find_fault: Callable[[str], str | None]
+    deed: str = "評価"
+    _failing_since: float | None = field(default=None, init=False)  # since when nothing is answered
+
+    def known(self, items: Sequence[_Item]) -> dict[str, Response]:
+        """The responses that were had before, by their questions' keys: in this run, or in an
+        earlier one, which has paid for them."""
+        responses: dict[str, Response] = {}
+        missing: dict[str, _Item] = {}
+        for item in items:
+            key, model = item.question.key, item.question.model
+            place = self.journal.place_of(model, item.split, item.case.id)
+            answer = self.journal.answers.get(key) or self.journal.answers.get(place)
+            if answer is None:
+                missing[key] = item
+            else:
+                responses[key] = answer
+        reused = self.earlier(missing)
+        for key, line in reused.items():
+            split, case, question = missing[key]
+            own = Response(case_id=case.id, input=case.input, reference=case.reference)
+            responses[key] = {**_without_owner(line), **own}
+            self.journal.add(question, split, responses[key])
+        if reused:
+            logger.info("以前の実行の応答%d件を使います（料金はかかりません）。", len(reused))
+        return responses
+
+    def ask_all(
+        self, missing: Sequence[_Item], responses: dict[str, Response], evaluated: str
     ) -> None:
-        self._endpoint, self._ledger = endpoint, ledger
-        self._settings, self._asking, self._journal = settings, asking, journal
-        self._earlier = earlier
-        self._task = TASKS[settings.task]
-        self._main_figure = self._task.main_figure(asking.main_figure)
+        """Add the responses to what is missing; ``evaluated`` is the model that is evaluated."""
+        from tqdm.auto import tqdm
+
+        failed = 0
+        bar = tqdm(
+            total=len(responses) + len(missing),
+            initial=len(responses),
+            desc=self.deed,
+            unit="件",
+            disable=None if self.settings.verbose else True,
+        )
+        # Made here once, not by every question.
+        endpoint, seconds = self.endpoint, self.asking.timeout_per_answer
+        client = endpoint.given(seconds or ANSWER_SECONDS, firm=seconds is not None)
+        create = client.chat.completions.create
+        pool = Pool(self.asking.concurrency, endpoint.now, endpoint.is_up)
+        spent: float | None = None
+        with contextlib.closing(bar), contextlib.closing(pool):
+            # A model that was just tuned may still be loading: its first case waits for it.
+            first = [i for i in missing if endpoint.is_loading(i.question.model)][:1]
+            rest = [item for item in missing if item not in first]
+            ask = functools.partial(self._ask, create, pool)
+            for item, response in itertools.chain(pool.map(ask, first), pool.map(ask, rest)):
+                self.journal.add(item.question, item.split, response)
+                responses[item.question.key] = response
+                failed += "error" in response
+                usage = self.journal.usage_by_model()
+                spent = self.ledger.cost_of(usage, evaluated)
+                if self.ledger.is_over(spent):
+                    pool.close()  # what is under way still comes, and is kept
+                dollars = {"$": f"{spent:.4f}"} if spent is not None else {}
+                bar.set_postfix({"失敗": failed, **dollars}, refresh=False)
+                bar.update()
+        self.ledger.stop_over(spent)
+
+    def _ask(self, create: Callable[..., Any], pool: Pool, item: _Item) -> tuple[_Item, Response]:
+        openai = _openai()
+        case, question = item.case, item.question
+        response = Response(case_id=case.id, input=case.input)
+
+        def send(**request: Any) -> Any:
+            return pool.attempt(functools.partial(create, **request))
+
+        began, started = self.endpoint.now(), time.perf_counter()
+        try:
+            answer = self.endpoint.ask(question, send)
+            self._failing_since = None
+            told, sent = _usage(answer), self.request
+            response["usage"] = told or _estimated_usage(case, "", sent)  # billed without words too
+            response["finish_reason"], response["output"] = _read_answer(answer)
+            response["usage"] = told or _estimated_usage(case, response["output"], sent)
+            if fault := self.find_fault(response["output"]):
+                response["invalid"] = fault
+        except (openai.APIError, BrokenAnswer) as error:
+            if "usage" not in response and self._meets_every_case(error, began):
+                raise
+            reason = explain_api_error(error)
+            response["error"] = reason
+            logger.warning("%s %s に失敗しました: %s", self.deed, case.id, reason)
+        if changed := self.endpoint.changed(question):
+            response["refused_options"] = changed
+        response["reference"] = case.reference
+        response["latency_seconds"] = round(time.perf_counter() - started, 3)
+        return item, response
+
+    def _meets_every_case(self, error: Exception, began: float) -> bool:
+        """Whether the next case would fail as well: by the key, the model, the quota, a limit of
+        the rate or an outage that outlasts all patience, or because one that was asked after
+        another had failed so has failed, and none was answered meanwhile."""
+        openai = _openai()
+        final = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
+        if isinstance(error, (*final, openai.RateLimitError)):
+            return True
+        if getattr(error, "status_code", None) in OUTAGE_STATUSES:
+            return True
+        if not is_transient(error):
+            return False
+        since = self._failing_since
+        if since is None:
+            self._failing_since = self.endpoint.now()
+        return (since is not None and began >= since) or not self.endpoint.is_up()
+
+
+class Evaluation:
+    """Questions to some models, and what their answers are worth.
+
+    ``ask`` spends; ``results`` only computes.
+    """
+
+    def __init__(self, asker: Asker) -> None:
+        self._asker, self._asking, self._settings = asker, asker.asking, asker.settings
+        self._ledger, self._journal = asker.ledger, asker.journal
+        self._task = TASKS[asker.settings.task]
+        self._main_figure = self._task.main_figure(self._asking.main_figure)
         self._responses: dict[tuple[str, str], list[Response]] = {}
-        self._failing_since: float | None = None  # since when no question is answered
 
     def ask(self, asked: Asked) -> None:
         """Pass the door to payment and ask every case that has no answer yet, all in one pool.
@@ -8889,7 +9018,7 @@ class Evaluation:
         quota) are raised, and :class:`BudgetError` when the limit is passed.
         """
         items = list(self._items(asked))
-        responses = self._known(items)
+        responses = self._asker.known(items)
         missing = [item for item in items if item.question.key not in responses]
         paid = self._ledger.cost_of(self._journal.usage_by_model(), asked.evaluated) or 0.0
         left = {
@@ -8911,7 +9040,7 @@ class Evaluation:
         if responses:
             logger.info("うち%d件は回答済みです。", len(responses))
         with SystemMonitor(self._settings.output_dir):
-            self._ask_all(asked, missing, responses)
+            self._asker.ask_all(missing, responses, asked.evaluated)
         for item in items:
             part = self._responses.setdefault((item.question.model, item.split), [])
             part.append(responses[item.question.key])
@@ -8921,7 +9050,7 @@ class Evaluation:
         evaluation which stops half-way has pairs to compare."""
         self._responses = {(m, name): [] for m in asked.models for name in asked.cases}
         numbers: collections.Counter[str] = collections.Counter()
-        place = self._endpoint.url
+        place = self._asker.endpoint.url
         for name, cases in asked.cases.items():
             for case, model in itertools.product(cases, asked.models):
                 options = {**self._asking.generation, **self._task.request}
@@ -8931,114 +9060,6 @@ class Evaluation:
                 number = numbers[question.key]
                 numbers[question.key] += 1
                 yield _Item(name, case, replace(question, number=number))
-
-    def _known(self, items: Sequence[_Item]) -> dict[str, Response]:
-        """The responses that were had before, by their questions' keys: in this run, or in an
-        earlier one, which has paid for them."""
-        responses: dict[str, Response] = {}
-        missing: dict[str, _Item] = {}
-        for item in items:
-            key, model = item.question.key, item.question.model
-            place = self._journal.place_of(model, item.split, item.case.id)
-            answer = self._journal.answers.get(key) or self._journal.answers.get(place)
-            if answer is None:
-                missing[key] = item
-            else:
-                responses[key] = answer
-        reused = self._earlier(missing)
-        for key, line in reused.items():
-            split, case, question = missing[key]
-            own = Response(case_id=case.id, input=case.input, reference=case.reference)
-            responses[key] = {**_without_owner(line), **own}
-            self._journal.add(question, split, responses[key])
-        if reused:
-            logger.info("以前の実行の応答%d件を使います（料金はかかりません）。", len(reused))
-        return responses
-
-    def _ask_all(
-        self, asked: Asked, missing: Sequence[_Item], responses: dict[str, Response]
-    ) -> None:
-        """Add the responses to what is missing."""
-        from tqdm.auto import tqdm
-
-        failed = 0
-        bar = tqdm(
-            total=len(responses) + len(missing),
-            initial=len(responses),
-            desc="評価",
-            unit="件",
-            disable=None if self._settings.verbose else True,
-        )
-        # Made here once, not by every question.
-        endpoint, seconds = self._endpoint, self._asking.timeout_per_answer
-        client = endpoint.given(seconds or ANSWER_SECONDS, firm=seconds is not None)
-        create = client.chat.completions.create
-        pool = Pool(self._asking.concurrency, endpoint.now, endpoint.is_up)
-        spent: float | None = None
-        with contextlib.closing(bar), contextlib.closing(pool):
-            # A model that was just tuned may still be loading: its first case waits for it.
-            first = [i for i in missing if endpoint.is_loading(i.question.model)][:1]
-            rest = [item for item in missing if item not in first]
-            ask = functools.partial(self._ask, create, pool)
-            for item, response in itertools.chain(pool.map(ask, first), pool.map(ask, rest)):
-                self._journal.add(item.question, item.split, response)
-                responses[item.question.key] = response
-                failed += "error" in response
-                usage = self._journal.usage_by_model()
-                spent = self._ledger.cost_of(usage, asked.evaluated)
-                if self._ledger.is_over(spent):
-                    pool.close()  # what is under way still comes, and is kept
-                dollars = {"$": f"{spent:.4f}"} if spent is not None else {}
-                bar.set_postfix({"失敗": failed, **dollars}, refresh=False)
-                bar.update()
-        self._ledger.stop_over(spent)
-
-    def _ask(self, create: Callable[..., Any], pool: Pool, item: _Item) -> tuple[_Item, Response]:
-        openai = _openai()
-        case, question = item.case, item.question
-        response = Response(case_id=case.id, input=case.input)
-
-        def send(**request: Any) -> Any:
-            return pool.attempt(functools.partial(create, **request))
-
-        began, started = self._endpoint.now(), time.perf_counter()
-        try:
-            answer = self._endpoint.ask(question, send)
-            self._failing_since = None
-            told, sent = _usage(answer), self._task.request
-            response["usage"] = told or _estimated_usage(case, "", sent)  # billed without words too
-            response["finish_reason"], response["output"] = _read_answer(answer)
-            response["usage"] = told or _estimated_usage(case, response["output"], sent)
-            if fault := self._task.find_fault(response["output"]):
-                response["invalid"] = fault
-        except (openai.APIError, BrokenAnswer) as error:
-            if "usage" not in response and self._meets_every_case(error, began):
-                raise
-            reason = explain_api_error(error)
-            response["error"] = reason
-            logger.warning("評価 %s に失敗しました: %s", case.id, reason)
-        if changed := self._endpoint.changed(question):
-            response["refused_options"] = changed
-        response["reference"] = case.reference
-        response["latency_seconds"] = round(time.perf_counter() - started, 3)
-        return item, response
-
-    def _meets_every_case(self, error: Exception, began: float) -> bool:
-        """Whether the next case would fail as well: by the key, the model, the quota, a limit of
-        the rate or an outage that outlasts all patience, or because one that was asked after
-        another had failed so has failed, and none was answered meanwhile."""
-        openai = _openai()
-        final = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
-        if isinstance(error, (*final, openai.RateLimitError)):
-            return True
-        if getattr(error, "status_code", None) in OUTAGE_STATUSES:
-            return True
-        if not is_transient(error):
-            return False
-        since = self._failing_since
-        if since is None:
-            self._failing_since = self._endpoint.now()
-        return (since is not None and began >= since) or not self._endpoint.is_up()
 
     def results(self, asked: Asked, asked_at: str) -> EvaluationResults:
         """What the answers are worth: figures, comparisons, usage and settings."""
@@ -9385,7 +9406,7 @@ def _check_versions() -> CheckItem:
 def _naming_the_nearest(face: type[T]) -> type[T]:
     """Let the public methods refuse a keyword that they don't know, naming the nearest that they
     do (Python does so from 3.13 on, but not where options are passed on)."""
-    kinds = (ReadingOptions, RunOptions, SelectionOptions)
+    kinds = (AskingOptions, ReadingOptions, RunOptions, SelectionOptions)
     passed_on = {f"Unpack[{kind.__name__}]": kind for kind in kinds}
     for name, method in list(vars(face).items()):
         if not callable(method) or (name.startswith("_") and name != "__init__"):
@@ -9918,8 +9939,7 @@ class OpenAISFT:
         model: str | None = None,
         max_test_cases: int | None = 10,
         seed: int = 42,
-        eval_turns: EvalTurns = 1,
-        baseline: str | bool | None = None,
+        **options: Unpack[AskingOptions],
     ) -> CostEstimate:
         """Price training on ``training_tokens`` (``epochs=None``: none) and the evaluation.
 
@@ -9931,7 +9951,7 @@ class OpenAISFT:
             counted = _count_examples(splits.train)
             if training_tokens is not None:
                 counted = counted._replace(tokens=training_tokens)
-        asking = Asking(max_test_cases, seed, eval_turns, baseline)
+        asking = Asking(max_test_cases, seed, **options)
         training = None if epochs is None else Training(epochs)
         return _estimate_run(self.settings, splits, training, counted, asking, model)
 
@@ -10044,30 +10064,19 @@ class OpenAISFT:
         max_test_cases: int | None = 10,
         *,
         seed: int = 42,
-        eval_turns: EvalTurns = 1,
-        baseline: str | bool | None = None,
-        concurrency: int = 8,
-        temperature: float = 0.0,
-        max_tokens: int = 1024,
-        timeout_per_answer: float | None = None,
-        main_figure: str | None = None,
         train_data: Sequence[Example] | None = None,
+        **options: Unpack[AskingOptions],
     ) -> EvaluationResults:
         """Ask the model :func:`choose_cases` of each split and score its answers.
 
-        ``max_test_cases`` is per split; 0 or ``None`` asks all. ``baseline`` names a model to
-        ask the same (``True``: the base model), and the results gain ``comparison``. Up to
-        ``concurrency`` questions are under way at once, fewer while the endpoint limits the
-        rate; an answer may take ``timeout_per_answer`` seconds (600 unless told).
-        ``main_figure`` carries the verdict (by default ROUGE-L, and the MSE of all items in
-        the score task). There constants of ``train_data``'s scores (by default what this
-        instance prepared) are a reference as well. The price is shown, held against
+        ``max_test_cases`` is per split; 0 or ``None`` asks all. With a ``baseline`` the results
+        gain ``comparison``, and in the score task constants of ``train_data``'s scores (by default
+        what this instance prepared) are a reference as well. The price is shown, held against
         ``max_cost_usd`` and confirmed before anything is asked (:class:`BudgetError`,
         :class:`Declined`). A case that fails carries its ``error``; errors that would meet
         every case (key, model, quota) are raised, and :meth:`resume` then asks only the rest.
         """
-        how = (concurrency, temperature, max_tokens, timeout_per_answer)
-        asking = Asking(max_test_cases, seed, eval_turns, baseline, *how, main_figure=main_figure)
+        asking = Asking(max_test_cases, seed, **options)
         _require_filled(model_id=model_id)
         run = self._current()
         if run.plan is not None or "journal" in run.files:
@@ -10094,7 +10103,13 @@ class OpenAISFT:
         ledger, endpoint = self._ledger(run), self._endpoint_of(settings)
         with Journal(path) as journal:
             earlier = functools.partial(self._runs.answers, besides=run)
-            evaluation = Evaluation(endpoint, ledger, settings, asking, journal, earlier)
+            task = TASKS[settings.task]
+            asker = Asker(
+                *(endpoint, ledger, settings, asking, journal, earlier),
+                task.request,
+                task.find_fault,
+            )
+            evaluation = Evaluation(asker)
             started = _time_text(self._clock())
             try:
                 evaluation.ask(asked)

@@ -181,7 +181,7 @@ MONEY = (
     ),
     Mutant(
         "an answer of an earlier run is paid again",
-        "reused = self._earlier(missing)",
+        "reused = self.earlier(missing)",
         "reused: Mapping[str, Response] = {}",
         "test_asking.py::test_an_answer_that_an_earlier_run_has_had_is_used_and_not_paid_again",
     ),
@@ -2197,19 +2197,19 @@ HOUSE = (
     ),
     Mutant(
         "an outage fails case by case",
-        "return (since is not None and began >= since) or not self._endpoint.is_up()",
+        "return (since is not None and began >= since) or not self.endpoint.is_up()",
         "return since is not None and began >= since",
         "test_edges_patience.py::test_an_endpoint_that_dies_under_an_evaluation_is_waited_for_once_and_not_for_each_case",
     ),
     Mutant(
         "an endpoint that answers no question is asked them all",
-        "return (since is not None and began >= since) or not self._endpoint.is_up()",
-        "return not self._endpoint.is_up()",
+        "return (since is not None and began >= since) or not self.endpoint.is_up()",
+        "return not self.endpoint.is_up()",
         "test_edges_patience.py::test_an_endpoint_that_answers_no_question_ends_the_evaluation_within_two_minutes",
     ),
     Mutant(
         "one question that fails ends them all",
-        "return (since is not None and began >= since) or not self._endpoint.is_up()",
+        "return (since is not None and began >= since) or not self.endpoint.is_up()",
         "return True",
         "test_edges_patience.py::test_a_question_that_is_never_answered_fails_alone_while_others_are_answered",
     ),
