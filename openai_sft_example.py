@@ -21,6 +21,7 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from openai_sft import (
@@ -143,6 +144,19 @@ def filled(text: str) -> str:
     return text
 
 
+def text_of(path: str) -> str:
+    """The argparse type of a file, which stands for its text."""
+    try:
+        text = Path(filled(path)).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(
+            f"{printable(path)} をUTF-8のテキストとして読めません（{printable(error)}）"
+        ) from None
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{printable(path)} は空です")
+    return text
+
+
 def turns(text: str) -> Any:
     """The argparse type of ``--eval-turns``."""
     return text if text in ("last", "all") else number(int, "整数か last、all ")(text)
@@ -169,6 +183,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_choice(parser)
     add_training(parser)
     add_evaluation(parser)
+    add_judge(parser)
     add_money(parser)
     add_place(parser)
     return parser
@@ -422,6 +437,35 @@ def add_answering(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_judge(parser: argparse.ArgumentParser) -> None:
+    """Who says which of two answers is better."""
+    group = parser.add_argument_group("審査")
+    group.add_argument(
+        "--judge",
+        type=filled,
+        metavar="MODEL",
+        help="テストの応答を、基準のモデルか実際の応答と2つずつMODELに比べさせる",
+    )
+    group.add_argument(
+        "--judge-base-url",
+        type=filled,
+        metavar="URL",
+        help="審査するモデルの接続先（既定: 評価するモデルと同じ）",
+    )
+    group.add_argument(
+        "--judge-against",
+        choices=("baseline", "reference"),
+        metavar="WHOM",
+        help="比べる相手: baseline（--baseline があれば既定）か reference（実際の応答）",
+    )
+    group.add_argument(
+        "--judge-rubric",
+        type=text_of,
+        metavar="FILE",
+        help="審査の基準を書いたテキストファイル（既定: カウンセリングの基準）",
+    )
+
+
 def add_money(parser: argparse.ArgumentParser) -> None:
     """What it may cost."""
     group = parser.add_argument_group("料金")
@@ -594,7 +638,8 @@ def train_or_evaluate(
     if options.job_id:
         return sft.attach(options.job_id, **begun)
     if options.resume is not None:
-        return sft.resume(None if options.resume is True else options.resume, **begun)
+        named = None if options.resume is True else options.resume
+        return sft.resume(named, **begun, judge_base_url=options.judge_base_url)
     return sft.run_full_pipeline(
         options.epochs,
         options.batch_size,

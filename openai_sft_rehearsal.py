@@ -794,6 +794,7 @@ class _Tuned(NamedTuple):
     shown: Json
     model: Learned
     scores: ScoreModel | None
+    judge: CharacterModel  # as the last epoch left it, also of an earlier checkpoint
 
 
 def _found(store: Mapping[str, _Kept], name: str, missing: ApiError) -> _Kept:
@@ -1137,7 +1138,7 @@ class _Service:
                 learned.append(model.learned())
             self._report(job, data, checkpoint=is_checkpoint)
             yield
-        self._succeed(job, learned, rows, examples)
+        self._succeed(job, model, learned, rows, examples)
 
     def _report(self, job: Job, data: Json, *, checkpoint: bool) -> None:
         step = data["step"]
@@ -1158,7 +1159,12 @@ class _Service:
             self._moved()
 
     def _succeed(
-        self, job: Job, learned: list[Learned], rows: list[Json], examples: list[Example]
+        self,
+        job: Job,
+        judge: CharacterModel,
+        learned: list[Learned],
+        rows: list[Json],
+        examples: list[Example],
     ) -> None:
         scores, name = fit_scores(examples), job.model_name
         characters = sum(example.characters for example in examples)
@@ -1169,7 +1175,7 @@ class _Service:
             # The last checkpoint is the model.
             for known, model in zip([*names, name], [*learned, learned[-1]], strict=True):
                 shown = self._model(known, "org-rehearsal")
-                self.tuned[known] = _Tuned(shown, model, scores)
+                self.tuned[known] = _Tuned(shown, model, scores, judge)
             table = _result_csv(rows).encode()
             result = self._add_file("step_metrics.csv", "fine-tune-results", table)
             job.shown |= {
@@ -1278,7 +1284,7 @@ def _choice(body: Json, tuned: _Tuned | None) -> Json:
     wanted = None if judging else _wanted_scores(body)
     text, reason = UNTRAINED_ANSWER, "stop"
     if judging:
-        text = _verdict_text(user_text, tuned.model if tuned else None)
+        text = _verdict_text(user_text, tuned.judge if tuned else None)
     elif wanted is not None:
         text = _score_text(
             wanted, tuned.scores.predict(user_text) if tuned and tuned.scores else {}

@@ -166,6 +166,7 @@ MONEY = (
         "missing = [item for item in items if item.question.key not in responses]",
         "missing = items",
         "test_asking.py::test_what_is_answered_already_is_not_held_against_the_limit_twice",
+        within="Evaluation",
     ),
     Mutant(
         "enough costs what is asked",
@@ -244,6 +245,7 @@ MONEY = (
         "if given is not None and model == evaluated:",
         "if given is not None:",
         "test_asking.py::test_a_given_price_is_that_of_the_tuned_model_and_not_of_its_baseline",
+        within="Ledger",
     ),
     Mutant(
         "a given price is the estimated baseline's too",
@@ -259,7 +261,7 @@ MONEY = (
     ),
     Mutant(
         "a baseline without a price is sent to the flags of training",
-        "if all(model == self.model != self.baseline for model in self.unpriced):",
+        "if all(model == self.model and model not in others for model in self.unpriced):",
         "if self.unpriced:",
         "test_cost.py::test_what_is_unpriced_is_named_with_the_flags_that_price_it",
     ),
@@ -356,7 +358,7 @@ MONEY = (
     ),
     Mutant(
         "who has nothing left to ask is asked to pay",
-        "if estimate.epochs is None and not estimate.evaluation_input_tokens:",
+        "if estimate.epochs is None and not asks:",
         "if False:",
         "test_asking.py::test_where_nothing_is_left_to_ask_nobody_is_asked_to_pay",
     ),
@@ -1811,7 +1813,7 @@ HOUSE = (
     ),
     Mutant(
         "the most a run may cost is its training",
-        "return _usd([trained], [self.price.training]) + self.evaluation_usd",
+        "return _usd([trained], [self.price.training]) + self.asking_usd",
         "return _usd([trained], [self.price.training])",
         "test_edges_money.py::test_the_most_that_epochs_left_to_the_service_may_cost_includes_the_evaluation",
     ),
