@@ -9588,6 +9588,7 @@ class Judge:
         self._rubric = asker.asking.judge_rubric or JUDGE_RUBRIC
         self._judgements: list[Judgement] = []
         self._left_out = 0
+        self._refused: dict[str, str | None] = {}  # what the judge's model doesn't take
 
     @classmethod
     def of(cls, asker: Asker, asked: Asked, endpoint: Endpoint) -> Judge | None:
@@ -9673,6 +9674,8 @@ class Judge:
         asker.ledger.require(estimate, "evaluation", paid=paid)
         logger.info("%d組の応答を、順序を入れ替えて2回ずつ審査します: %s", len(pairs), self._model)
         asker.ask_all(missing, responses, evaluated)
+        for response in responses.values():
+            self._refused.update(response.get("refused_options", {}))
         answers = iter([responses[item.question.key] for item in items])
         for case, tuned, rival in pairs:
             verdicts: tuple[Verdict, ...] = ()
@@ -9693,6 +9696,7 @@ class Judge:
             "instructions": JUDGE_INSTRUCTIONS,
             "rubric": self._rubric,
             "request": {**self._generation, **VERDICT_FORMAT},
+            **({"refused_options": self._refused} if self._refused else {}),
             **figures,
             "left_out_pairs": self._left_out,
             "judgements": [judgement.facts() for judgement in self._judgements],

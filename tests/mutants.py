@@ -2358,7 +2358,131 @@ HOUSE = (
         "test_recovery.py::test_a_run_that_is_not_recorded_here_is_a_wrong_setting",
     ),
 )
-MUTANTS = (*MONEY, *STATISTICS, *RECOVERY, *DATA, *FILES, *TRAINED_ON, *CHECKPOINTS, *HOUSE)
+JUDGE = (
+    Mutant(
+        "each pair is judged in one order",
+        "enumerate(((tuned, rival), (rival, tuned)), start=1)",
+        "enumerate(((tuned, rival), (tuned, rival)), start=1)",
+        "test_judge.py::test_each_pair_is_asked_in_both_orders_and_nothing_tells_whose_answers_they_are",
+    ),
+    Mutant(
+        "the first order alone decides a pair",
+        'return self.verdicts[0].winner if self.verdicts and self.consistent else "tie"',
+        'return self.verdicts[0].winner if self.verdicts else "tie"',
+        "test_judge.py::test_a_winner_of_one_order_alone_is_a_tie",
+    ),
+    Mutant(
+        "a verdict of the second order is read as of the first",
+        '_verdict_of(next(answers), "tuned"), _verdict_of(next(answers), "rival")',
+        '_verdict_of(next(answers), "tuned"), _verdict_of(next(answers), "tuned")',
+        "test_judge.py::test_each_pair_is_asked_in_both_orders_and_nothing_tells_whose_answers_they_are",
+    ),
+    Mutant(
+        "a tie is no half of a win",
+        '{"tuned": 1.0, "tie": 0.5, "rival": 0.0}',
+        '{"tuned": 1.0, "tie": 0.0, "rival": 0.0}',
+        "test_judge.py::test_ties_are_half_a_win_and_pairs_without_a_verdict_are_none",
+    ),
+    Mutant(
+        "a pair without a verdict is a tie",
+        "        if self.fault is not None:\n            return None\n        return self.verdicts",
+        "        return self.verdicts",
+        "test_judge.py::test_ties_are_half_a_win_and_pairs_without_a_verdict_are_none",
+    ),
+    Mutant(
+        "pairs that nobody was asked about are consistent",
+        '"consistency": _percent(j.consistent for j in asked)',
+        '"consistency": _percent(j.consistent for j in counted)',
+        "test_judge.py::test_ties_are_half_a_win_and_pairs_without_a_verdict_are_none",
+    ),
+    Mutant(
+        "the win rate has an interval over few dialogues",
+        "MIN_DIALOGUES = 10",
+        "MIN_DIALOGUES = 0",
+        "test_judge.py::test_the_interval_is_over_dialogues_and_there_is_none_of_few",
+    ),
+    Mutant(
+        "the win rate's interval is over cases",
+        "[Answer(j.case_id, j.dialogue_id, j.tuned, j.rival) for j in judgements]",
+        "[Answer(str(n), str(n), j.tuned, j.rival) for n, j in enumerate(judgements)]",
+        "test_judge.py::test_the_interval_is_over_dialogues_and_there_is_none_of_few",
+    ),
+    Mutant(
+        "a judge is free in the estimate",
+        "return self.evaluation_usd + judge_usd",
+        "return self.evaluation_usd",
+        "test_judge.py::test_the_judge_has_a_line_of_its_own_in_the_price_and_a_part_in_its_sum",
+    ),
+    Mutant(
+        "a judge is priced for one order",
+        "[replace(c, tools=None) for c in pairs for _ in range(2)]",
+        "[replace(c, tools=None) for c in pairs]",
+        "test_judge.py::test_the_judge_has_a_line_of_its_own_in_the_price_and_a_part_in_its_sum",
+    ),
+    Mutant(
+        "a judge without a price isn't named",
+        "unpriced = [judge.model] if judge and judge.usd is None else []",
+        "unpriced: list[str] = []",
+        "test_judge.py::test_a_judge_without_a_price_is_named_refused_under_a_limit_and_priced_by_the_base_flags",
+    ),
+    Mutant(
+        "a judge is not in the price before asking",
+        "estimate = estimate.with_judge(judge_ahead(self._tested(items, responses)))",
+        "judge_ahead(self._tested(items, responses))",
+        "test_judge.py::test_a_judge_over_the_budget_is_refused_before_anything_is_asked",
+    ),
+    Mutant(
+        "the limit isn't held before the judge",
+        'asker.ledger.require(estimate, "evaluation", paid=paid)',
+        "pass",
+        "test_judge.py::test_answers_that_leave_too_little_for_the_judge_stop_before_it_is_asked",
+    ),
+    Mutant(
+        "verdicts had are asked again",
+        "missing = [item for item in items if item.question.key not in responses]",
+        "missing = items",
+        "test_judge.py::test_a_judge_that_stopped_half_way_is_resumed_without_paying_twice",
+        within="Judge",
+    ),
+    Mutant(
+        "verdicts had are priced again",
+        "self._price([item for item in items if item.question.key not in known])",
+        "self._price(items)",
+        "test_judge.py::test_a_judge_that_stopped_half_way_is_resumed_without_paying_twice",
+    ),
+    Mutant(
+        "the same answer twice is asked about",
+        "self._items([pair for pair in pairs if pair[1] != pair[2]])",
+        "self._items(pairs)",
+        "test_judge.py::test_the_same_answer_twice_is_a_tie_that_nobody_is_asked_about",
+    ),
+    Mutant(
+        "any key goes to a judge on another host",
+        "if not (told and key) and not (trust is not None and trust(url)):",
+        "if False:",
+        "test_judge.py::test_no_key_goes_to_a_judge_on_another_host_unasked",
+    ),
+    Mutant(
+        "a recorded judge is trusted with its key",
+        "if not (told and key) and not (trust is not None and trust(url)):",
+        "if not key and not (trust is not None and trust(url)):",
+        "test_judge.py::test_a_recorded_judge_gets_no_key_before_its_url_is_told_again",
+    ),
+    Mutant(
+        "the model's key goes to the judge",
+        "own = key or settings.api_key",
+        "own = settings.api_key",
+        "test_judge.py::test_the_judges_own_key_goes_to_the_judge_alone",
+    ),
+    Mutant(
+        "the SDK names an organisation of the environment to the judge",
+        "request.headers.pop(name, None)",
+        "pass",
+        "test_judge.py::test_the_judges_own_key_goes_to_the_judge_alone",
+    ),
+)
+
+MUTANTS = (*MONEY, *STATISTICS, *RECOVERY, *DATA, *FILES, *TRAINED_ON, *CHECKPOINTS, *HOUSE, *JUDGE)
 
 
 class Misplaced(Exception):

@@ -159,6 +159,23 @@ def test_the_same_answer_twice_is_a_tie_that_nobody_is_asked_about(make_at: Make
     assert (judge["ties"], judge["identical_pairs"], judge["consistency"]) == (3, 3, None)
 
 
+def test_what_the_judge_refuses_of_its_options_is_left_out_and_recorded(make_at: MakeSFT) -> None:
+    court = Court(longer)
+    error = {"message": "no", "type": "x", "param": "temperature", "code": "unsupported_value"}
+
+    def reply(request: Request, forward: Forward) -> Reply:
+        if b'"temperature"' in request.body and request.json["model"] == JUDGE:
+            return saying({"error": error}, 400)
+        return court(request, forward)
+
+    with Gateway(None, reply) as gateway:
+        results = judged(make_at(gateway.url))
+
+    assert results["judge"]["wins"] == 3
+    assert results["judge"]["refused_options"] == {"temperature": None}
+    assert "refused_options" not in results["settings"]
+
+
 @pytest.mark.parametrize(
     "said",
     [
