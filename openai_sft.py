@@ -10776,7 +10776,10 @@ def _describe_remote_state(run: Run | None, output_dir: Path) -> str:
     folder = "" if str(output_dir) == DEFAULT_OUTPUT_DIR else f" --output-dir {folder}"
     place = "" if url in (None, OPENAI_BASE_URL) else f" --base-url {shlex.quote(url)}"
     if run.unfinished:
-        return f"{going}続きから再開するには: openai-sft --resume {run.run_id}{place}{folder}"
+        judge_url = run.plan.asking.judge_base_url if run.plan else None
+        judge = f" --judge-base-url {shlex.quote(judge_url)}" if judge_url else ""
+        command = f"openai-sft --resume {run.run_id}{place}{judge}{folder}"
+        return f"{going}続きから再開するには: {command}"
     if run.job_id and not run.fine_tuned_model:
         job_id = shlex.quote(printable(run.job_id))
         return f"{going}監視を再開するには: openai-sft --job-id {job_id}{place}{folder}"

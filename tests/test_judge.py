@@ -463,11 +463,13 @@ def test_a_recorded_judge_gets_no_key_before_its_url_is_told_again(
         pytest.raises(openai.AuthenticationError),
     ):
         judged(sft, judge_base_url=there.url)
+    told = sft.describe_remote_state()
     there.asked.clear()
     court.choose = longer
     with pytest.raises(ConfigurationError, match=f"--judge-base-url {there.url}"):
         make_at(here.url, api_key=KEY).resume()
 
+    assert f" --judge-base-url {there.url}" in told
     assert there.asked == []
     results = make_at(here.url, api_key=KEY).resume(judge_base_url=there.url)
     assert results is not None
