@@ -9460,7 +9460,6 @@ VERDICT_FORMAT: Mapping[str, Any] = {
 }
 VERDICT_TOKENS = 200  # what a verdict is taken to have, before it is there
 MAX_VERDICT_TOKENS = 1024
-MIN_DIALOGUES = 10  # fewer bear no interval
 
 
 @dataclass(frozen=True, slots=True)

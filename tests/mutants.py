@@ -2403,7 +2403,7 @@ JUDGE = (
     ),
     Mutant(
         "the win rate's interval is over cases",
-        "[Answer(j.case_id, j.dialogue_id, j.tuned, j.rival) for j in judgements]",
+        "[Answer(j.case_id, j.dialogue_id, j.tuned, j.rival, j.group) for j in judgements]",
         "[Answer(str(n), str(n), j.tuned, j.rival) for n, j in enumerate(judgements)]",
         "test_judge.py::test_the_interval_is_over_dialogues_and_there_is_none_of_few",
     ),

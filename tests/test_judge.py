@@ -15,6 +15,8 @@ from faults import CHAT
 from helpers import Ended, examples, posts, read_json
 
 from openai_sft import (
+    TASKS,
+    Asking,
     BudgetError,
     ConfigurationError,
     CostEstimate,
@@ -261,7 +263,33 @@ def test_the_interval_is_over_dialogues_and_there_is_none_of_few() -> None:
 
 
 def test_nothing_judged_is_no_figure() -> None:
-    assert count_judgements([])["win_rate"] == {"score": None, "low": None, "high": None}
+    figures = count_judgements([])
+
+    assert [figures["win_rate"][name] for name in ("score", "low", "high")] == [None] * 3
+    assert figures["comparison"]["verdict"] is None
+    assert "判定しません" in figures["comparison"]["sentence"]
+
+
+@pytest.mark.parametrize(
+    ("winner", "count", "verdict"),
+    [("tuned", 12, "better"), ("rival", 12, "worse"), ("tie", 12, "indistinguishable")]
+    + [("tuned", 5, "too_few")],
+)
+def test_the_verdict_is_by_swapping_whole_dialogues(winner: Any, count: int, verdict: str) -> None:
+    figures = count_judgements([judgement(n, winner, winner) for n in range(count)])
+
+    assert figures["comparison"]["verdict"] == verdict
+    assert "審査の勝率" in figures["comparison"]["sentence"]
+
+
+def test_a_judge_that_is_asked_carries_the_verdict_unless_another_figure_is_named() -> None:
+    task = TASKS["response"]
+
+    assert task.main_figure(Asking()) == "rouge_l"
+    assert task.main_figure(Asking(judge=JUDGE)) == "judge"
+    assert task.main_figure(Asking(judge=JUDGE, main_figure="chrf")) == "chrf"
+    with pytest.raises(ConfigurationError, match="main_figure"):
+        task.main_figure(Asking(main_figure="judge"))
 
 
 # ── What it costs ────────────────────────────────────────────────────────────────────────────
@@ -523,7 +551,7 @@ def test_a_rehearsal_judges_too(
     (record,) = Path("openai_sft_outputs").glob("run_*.json")
 
     assert ended.code == 0
-    assert f"審査（{JUDGE}）: 基準のモデルに対する勝率" in ended.out
+    assert "判定（テスト）: 主指標の審査の勝率は基準のモデル" in ended.out
     assert sum(line.startswith("審査: 入力") for line in log()) == 1
     assert results["judge"]["rubric"] == "遮らないこと。"
     assert results["judge"]["pairs"] == results["test_evaluation"]["evaluated_cases"]
