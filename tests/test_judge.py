@@ -272,8 +272,10 @@ def test_nothing_judged_is_no_figure() -> None:
 
 @pytest.mark.parametrize(
     ("winner", "count", "verdict"),
-    [("tuned", 12, "better"), ("rival", 12, "worse"), ("tie", 12, "indistinguishable")]
-    + [("tuned", 5, "too_few")],
+    [
+        *(("tuned", 12, "better"), ("rival", 12, "worse")),
+        *(("tie", 12, "indistinguishable"), ("tuned", 5, "too_few")),
+    ],
 )
 def test_the_verdict_is_by_swapping_whole_dialogues(winner: Any, count: int, verdict: str) -> None:
     figures = count_judgements([judgement(n, winner, winner) for n in range(count)])
