@@ -7614,6 +7614,16 @@ class Endpoint:
         models = self.given(LOOK_SECONDS).models
         return self.call(lambda: models.retrieve(name), patience=patience)
 
+    def has_not(self, name: str) -> bool:
+        """Whether the endpoint says that there is no model of this name."""
+        try:
+            self.model(name, patience=0.0)
+        except _openai().NotFoundError as error:
+            return bool(error.code == "model_not_found")  # else it may lack this part of the API
+        except (_openai().APIError, BrokenAnswer):
+            pass  # what asks the model meets that too, and waits
+        return False
+
     def shutdown_date(self, *names: str | None) -> tuple[str, date] | None:
         """The first of some models whose end is announced, with its date."""
         for name in filter(None, names):
@@ -9612,6 +9622,15 @@ class Judge:
         seed = self._asker.asking.seed
         return {"temperature": 0.0, "seed": seed, "max_tokens": MAX_VERDICT_TOKENS}
 
+    def require_model(self) -> None:
+        """Raise :class:`ConfigurationError` for a judge that its endpoint doesn't have, before
+        the answers that it is to judge are paid for."""
+        if self._asker.endpoint.has_not(self._model):
+            raise ConfigurationError(
+                f"審査のモデル {printable(self._model)} は {self._asker.endpoint.url} に"
+                "ありません。--judge と --judge-base-url を確認してください。"
+            )
+
     def ahead(self, had: Had) -> JudgeEstimate | None:
         """The price of what is left to ask, ``None`` for nothing. An answer that isn't there yet
         is taken to be as long as the real one."""
@@ -9778,6 +9797,8 @@ def _win_figure(judgements: Sequence[Judgement]) -> Figure:
 def evaluate(asker: Asker, asked: Asked, judge_at: Endpoint, asked_at: str) -> EvaluationResults:
     """Ask the models, then the judge at its endpoint, if there is one, and say what it is worth."""
     evaluation, judge = Evaluation(asker), Judge.of(asker, asked, judge_at)
+    if judge is not None:
+        judge.require_model()
     evaluation.ask(asked, None if judge is None else judge.ahead)
     if judge is not None:
         judge.ask(evaluation.had)

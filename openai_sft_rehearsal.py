@@ -82,15 +82,14 @@ _Kept = TypeVar("_Kept")
 MIN_EXAMPLES: Final[dict[Purpose, int]] = {"training": 10, "validation": 1}
 
 TUNABLE_SHUTDOWN: Final = "2027-01-14"  # OpenAI's deprecations page, announced 2026-10-14
-BASE_MODELS: Final = (
-    "gpt-4o-mini-2024-07-18",
-    "gpt-4o-mini",
-    "gpt-4o-2024-08-06",
-    "gpt-4.1-2025-04-14",
-    "gpt-4.1-mini-2025-04-14",
-    "gpt-4.1-nano-2025-04-14",
-)
-MODEL_ALIASES: Final = {"gpt-4o-mini": "gpt-4o-mini-2024-07-18"}
+MODEL_ALIASES: Final = {
+    "gpt-4o-mini": "gpt-4o-mini-2024-07-18",
+    "gpt-4o": "gpt-4o-2024-08-06",
+    "gpt-4.1": "gpt-4.1-2025-04-14",
+    "gpt-4.1-mini": "gpt-4.1-mini-2025-04-14",
+    "gpt-4.1-nano": "gpt-4.1-nano-2025-04-14",
+}
+BASE_MODELS: Final = (*MODEL_ALIASES.values(), *MODEL_ALIASES)
 FILE_PURPOSES: Final = frozenset({"assistants", "batch", "fine-tune", "vision", "user_data"})
 TERMINAL: Final = frozenset({"succeeded", "failed", "cancelled"})
 

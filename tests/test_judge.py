@@ -214,6 +214,17 @@ def test_an_answer_that_failed_leaves_its_pair_out(make_at: MakeSFT) -> None:
     assert (judge["left_out_pairs"], judge["pairs"], len(court.asked)) == (1, 2, 4)
 
 
+def test_a_judge_that_is_not_there_is_told_before_anything_is_paid(
+    make_at: Callable[[str], OpenAISFT], endpoint: Rehearsal
+) -> None:
+    with pytest.raises(ConfigurationError, match=r"審査のモデル nobody .*--judge"):
+        make_at(endpoint.url).evaluate_model_comprehensive(
+            BASE, examples(3), [], judge="nobody", judge_against="reference"
+        )
+
+    assert posts(endpoint, CHAT) == []
+
+
 # ── What verdicts come to ────────────────────────────────────────────────────────────────────
 
 
@@ -320,12 +331,12 @@ def test_a_judge_without_a_price_is_named_refused_under_a_limit_and_priced_by_th
     make_sft: MakeSFT,
 ) -> None:
     splits, price = Splits([], examples(5), []), Price(1, 1, 1, 2, 3)
-    unknown = make_sft().estimate(splits, None, model=TUNED, judge="local-judge")
-    known = make_sft(price=price).estimate(splits, None, model=TUNED, judge="local-judge")
-    with pytest.raises(BudgetError, match=r"local-judge の単価が不明.*--price-base-input"):
-        judged(make_sft(max_cost_usd=9.0), judge="local-judge")
+    unknown = make_sft().estimate(splits, None, model=TUNED, judge="gpt-4.1-nano")
+    known = make_sft(price=price).estimate(splits, None, model=TUNED, judge="gpt-4.1-nano")
+    with pytest.raises(BudgetError, match=r"gpt-4.1-nano の単価が不明.*--price-base-input"):
+        judged(make_sft(max_cost_usd=9.0), judge="gpt-4.1-nano")
 
-    assert unknown.unpriced == ("local-judge",)
+    assert unknown.unpriced == ("gpt-4.1-nano",)
     assert unknown.total_usd is None
     assert known.judge is not None
     tokens = known.judge.input_tokens
