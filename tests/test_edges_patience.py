@@ -336,9 +336,9 @@ def test_a_host_that_has_no_address_for_an_hour_in_mid_watch_is_waited_out(
     assert 3600 < clock.waited < 3 * 3600
 
 
-@pytest.mark.parametrize("concurrency", [1, 4])
+@pytest.mark.parametrize(("concurrency", "cases"), [(1, 40), (4, 300)])
 def test_an_endpoint_that_dies_under_an_evaluation_is_waited_for_once_and_not_for_each_case(
-    timed: MakeSFT, clock: Patience, endpoint: Rehearsal, concurrency: int
+    timed: MakeSFT, clock: Patience, endpoint: Rehearsal, concurrency: int, cases: int
 ) -> None:
     clock.limit = 1200
     with Door(endpoint) as door:
@@ -350,7 +350,7 @@ def test_an_endpoint_that_dies_under_an_evaluation_is_waited_for_once_and_not_fo
         threading.Thread(target=shut_after_two, daemon=True).start()
         sft = timed(base_url=door.url)
         with pytest.raises(openai.APIConnectionError):
-            sft.evaluate_model_comprehensive(BASE, examples(99), [], 0, concurrency=concurrency)
+            sft.evaluate_model_comprehensive(BASE, examples(cases), [], 0, concurrency=concurrency)
         waited, told = clock.waited, sft.describe_remote_state()
         sft.close()
         door.open()
@@ -359,8 +359,8 @@ def test_an_endpoint_that_dies_under_an_evaluation_is_waited_for_once_and_not_fo
     assert 40 < waited <= 120
     assert "--resume" in told
     assert results is not None
-    assert results["test_evaluation"]["evaluated_cases"] == 99
-    assert len([e for e in posts(endpoint, CHAT) if e.status == 200]) <= 99 + concurrency
+    assert results["test_evaluation"]["evaluated_cases"] == cases
+    assert len([e for e in posts(endpoint, CHAT) if e.status == 200]) <= cases + concurrency
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
