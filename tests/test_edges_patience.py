@@ -70,6 +70,7 @@ class Door:
     def __init__(self, endpoint: Rehearsal) -> None:
         self._behind = urlsplit(endpoint.url).port
         self._open: list[socket.socket] = []
+        self._lock = threading.Lock()
         self._port = 0
         self.open()
         self.url = f"http://127.0.0.1:{self._port}/v1"
@@ -84,18 +85,24 @@ class Door:
         return self._listener.fileno() >= 0
 
     def shut(self) -> None:
-        for one in (self._listener, *self._open):
-            with contextlib.suppress(OSError):  # it has hung up by itself
-                one.shutdown(socket.SHUT_RDWR)
-            one.close()
-        self._open.clear()
+        with self._lock:
+            for one in (self._listener, *self._open):
+                with contextlib.suppress(OSError):  # it has hung up by itself
+                    one.shutdown(socket.SHUT_RDWR)
+                one.close()
+            self._open.clear()
 
     def _serve(self, listener: socket.socket) -> None:
         with contextlib.suppress(OSError):  # shut
             while True:
                 near = listener.accept()[0]
                 far = socket.create_connection(("127.0.0.1", self._behind))
-                self._open += [near, far]
+                with self._lock:
+                    if listener.fileno() < 0:  # shut meanwhile
+                        near.close()
+                        far.close()
+                        return
+                    self._open += [near, far]
                 for one, other in ((near, far), (far, near)):
                     threading.Thread(target=self._pass, args=(one, other), daemon=True).start()
 
