@@ -49,7 +49,7 @@ from openai_sft import (
 TEXTS, SCORED, CASES, SEED = 1000, 3000, 5, 42
 SAMPLED, SAMPLES = (10, 20, 50, 200), 1000  # dialogues, and evaluations, for the intervals
 NULL_COUNTS, POWERS = (20, 50, 200), (50, 200, 659)  # 659 is the whole test split of KokoroChat
-NULLS, FOUND = 2000, 200  # evaluations of equal models, of unequal ones
+NULLS, FOUND = 6000, 200  # evaluations of equal models, of unequal ones
 HELD = (93.0, 97.0)  # percent
 LEVEL = 5 + 300 * math.sqrt(0.05 * 0.95 / NULLS)  # 5 %, and three errors of the simulation
 SLOW = ("dist_2", "overall.spearman")
