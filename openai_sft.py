@@ -2982,10 +2982,11 @@ class RecordFile:
         elif len(values) == 1:
             yield from self._read_members(values[0][1])
         else:
+            line, before = 1, 0
             for number, (at, value) in enumerate(values, 1):
-                where = f"{self.path}:{text.count(chr(10), 0, at) + 1}"
+                line, before = line + text.count("\n", before, at), at
                 faults = _NULL * (value is None)
-                yield Record(f"{self.stem}-{number}", where, value, faults=faults)
+                yield Record(f"{self.stem}-{number}", f"{self.path}:{line}", value, faults=faults)
 
     def _read_members(self, document: Any) -> Iterator[Record]:
         for name, value in _members(document):
