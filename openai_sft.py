@@ -650,7 +650,7 @@ class Example(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Dialogue:
-    """A dialogue as read: stripped, non-empty utterances in order, or a ready ``chat``.
+    """A dialogue as read: its utterances in order, none of them blank, or a ready ``chat``.
 
     ``source`` says where it stands, for messages to the user. ``roles`` are those of the turns,
     ``texts`` what they say, joined by :data:`TURN_BREAK`: as one text they take a third of the
@@ -1964,7 +1964,7 @@ def _find_conversation_problems(
         only_text = False
         role = _meant_role(role)
         yield from _find_message_problems(index, message, role)
-        trained = trained or (role == "assistant" and message.get("weight") != 0)
+        trained = trained or _is_trained(role, message)
     if not trained:
         yield _Problem("no_trained_message")
     if role != "assistant":
@@ -1972,8 +1972,13 @@ def _find_conversation_problems(
     return only_text
 
 
+def _is_trained(role: object, message: Mapping[str, object]) -> bool:
+    """Whether a message, of which ``role`` is meant, is learnt."""
+    return role == "assistant" and message.get("weight") != 0
+
+
 def _blank_problem(index: int, role: object, message: Mapping[str, object]) -> _Problem:
-    trained = role == "assistant" and message.get("weight") != 0 and not message.get("tool_calls")
+    trained = _is_trained(role, message) and not message.get("tool_calls")
     return _Problem("blank_answer" if trained else "blank_content", index)
 
 
@@ -2866,7 +2871,8 @@ class RecordFile:
             if not name.endswith(".parquet"):
                 if name.endswith(".json") and self._is_read_whole():
                     return
-                self.encoding, self._damaged = self._find_encoding()
+                with self._open() as file:
+                    self.encoding, self._damaged = _find_encoding(file)
                 self.layout = "csv" if name.endswith(".csv") else self._find_layout()
 
     def __iter__(self) -> Iterator[Record]:
@@ -2915,24 +2921,6 @@ class RecordFile:
         self.encoding, self.layout, self._content = "utf-8", "document", None
         return True
 
-    def _find_encoding(self) -> tuple[str, bool]:
-        """The codec, and whether some bytes don't belong in it."""
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        with self._open() as file:
-            encoding = _marked_encoding(file.read(4))
-            file.seek(0)
-            if encoding.startswith("utf-16"):
-                return encoding, False
-            try:
-                for chunk in iter(functools.partial(file.read, 2**20), b""):
-                    decoder.decode(chunk)
-                decoder.decode(b"", final=True)
-            except UnicodeDecodeError:
-                file.seek(0)
-                encoding = _guess_encoding(file.read())
-                return encoding, encoding == "utf-8"
-        return encoding, False
-
     def _find_layout(self) -> str:
         with self._text() as text:
             filled = itertools.chain(filter(str.strip, text), ("", ""))
@@ -2966,7 +2954,7 @@ class RecordFile:
             text = file.read()
         values: list[tuple[int, Any]] = []
         at, fault = 0, None
-        if self._damaged and (bad := re.search("[\udc80-\udcff]", text)):
+        if self._damaged and (bad := _BAD_BYTE.search(text)):
             at, fault = bad.start(), _Problem("encoding")
         try:
             while fault is None and (at := _after_gap(text, at)) < len(text):
@@ -3027,6 +3015,7 @@ class RecordFile:
 
 _JSON = json.JSONDecoder()
 _JSON_GAP = re.compile(r"[\s,]*")
+_BAD_BYTE = re.compile("[\udc80-\udcff]")  # one that doesn't belong in a text, as it is decoded
 
 
 @contextlib.contextmanager
@@ -3054,12 +3043,22 @@ def _marked_encoding(start: bytes) -> str:
     return "utf-8-sig" if start.startswith(codecs.BOM_UTF8) else "utf-8"
 
 
-def _encoding_of(content: bytes) -> str:
-    """The codec of a whole text."""
-    encoding = _marked_encoding(content[:4])
-    if encoding.startswith("utf-8") and not _is_utf8(content):
-        return _guess_encoding(content)
-    return encoding
+def _find_encoding(file: IO[bytes]) -> tuple[str, bool]:
+    """The codec of a text, and whether some bytes don't belong in it."""
+    encoding = _marked_encoding(file.read(4))
+    file.seek(0)
+    if encoding.startswith("utf-16"):
+        return encoding, False
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        for chunk in iter(functools.partial(file.read, 2**20), b""):
+            decoder.decode(chunk)
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        file.seek(0)
+        encoding = _guess_encoding(file.read())
+        return encoding, encoding == "utf-8"
+    return encoding, False
 
 
 def _guess_encoding(content: bytes) -> str:
@@ -3113,7 +3112,7 @@ def _read_line(raw: str, *, damaged: bool) -> tuple[Any, tuple[_Problem, ...]]:
         text, faults = text.removeprefix("\ufeff").lstrip(), (_Problem("bom"),)
     if not text:
         return None, (*faults, _Problem("blank_line"))
-    if damaged and re.search("[\udc80-\udcff]", text):
+    if damaged and _BAD_BYTE.search(text):
         return None, (*faults, _Problem("encoding"))
     try:
         value = json.loads(text)
@@ -3956,11 +3955,7 @@ def split_long_example(example: Example, counter: TokenCounter, limit: int) -> l
                 )
         size += own
         parts[-1].extend(exchange)
-    trained = [
-        part
-        for part in parts
-        if any(m["role"] == "assistant" and m.get("weight") != 0 for m in part)
-    ]
+    trained = [part for part in parts if any(_is_trained(m["role"], m) for m in part)]
     if len(trained) < len(parts):
         logger.warning(
             "対話「%s」を分けた%d件のうち、学習する発話のない%d件を除きました。",
@@ -4601,8 +4596,7 @@ def fix_file(
             examples.setdefault(key, text)
         if codes:
             stood = record.raw.rstrip("\r\n") or _dump(record.value)
-            # Bytes that don't belong in a text stand in it as lone surrogates.
-            raw = re.sub("[\udc80-\udcff]", lambda m: f"\\x{ord(m[0]) - 0xDC00:02x}", stood)
+            raw = _BAD_BYTE.sub(lambda byte: f"\\x{ord(byte[0]) - 0xDC00:02x}", stood)
             raw = raw.encode(errors="backslashreplace").decode()
             rejects.append(
                 _encode_json({"line": record.line or number, "codes": codes, "raw": raw})
@@ -4626,11 +4620,12 @@ def _fixed_lines(
     if example is not None:
         mended = _mend(example)
         changed += mended.changes
-        problems = _find_problems(mended.value, _dump(mended.value))
+        line = _dump(mended.value)
+        problems = _find_problems(mended.value, line)
         codes = [problem.code for problem in problems if _is_error(problem)]
         if codes:
             return {}, codes, []
-        size = len(_dump(mended.value).encode(errors="replace"))
+        size = len(line.encode(errors="replace"))
         lines, codes = _mended_lines(record.where, mended.value, size)
         return lines, codes, changed
     codes = [p.code for p in problems if _is_error(p) and p.code not in _STANDING]
@@ -4696,8 +4691,8 @@ def choose_cases(
     farewells at the end of a dialogue (:func:`is_farewell`) are left out where there is another
     turn. No dialogue gives its second case before each has given its first. A case's id is the
     dialogue's id and the turn's index in ``messages``; the draws depend on the seed and the id
-    alone, so that two runs meet on the
-    same cases. Raises :class:`ConfigurationError` for a value out of range.
+    alone, so that two runs meet on the same cases. Raises :class:`ConfigurationError` for a value
+    out of range.
     """
     Asking(max_cases, seed, turns)  # checks the values
     ranked = []
@@ -4723,9 +4718,8 @@ def _turns_to_ask(messages: Sequence[Message]) -> list[int]:
         index
         for index, message in enumerate(messages)
         if index
-        and message["role"] == "assistant"
+        and _is_trained(message["role"], message)
         and messages[index - 1]["role"] in ("user", "tool")
-        and message.get("weight") != 0
         and isinstance(message.get("content"), str)
         and message["content"].strip()
     ]
@@ -4767,7 +4761,7 @@ def _case(example: Example, index: int) -> Case:
         input=context,
         reference=messages[index]["content"],
         tools=example.get("tools"),
-        group=example.get("group", example["id"]),
+        group=example.get("group", ""),
     )
 
 
@@ -8251,13 +8245,6 @@ class Preparation:
         if _surely_fits(example):
             return [example]
         messages, tools = example["messages"], example.get("tools")
-        texts, besides = _billed_tools(tools)
-        for message in messages:
-            texts += _billed_texts(message)[0]
-        # No token is shorter than a byte, and no character takes more than four; a message's
-        # name is one more.
-        if 4 * sum(map(len, texts)) + besides + 5 * len(messages) + 3 <= MAX_EXAMPLE_TOKENS:
-            return [example]
         counter = TokenCounter(load_vocabulary())
         # An estimate may be off by some percent: keep a distance.
         limit = MAX_EXAMPLE_TOKENS if counter.exact else MAX_EXAMPLE_TOKENS * 9 // 10
@@ -8360,15 +8347,13 @@ def _tell_published(splits: Splits, published: Sequence[SplitName], seed: int) -
 
 
 def _surely_fits(example: Example) -> bool:
-    """Whether an example of nothing but roles and texts is far below the limit of tokens: none is
-    shorter than a byte, and no character takes more than four."""
+    """Whether an example is far below the limit: no token is shorter than a byte, and no character
+    takes more than four; a message's name is one more."""
     messages = example["messages"]
-    try:
-        size = len("".join([message["content"] for message in messages]))
-    except (KeyError, TypeError):
-        return False
-    plain = len(example) == 2 and max(map(len, messages), default=0) <= 2
-    return plain and 4 * size + 5 * len(messages) + 3 <= MAX_EXAMPLE_TOKENS
+    texts, besides = _billed_tools(example.get("tools"))
+    for message in messages:
+        texts += _billed_texts(message)[0]
+    return 4 * sum(map(len, texts)) + besides + 5 * len(messages) + 3 <= MAX_EXAMPLE_TOKENS
 
 
 def _find_image_problems(images: int, model: str) -> Iterator[_Problem]:
@@ -11009,7 +10994,7 @@ def _read_dotenv() -> Mapping[str, str | None]:
     if not path:
         return {}
     content = Path(path).read_bytes()
-    encoding = _encoding_of(content)
+    encoding, _ = _find_encoding(io.BytesIO(content))
     try:
         return dotenv_values(stream=io.StringIO(content.decode(encoding)))
     except UnicodeDecodeError as error:

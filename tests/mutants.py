@@ -537,8 +537,8 @@ MONEY = (
     ),
     Mutant(
         "an untrained answer is a reference",
-        'and message.get("weight") != 0\n        and isinstance',
-        "and isinstance",
+        '_is_trained(message["role"], message)\n        and messages',
+        'message["role"] == "assistant"\n        and messages',
         "test_evaluation.py::test_an_answer_that_is_not_trained_on_is_context_and_never_a_reference",
     ),
     Mutant(
@@ -1323,25 +1323,25 @@ DATA = (
     ),
     Mutant(
         "a short example may be long",
-        "if 4 * sum(map(len, texts)) + besides + 5 * len(messages) + 3 <= MAX_EXAMPLE_TOKENS:",
-        "if sum(map(len, texts)) <= MAX_EXAMPLE_TOKENS:",
+        "return 4 * sum(map(len, texts)) + besides + 5 * len(messages) + 3 <= MAX_EXAMPLE_TOKENS",
+        "return sum(map(len, texts)) <= MAX_EXAMPLE_TOKENS",
         "test_check_file.py::test_a_conversation_is_over_the_limit_of_tokens_however_few_characters_it_has",
     ),
     Mutant(
         "a long example of many short turns passes",
-        "if 4 * sum(map(len, texts)) + besides + 5 * len(messages) + 3 <= MAX_EXAMPLE_TOKENS:",
-        "if 4 * sum(map(len, texts)) <= MAX_EXAMPLE_TOKENS:",
+        "return 4 * sum(map(len, texts)) + besides + 5 * len(messages) + 3 <= MAX_EXAMPLE_TOKENS",
+        "return 4 * sum(map(len, texts)) <= MAX_EXAMPLE_TOKENS",
         "test_check_file.py::test_a_conversation_is_over_the_limit_of_tokens_however_few_characters_it_has",
     ),
     Mutant(
         "a part with nothing to train stays",
-        'if any(m["role"] == "assistant" and m.get("weight") != 0 for m in part)',
+        'if any(_is_trained(m["role"], m) for m in part)',
         "if part",
         "test_check_file.py::test_a_part_with_nothing_to_train_on_is_no_example",
     ),
     Mutant(
         "a weight of 0 is trained",
-        'trained or (role == "assistant" and message.get("weight") != 0)',
+        "trained or _is_trained(role, message)",
         'trained or role == "assistant"',
         "test_check_file.py::test_a_problem_is_named_with_its_line_and_message",
     ),
