@@ -6774,11 +6774,12 @@ class Runs:
             if known.rehearsal or known.run_id == besides.run_id or "journal" not in known.files:
                 continue
             try:
-                lines = list(_read_journal(known.file("journal")))
+                path = known.file("journal")
+                content = path.read_bytes() if path.exists() else b""
             except (DataError, OSError) as error:
                 logger.warning("%s の応答は使えません: %s", known.run_id, error)
                 continue
-            for line in lines:
+            for line in _journal_lines(content):
                 key = line.get("key", "")
                 if key in keys and key not in found and "error" not in line:
                     line.setdefault("reused_from", known.run_id)
@@ -6862,9 +6863,9 @@ class Runs:
         return self.create("steps", settings, files=files, **facts)
 
 
-def _read_journal(path: Path) -> Iterator[Response]:
+def _journal_lines(content: bytes) -> Iterator[Response]:
     """The lines of a :class:`Journal`; one that was cut by a crash is left out."""
-    for line in path.read_bytes().splitlines() if path.exists() else ():
+    for line in content.splitlines():
         with contextlib.suppress(ValueError):
             yield json.loads(line)
 
@@ -8740,7 +8741,7 @@ class Journal:
         if path.is_symlink():
             raise DataError(f"{path}: リンクには書きません。リンクを取り除いてください。")
         content = path.read_bytes() if path.exists() else b""
-        for line in _read_journal(path):
+        for line in _journal_lines(content):
             self._take(line)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self._file = os.fdopen(descriptor, "a", encoding="utf-8", newline="\n")
@@ -9032,7 +9033,7 @@ class Asker:
                 missing[key] = item
             else:
                 responses[key] = answer
-        reused = self.earlier(missing)
+        reused = self.earlier(missing) if missing else {}
         for key, line in reused.items():
             split, case, question = missing[key]
             own = Response(case_id=case.id, input=case.input, reference=case.reference)
