@@ -9000,6 +9000,13 @@ class _Item(NamedTuple):
     question: Question
 
 
+def _numbered(question: Question, numbers: collections.Counter[str]) -> Question:
+    """A question with the number of times that it was asked before, which is counted."""
+    number = numbers[question.key]
+    numbers[question.key] += 1
+    return replace(question, number=number)
+
+
 @dataclass
 class Asker:
     """Asks one endpoint, all in one pool, and keeps what it answers in a journal.
@@ -9210,9 +9217,7 @@ class Evaluation:
                 if case.tools:
                     options["tools"] = case.tools
                 question = Question(place, model, case.input, options)
-                number = numbers[question.key]
-                numbers[question.key] += 1
-                yield _Item(name, case, replace(question, number=number))
+                yield _Item(name, case, _numbered(question, numbers))
 
     def results(self, asked: Asked, asked_at: str) -> EvaluationResults:
         """What the answers are worth: figures, comparisons, usage and settings."""
@@ -9657,10 +9662,8 @@ class Judge:
             for order, (a, b) in enumerate(((tuned, rival), (rival, tuned)), start=1):
                 messages = judge_messages(case, a, b, self._rubric)
                 question = Question(place, self._model, messages, options)
-                number = numbers[question.key]
-                numbers[question.key] += 1
                 own = Case(f"{case.id}（{order}回目）", case.dialogue_id, messages, "")
-                items.append(_Item("judge", own, replace(question, number=number)))
+                items.append(_Item("judge", own, _numbered(question, numbers)))
         return items
 
     def ask(self, had: Had) -> None:
