@@ -2510,6 +2510,10 @@ class Reading:
         """Log what was read, and once each what was left out or changed."""
         for form, count in self.forms.items():
             logger.info("読んだ形: %s（%s件）", form, f"{count:,}")
+        self.tell_notes()
+
+    def tell_notes(self) -> None:
+        """Log once each what was left out or changed."""
         for (said, name), count in self.notes.items():
             logger.warning("%s: %s（%s件）", said, name, f"{count:,}")
 
@@ -4452,6 +4456,9 @@ def _converted(
     except DataError:
         return cast("Mapping[str, Any]", record.value)
     problems.append(_Problem("other_form", None, (form.name,)))
+    if dialogue.roles and dialogue.roles[-1] != "assistant":
+        cut = _mending_text(_Problem("last_not_assistant", None, (dialogue.roles[-1],)))
+        reading.notes["直して読みます", cut] += 1
     example: Mapping[str, Any] = to_example(dialogue) or {"messages": []}
     return {key: item for key, item in example.items() if key != "id"}
 
@@ -4587,9 +4594,8 @@ def fix_file(
     changes: collections.Counter[str] = collections.Counter()
     rejects = []
     whole = list(_find_container_problems(file))
-    for number, (record, example, problems) in enumerate(
-        _check_records(file, Reading(speakers)), 1
-    ):
+    reading = Reading(speakers)
+    for number, (record, example, problems) in enumerate(_check_records(file, reading), 1):
         lines, codes, changed = _fixed_lines(record, example, problems)
         changed += [_Problem("duplicate_line") for key in lines if key in examples]
         for key, text in lines.items():
@@ -4608,6 +4614,7 @@ def fix_file(
         write_new_file(output, "".join(line + "\n" for line in written))
     for text, count in changes.items():
         logger.warning("%s: %s（%s件）。", path, text, f"{count:,}")
+    reading.tell_notes()
     return str(outputs[0]), str(outputs[1]), len(examples), len(rejects)
 
 

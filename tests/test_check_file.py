@@ -383,6 +383,26 @@ def test_a_conversation_in_training_and_validation_is_a_warning_that_names_its_l
     assert "7行目" in finding.text
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"conversations": [*({**m, "mood": "m"} for m in (USER, ANSWER)), USER]},
+        {"messages": json.dumps([*({**m, "mood": "m"} for m in (USER, ANSWER)), USER])},
+        {"dialogue": [{"role": m["role"], "utterance": "話"} for m in (USER, ANSWER, USER)]},
+    ],
+    ids=["conversations", "text", "dialogue"],
+)
+def test_what_a_change_of_form_leaves_out_is_said(
+    tmp_path: Path, log: Callable[[], list[str]], form: dict[str, Any]
+) -> None:
+    fix_file(write_jsonl(tmp_path / "a.jsonl", [{**form, "note": "memo"}]))
+    told = "\n".join(log())
+
+    assert "note（1件）" in told
+    assert "最後の assistant より後の発話（user）を除きました（1件）" in told
+    assert ("mood" in told) == ("mood" in json.dumps(form))
+
+
 REPEATS = {"duplicate_line", "shared_conversation"}
 
 
