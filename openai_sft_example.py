@@ -827,7 +827,8 @@ def next_command(options: argparse.Namespace, findings: FileFindings) -> Iterato
     elif codes == {"too_few_examples"}:
         yield "次は: 学習例を増やしてください。"
     elif codes and not options.fix:
-        flags = [f for name in options.assistant for f in ("--assistant", name)]
+        speakers = {"--assistant": options.assistant, "--user": options.user}
+        flags = [f for flag, names in speakers.items() if names for f in (flag, *names)]
         yield "次は: " + command("--check-file", options.check_file, *flags, "--fix")
     elif not codes:
         yield "次は: " + command("--data-only", "--dataset", str(findings.path))

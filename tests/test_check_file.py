@@ -907,6 +907,16 @@ def test_a_good_file_is_said_to_be_good_without_a_key(
     assert cli(path, "--json") == (0, "[]\n", "")
 
 
+def test_the_next_command_names_all_speakers_that_were_named(
+    cli: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    said = [{"role": name, "utterance": "話"} for name in "ABC"]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"dialogue": said}])
+    _, out, _ = cli(path, "--assistant", "B", "C", "--user", "A")
+
+    assert out.endswith(f"--check-file {path} --assistant B C --user A --fix\n")
+
+
 def test_an_error_ends_with_2_and_a_warning_with_0(
     cli: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
