@@ -7876,7 +7876,11 @@ class Ledger:
         """The price of asking each model its cases; the first model is the evaluated one."""
         evaluated, *rivals = left
         request = TASKS[self._settings.task].request
-        counts = {model: _count_cases(cases, request) for model, cases in left.items()}
+        counts: dict[str, tuple[_Count, int]] = {}
+        for model, cases in left.items():
+            # Models are mostly asked the same, which is counted once.
+            twin = next((other for other in counts if left[other] == cases), None)
+            counts[model] = counts[twin] if twin else _count_cases(cases, request)
         rates = {m: self.rates(m, evaluated) for m, (asked, _) in counts.items() if asked.tokens}
         unpriced = tuple(model for model, known in rates.items() if known is None)
         dollars = sum(
