@@ -1,7 +1,8 @@
-"""A rehearsal of OpenAI's fine-tuning service: no key, no network, no money.
+"""OpenAI's fine-tuning API on one's own machine: no key, no network, no money.
 
-A loopback HTTP endpoint with the shapes of OpenAI's API, for trying a whole fine-tuning run and
-for tests over real sockets. Standard library only.
+An HTTP endpoint with the shapes of OpenAI's API, over an `Engine` that trains and answers. With
+its own engine it is a rehearsal, for trying a whole fine-tuning run and for tests over real
+sockets; with ``openai_sft_local`` it trains real models. Standard library only.
 
     with Rehearsal() as endpoint:
         client = openai.OpenAI(base_url=endpoint.url, api_key="rehearsal")
@@ -11,27 +12,30 @@ or, for any client, ``python -m openai_sft_rehearsal --port 8000``.
 What is real here and what is not:
 
 - The files are judged as the service judges them, and a job goes through the service's statuses.
+- A chat completion is one whole answer. What isn't rehearsed (more choices, streams) is refused
+  with a 400. How strict the service is with parameters, sizes and keys isn't rehearsed.
+- A checkpoint answers once its job has succeeded, with what had been learned by then.
+
+Of the character engine:
+
 - A job really fits a character n-gram model on the assistant texts with ``weight`` other than 0.
   Every loss (nats a character) and accuracy reported was computed; none says anything about GPT.
-- A *token* of this endpoint is a character. ``trained_tokens`` counts the characters of all message
-  contents times the epochs; ``usage`` counts characters too.
+- A *token* is a character. ``trained_tokens`` counts the characters of all message contents times
+  the epochs; ``usage`` counts characters too.
 - A tuned model answers with what it learned is likeliest, whatever temperature and seed; a base
   model has learned nothing and says so. Tools are accepted and have no influence.
 - ``response_format`` is obeyed where it asks for scores: see `_wanted_scores`. A model tuned on
   JSON objects of whole numbers fills in what it predicts from the last user text (`ScoreModel`);
   where nothing was learned stands the lowest number allowed. It is obeyed as well where it asks
-  which of two answers is better: see `_verdict_text`.
-- A chat completion is one whole answer. What isn't rehearsed (more choices, streams, other schemas)
-  is refused with a 400. How strict the service is with parameters, sizes and keys isn't rehearsed.
-- A checkpoint answers once its job has succeeded, with what had been learned by then. Each epoch
-  learns the same texts once more, which changes the losses, but what is likeliest only where two
-  characters follow equally often.
+  which of two answers is better: see `_verdict_text`. Other schemas are refused with a 400.
+- Each epoch learns the same texts once more, which changes the losses, but what is likeliest only
+  where two characters follow equally often.
 
 Every request passes `Rehearsal.answer` and every job's work `Rehearsal.work`: a subclass can watch
 and disturb both.
 
-In reading order: records, checks, the judgement of files, the models, structured answers, the
-service behind the endpoint, HTTP, `Rehearsal`, the command line, and the example dialogues.
+In reading order: records, checks, the judgement of files, what an engine is, the character engine,
+the service behind the endpoint, HTTP, `Rehearsal`, the command line, and the example dialogues.
 """
 
 from __future__ import annotations
@@ -39,6 +43,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import hmac
+import ipaddress
 import json
 import logging
 import math
@@ -56,19 +62,32 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from email.message import Message
 from http.server import BaseHTTPRequestHandler
+from pathlib import Path
 from types import UnionType
-from typing import Any, Final, Literal, NamedTuple, NoReturn, Self, TypeVar
+from typing import Any, BinaryIO, Final, Literal, NamedTuple, NoReturn, Protocol, Self, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 __all__ = [
     "Answer",
     "ApiError",
+    "CharacterEngine",
+    "Engine",
     "FileProblem",
     "Job",
+    "Kept",
+    "Model",
+    "Note",
+    "Order",
+    "Progress",
     "Rehearsal",
+    "Reply",
     "Request",
     "SentFile",
+    "Step",
+    "Trained",
+    "TrainingFailed",
     "example_dialogues",
+    "hold_lock",
     "judge_training_file",
     "main",
 ]
@@ -81,7 +100,6 @@ _Kept = TypeVar("_Kept")
 
 MIN_EXAMPLES: Final[dict[Purpose, int]] = {"training": 10, "validation": 1}
 
-TUNABLE_SHUTDOWN: Final = "2027-01-14"  # OpenAI's deprecations page, announced 2026-10-14
 MODEL_ALIASES: Final = {
     "gpt-4o-mini": "gpt-4o-mini-2024-07-18",
     "gpt-4o": "gpt-4o-2024-08-06",
@@ -89,7 +107,6 @@ MODEL_ALIASES: Final = {
     "gpt-4.1-mini": "gpt-4.1-mini-2025-04-14",
     "gpt-4.1-nano": "gpt-4.1-nano-2025-04-14",
 }
-BASE_MODELS: Final = (*MODEL_ALIASES.values(), *MODEL_ALIASES)
 FILE_PURPOSES: Final = frozenset({"assistants", "batch", "fine-tune", "vision", "user_data"})
 TERMINAL: Final = frozenset({"succeeded", "failed", "cancelled"})
 
@@ -433,7 +450,98 @@ def _is_call(call: Any) -> bool:
     return call["id"] != "" and all(isinstance(text, str) for text in texts)
 
 
-# --- The models -----------------------------------------------------------------------------------
+# --- What an engine is ----------------------------------------------------------------------------
+
+
+class Order(NamedTuple):
+    """What a job asks of an engine. `seen` items of its progress were handled before a restart."""
+
+    job_id: str
+    model: str
+    training: bytes
+    validation: bytes | None
+    n_epochs: int
+    batch_size: int
+    learning_rate_multiplier: float
+    seed: int
+    seen: int
+
+
+class Note(NamedTuple):
+    """Something to tell whoever watches a job."""
+
+    message: str
+    level: Literal["info", "warn"] = "info"
+
+
+class Step(NamedTuple):
+    """A step is done; `metrics` has its number under ``step``, and losses in nats a token."""
+
+    total_steps: int
+    metrics: Json
+
+
+class Kept(NamedTuple):
+    """A checkpoint that can be asked once the job has succeeded; `metrics` are its step's."""
+
+    metrics: Json
+
+
+class Trained(NamedTuple):
+    """The end; the model is the last checkpoint. `tokens` are those trained on, in all epochs."""
+
+    tokens: int
+
+
+Progress = Note | Step | Kept | Trained | None  # None: a pause without news
+
+
+class TrainingFailed(Exception):
+    """A job can't go on: the error that the API shows of it."""
+
+    def __init__(self, code: str, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.code, self.message, self.param = code, message, param
+
+
+class Model(NamedTuple):
+    """Which model is asked: a base model, or what a job had learned by a step."""
+
+    base: str
+    job_id: str | None = None
+    step: int | None = None
+
+
+class Reply(NamedTuple):
+    """An answer to a chat request, and its size in the engine's tokens."""
+
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    finish_reason: Literal["stop", "length"] = "stop"
+
+
+class Engine(Protocol):
+    """What trains and answers behind the endpoint."""
+
+    owner: str  # the third part of a tuned model's name
+    base_models: Mapping[str, str]  # by every name that may be asked for
+    shutdown_date: str | None  # of the models
+
+    def train(self, order: Order) -> Generator[Progress, None, None]:
+        """Carry a job out, in short pieces; closing cancels it. Raises `TrainingFailed`."""
+
+    def answer(self, model: Model, body: Json) -> Reply:
+        """Answer a chat request that `_check_chat` found nothing wrong with. Raises `ApiError`."""
+
+    def forget(self, job_id: str) -> None:
+        """Let go of all that a job has left."""
+
+    def close(self) -> None:
+        """End what was started."""
+
+
+# --- The character engine: its models -------------------------------------------------------------
 
 _START: Final = "\x02"
 _END: Final = "\x03"
@@ -660,7 +768,7 @@ def fit_scores(examples: list[Example]) -> ScoreModel | None:
     return ScoreModel(rows) if rows else None
 
 
-# --- Structured answers ---------------------------------------------------------------------------
+# --- The character engine: structured answers -----------------------------------------------------
 
 
 def _wanted_scores(body: Json) -> dict[str, list[int]] | None:
@@ -751,13 +859,114 @@ def _verdict_text(user_text: str, model: CharacterModel | None) -> str:
     return json.dumps({"reason": reason, "winner": winner}, ensure_ascii=False)
 
 
+# --- The character engine -------------------------------------------------------------------------
+
+
+class _Tuned(NamedTuple):
+    model: Learned
+    scores: ScoreModel | None
+    judge: CharacterModel  # as the last epoch left it, also of an earlier checkpoint
+
+
+class CharacterEngine:
+    """The character models behind the API; what they have learned ends with the process."""
+
+    owner: str = "rehearsal"
+    base_models: Mapping[str, str] = {
+        **{name: name for name in MODEL_ALIASES.values()},
+        **MODEL_ALIASES,
+    }
+    shutdown_date: str | None = "2027-01-14"  # OpenAI's deprecations page, announced 2026-10-14
+
+    def __init__(self) -> None:
+        self._tuned: dict[tuple[str, int], _Tuned] = {}
+
+    def train(self, order: Order) -> Generator[Progress, None, None]:
+        """See `Engine`."""
+        examples = read_examples(order.training)
+        validation = read_examples(order.validation or b"")
+        epochs, size, rng = order.n_epochs, order.batch_size, random.Random(order.seed)
+        sample = rng.sample(validation, min(4, len(validation)))
+        per_epoch = math.ceil(len(examples) / size)
+        total = per_epoch * epochs
+        every = max(1, min(10, total // 10))
+        model = CharacterModel(order.learning_rate_multiplier)
+        learned: dict[int, Learned] = {}
+
+        for step in range(1, total + 1):
+            epoch, batch_number = divmod(step - 1, per_epoch)
+            if batch_number == 0:
+                shuffled = rng.sample(examples, len(examples))
+            batch = shuffled[batch_number * size : (batch_number + 1) * size]
+            metrics: Json = {"step": step}
+            metrics |= yield from _measure(model, batch, "train")
+            for example in batch:
+                for user_text, text in example.turns:
+                    model.learn(text)
+                    if epoch == 0:
+                        model.remember_opening(user_text, text)
+                yield None
+            epoch_ends = batch_number == per_epoch - 1
+            if sample and (step % every == 0 or epoch_ends):
+                metrics |= yield from _measure(model, sample, "valid")
+            if validation and epoch_ends:
+                metrics |= yield from _measure(model, validation, "full_valid")
+            yield Step(total, metrics)
+            if epoch_ends and epoch >= epochs - 3:
+                learned[step] = model.learned()
+                yield Kept(metrics)
+        scores = fit_scores(examples)
+        self._tuned |= {
+            (order.job_id, step): _Tuned(known, scores, model) for step, known in learned.items()
+        }
+        yield Trained(epochs * sum(example.characters for example in examples))
+
+    def answer(self, model: Model, body: Json) -> Reply:
+        """See `Engine`."""
+        tuned = None
+        if model.job_id is not None and model.step is not None:
+            tuned = self._tuned[model.job_id, model.step]
+        texts = [_text(message) for message in body["messages"] if message["role"] == "user"]
+        text = _answer_text(body, texts[-1] if texts else "", tuned)
+        limit = body.get("max_completion_tokens") or body.get("max_tokens") or len(text)
+        asked = sum(map(len, map(_text, body["messages"])))
+        cut = text[:limit]
+        return Reply(cut, asked, len(cut), "stop" if cut == text else "length")
+
+    def forget(self, job_id: str) -> None:
+        """See `Engine`."""
+        self._tuned = {key: tuned for key, tuned in self._tuned.items() if key[0] != job_id}
+
+    def close(self) -> None:
+        """See `Engine`."""
+
+
+def _measure(
+    model: CharacterModel, examples: list[Example], name: str
+) -> Generator[None, None, Json]:
+    """Returns loss and accuracy on the examples' assistant texts; pauses after each example."""
+    nats, hits, characters = 0.0, 0, 0
+    for example in examples:
+        for _, text in example.turns:
+            more = model.measure(text)
+            nats, hits, characters = nats + more[0], hits + more[1], characters + more[2]
+        yield
+    return {
+        f"{name}_loss": round(nats / max(1, characters), 6),
+        f"{name}_mean_token_accuracy": round(hits / max(1, characters), 6),
+    }
+
+
+def _answer_text(body: Json, user_text: str, tuned: _Tuned | None) -> str:
+    if _wants_verdict(body):
+        return _verdict_text(user_text, tuned.judge if tuned else None)
+    if (wanted := _wanted_scores(body)) is not None:
+        predicted = tuned.scores.predict(user_text) if tuned and tuned.scores else {}
+        return _score_text(wanted, predicted)
+    return tuned.model.answer(user_text) if tuned else UNTRAINED_ANSWER
+
+
 # --- The service: what it keeps -------------------------------------------------------------------
-
-
-@dataclass
-class _File:
-    shown: Json
-    data: bytes
 
 
 @dataclass
@@ -770,12 +979,16 @@ class _Upload:
 class Job:
     """A job; `shown` is what the API shows of it, `events` are in the order they happened."""
 
-    shown: Json
-    training: _File
-    validation: _File | None
+    shown: Json = field(default_factory=dict)
     events: list[Json] = field(default_factory=list)
     checkpoints: list[Json] = field(default_factory=list)
-    work: Iterator[None] = field(default_factory=lambda: iter(()))
+    seen: int = 0  # how many items of the engine's progress stand in it
+    work: Generator[None, None, None] | None = None  # what is still to be done
+
+    @property
+    def id(self) -> str:
+        """Its name."""
+        return str(self.shown["id"])
 
     @property
     def status(self) -> str:
@@ -783,17 +996,106 @@ class Job:
         return str(self.shown["status"])
 
     @property
-    def model_name(self) -> str:
-        """What its model will be called."""
-        suffix = self.shown["user_provided_suffix"] or ""
-        return f"ft:{self.shown['model']}:rehearsal:{suffix}:{self.shown['id'][-8:]}"
+    def metrics(self) -> list[Json]:
+        """What was measured, by step; a step that was taken twice counts as it went last."""
+        measured = (event["data"] for event in self.events if event["type"] == "metrics")
+        return list({data["step"]: data for data in measured}.values())
 
 
-class _Tuned(NamedTuple):
-    shown: Json
-    model: Learned
-    scores: ScoreModel | None
-    judge: CharacterModel  # as the last epoch left it, also of an earlier checkpoint
+class _Memory:
+    """Where files are and changes go; these end with the process."""
+
+    def __init__(self) -> None:
+        self._data: dict[str, bytes] = {}
+
+    def read(self) -> Iterator[Json]:
+        """All changes from the first."""
+        return iter(())
+
+    def add(self, change: Json) -> None:
+        """Put down what has changed."""
+
+    def keep(self, file_id: str, data: bytes) -> None:
+        """Take the bytes of a file."""
+        self._data[file_id] = data
+
+    def data(self, file_id: str) -> bytes:
+        """The bytes of a file."""
+        return self._data[file_id]
+
+    def drop(self, file_id: str) -> None:
+        """Let go of a file."""
+        del self._data[file_id]
+
+    def close(self) -> None:
+        """Nothing more is kept."""
+
+
+class _Diary(_Memory):
+    """A folder that outlives the endpoint: one line for every change, and the files' bytes.
+
+    Raises OSError where it can't be written, or where another endpoint has it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._files = folder / "files"
+        self._files.mkdir(parents=True, exist_ok=True)
+        lock = hold_lock(folder / "lock")
+        if lock is None:
+            raise BlockingIOError(f"{folder} は、動いている別のエンドポイントが使っています")
+        self._lock = lock
+        self._lines = (folder / "service.jsonl").open("a+b")
+
+    def read(self) -> Iterator[Json]:
+        """All changes from the first; half a line that a kill has left is cut off."""
+        self._lines.seek(0)
+        whole = 0
+        for line in self._lines:
+            if line.endswith(b"\n"):
+                whole += len(line)
+                yield json.loads(line)
+        self._lines.truncate(whole)
+
+    def add(self, change: Json) -> None:
+        """Put down what has changed."""
+        self._lines.write(json.dumps(change).encode("ascii") + b"\n")
+        self._lines.flush()
+
+    def keep(self, file_id: str, data: bytes) -> None:
+        """Take the bytes of a file."""
+        (self._files / file_id).write_bytes(data)
+
+    def data(self, file_id: str) -> bytes:
+        """The bytes of a file."""
+        return (self._files / file_id).read_bytes()
+
+    def drop(self, file_id: str) -> None:
+        """Let go of a file."""
+        (self._files / file_id).unlink()
+
+    def close(self) -> None:
+        """Let another endpoint have the folder."""
+        self._lines.close()
+        self._lock.close()
+
+
+def hold_lock(path: Path) -> BinaryIO | None:
+    """An exclusive lock on a file until it is closed or the process ends; None where it is held."""
+    file = path.open("a+b")
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return None
+    return file
 
 
 def _found(store: Mapping[str, _Kept], name: str, missing: ApiError) -> _Kept:
@@ -825,20 +1127,32 @@ def _page(items: Sequence[Json], query: dict[str, str], usual: int = 20) -> Json
 class _Service:
     """Everything behind the endpoint but HTTP. Methods named in `_ROUTES` answer requests.
 
-    All state is guarded by `state`; only the worker computes outside it, on a job's own model.
+    All state is guarded by `state`; only the worker and chats compute outside it. What is kept
+    changes in `_apply` alone.
     """
 
-    def __init__(self, latency: float, max_in_flight: int | None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        folder: Path | None,
+        api_key: str | None,
+        latency: float,
+        max_in_flight: int | None,
+    ) -> None:
+        self.engine, self.api_key = engine, api_key
         self.latency, self.max_in_flight = latency, max_in_flight
         self.state = threading.Condition()
         self.closing = threading.Event()
         self.held: set[str] = set()
         self.moves = 0
         self.in_flight = 0
-        self.files: dict[str, _File] = {}
+        self.files: dict[str, Json] = {}
         self.uploads: dict[str, _Upload] = {}
         self.jobs: dict[str, Job] = {}
-        self.tuned: dict[str, _Tuned] = {}
+        self.tuned: dict[str, Model] = {}
+        self.diary = _Diary(folder) if folder else _Memory()
+        for change in self.diary.read():
+            self._apply(change)
 
     # The two seams
 
@@ -849,24 +1163,31 @@ class _Service:
         except ApiError as problem:
             return problem.answer
 
-    def work(self, job: Job) -> Iterator[None]:
-        """All of a job, in pieces; between two of them it may be held or cancelled, or `fail`."""
-        given: dict[Purpose, _File | None]
-        given = {"training": job.training, "validation": job.validation}
-        for purpose, file in given.items():
+    def work(self, job: Job) -> Generator[None, None, None]:
+        """What is left of a job, in pieces; between two it may be held or cancelled, or `fail`."""
+        if job.status == "validating_files":
+            for purpose in MIN_EXAMPLES:
+                yield
+                data = self._data(job, purpose)
+                if data and (problem := judge_training_file(data, purpose=purpose)):
+                    return self.fail(job, problem.code, problem.message, f"{purpose}_file")
             yield
-            if file and (problem := judge_training_file(file.data, purpose=purpose)):
-                return self.fail(job, problem.code, problem.message, f"{purpose}_file")
+            self._say(job, "Files validated, moving job to queued state")
+            self.move(job, "queued")
+        if job.status == "queued":
+            yield
+            self.move(job, "running")
+            self._say(job, "Fine-tuning job started")
         yield
-        self._say(job, "Files validated, moving job to queued state")
-        self.move(job, "queued")
-        yield
-        self.move(job, "running")
-        self._say(job, "Fine-tuning job started")
-        yield
-        yield from self._train(job)
+        try:
+            yield from self._train(job)
+        except TrainingFailed as problem:
+            self.fail(job, problem.code, problem.message, problem.param)
 
     def _operate(self, request: Request) -> Answer:
+        sent = request.headers.get("Authorization", "").encode()
+        if self.api_key and not hmac.compare_digest(sent, f"Bearer {self.api_key}".encode()):
+            raise ApiError(401, "Incorrect API key provided.", None, "invalid_api_key")
         operation, name = _route(request)
         # A chat computes for a while, and touches no shared state.
         with self._chat_slot() if operation is _Service.chat else self.state:
@@ -880,33 +1201,71 @@ class _Service:
         name = f"{prefix}{secrets.token_hex(12)}"
         return {"id": name, "object": kind, "created_at": self._now(), **more}
 
-    def _moved(self) -> None:
-        self.moves += 1
-        self.state.notify_all()
+    # What is kept
+
+    def _change(self, **change: Any) -> None:
+        with self.state:
+            self.diary.add(change)
+            self._apply(change)
+            self.moves += 1
+            self.state.notify_all()
+
+    def _apply(self, change: Json) -> None:
+        """A file is new, a job is new or changed, a file or a job's models are gone."""
+        if file := change.get("file"):
+            self.files[file["id"]] = file
+        elif name := change.get("job"):
+            self._apply_to_job(self.jobs.setdefault(name, Job()), change)
+        elif name := change.get("deleted"):
+            del self.files[name]
+        else:
+            tuned = self.tuned.items()
+            self.tuned = {key: at for key, at in tuned if at.job_id != change["forgotten"]}
+
+    def _apply_to_job(self, job: Job, change: Json) -> None:
+        job.shown |= change.get("shown", {})
+        job.events += change.get("events", [])
+        job.checkpoints += change.get("checkpoints", [])
+        job.seen += change.get("seen", 0)
+        if job.status not in TERMINAL:
+            job.work = job.work or self.work(job)
+        elif name := job.shown["fine_tuned_model"]:
+            steps = {c["fine_tuned_model_checkpoint"]: c["step_number"] for c in job.checkpoints}
+            steps[name] = job.checkpoints[-1]["step_number"]
+            base = job.shown["model"]
+            self.tuned |= {known: Model(base, job.id, step) for known, step in steps.items()}
 
     # Models
 
-    def _model(self, name: str, owner: str) -> Json:
-        return {
-            "id": name,
-            "object": "model",
-            "created": self._now(),
-            "owned_by": owner,
-            "shutdown_date": TUNABLE_SHUTDOWN,
-        }
+    def _shown_model(self, name: str) -> Json:
+        """A model by its name; 404 for one that isn't here."""
+        base, job_id = self.engine.base_models.get(name), self._asked_model(name).job_id
+        created = self.jobs[job_id].shown["finished_at"] if job_id else self._now()
+        owner = self.engine.owner if base else f"org-{self.engine.owner}"
+        shown = {"id": name, "object": "model", "created": created, "owned_by": owner}
+        ends = self.engine.shutdown_date
+        return shown | ({"shutdown_date": ends} if ends else {})
 
-    def list_models(self, request: Request, name: str) -> Json:
-        base = [self._model(name, "rehearsal") for name in BASE_MODELS]
-        return {"object": "list", "data": base + [tuned.shown for tuned in self.tuned.values()]}
-
-    def retrieve_model(self, request: Request, name: str) -> Json:
-        if name in BASE_MODELS:
-            return self._model(name, "rehearsal")
-        return self._tuned_model(name).shown
-
-    def _tuned_model(self, name: str) -> _Tuned:
+    def _asked_model(self, name: str) -> Model:
+        if base := self.engine.base_models.get(name):
+            return Model(base)
         message = f"The model `{name}` does not exist or you do not have access to it."
         return _found(self.tuned, name, ApiError(404, message, "model", "model_not_found"))
+
+    def list_models(self, request: Request, name: str) -> Json:
+        names = (*self.engine.base_models, *self.tuned)
+        return {"object": "list", "data": [self._shown_model(known) for known in names]}
+
+    def retrieve_model(self, request: Request, name: str) -> Json:
+        return self._shown_model(name)
+
+    def delete_model(self, request: Request, name: str) -> Json:
+        """A tuned model, and with it the job's checkpoints."""
+        job_id = self._asked_model(name).job_id
+        _check(job_id, f"The base model {name} can't be deleted.", "model")
+        self._change(forgotten=job_id)
+        self.engine.forget(str(job_id))
+        return {"id": name, "object": "model", "deleted": True}
 
     # Files
 
@@ -914,7 +1273,7 @@ class _Service:
         file = _field(request.body, "file", SentFile, needed=True)
         purpose = request.body.get("purpose")
         self._check_file(file.name, purpose, len(file.data))
-        return self._add_file(file.name, str(purpose), file.data).shown
+        return self._add_file(file.name, str(purpose), file.data)
 
     def _check_file(self, name: str, purpose: Any, size: int) -> None:
         known = isinstance(purpose, str) and purpose in FILE_PURPOSES
@@ -923,27 +1282,29 @@ class _Service:
         _check(right, f"Invalid extension of '{name}': fine-tune files must be .jsonl.", "file")
         _check(size > 0, "File is empty.", "file")
 
-    def _add_file(self, name: str, purpose: str, data: bytes) -> _File:
+    def _add_file(self, name: str, purpose: str, data: bytes) -> Json:
         more = {"bytes": len(data), "filename": name, "purpose": purpose, "status": "processed"}
         shown = self._new("file-", "file", **more)
-        file = self.files[shown["id"]] = _File(shown, data)
-        return file
+        self.diary.keep(shown["id"], data)
+        self._change(file=shown)
+        return shown
 
     def list_files(self, request: Request, name: str) -> Json:
         wanted = request.query.get("purpose")
-        newest_first = (file.shown for file in reversed(self.files.values()))
+        newest_first = reversed(self.files.values())
         files = [shown for shown in newest_first if wanted in (None, shown["purpose"])]
         return _page(files, request.query, usual=10_000)
 
-    def file(self, name: str) -> _File:
+    def file(self, name: str) -> Json:
         return _found(self.files, name, ApiError(404, f"No such File object: {name}", "id"))
 
     def file_content(self, request: Request, name: str) -> Answer:
-        return Answer(200, self.file(name).data, "application/octet-stream")
+        return Answer(200, self.diary.data(self.file(name)["id"]), "application/octet-stream")
 
     def delete_file(self, request: Request, name: str) -> Json:
         self.file(name)
-        del self.files[name]
+        self._change(deleted=name)
+        self.diary.drop(name)
         return {"id": name, "object": "file", "deleted": True}
 
     # Uploads in parts
@@ -982,7 +1343,7 @@ class _Service:
         _check(len(data) == size, message, "part_ids")
         file = self._add_file(upload.shown["filename"], upload.shown["purpose"], data)
         upload.parts.clear()
-        upload.shown |= {"status": "completed", "file": file.shown}
+        upload.shown |= {"status": "completed", "file": file}
         return upload.shown
 
     # Jobs: requests
@@ -993,8 +1354,8 @@ class _Service:
         metadata = _field(body, "metadata", dict)
         texts = all(isinstance(value, str) for value in (metadata or {}).values())
         _check(texts, "Invalid 'metadata': expected strings.", "metadata")
-        base = MODEL_ALIASES.get(asked, asked)
-        if base not in BASE_MODELS:
+        base = self.engine.base_models.get(asked)
+        if base is None:
             message = f"Model {asked} is not available for fine-tuning."
             raise ApiError(400, message, "model", "model_not_available")
         training = self._training_file(body, "training_file")
@@ -1010,27 +1371,25 @@ class _Service:
             metadata=metadata,
             method={"type": "supervised", "supervised": {"hyperparameters": chosen}},
             model=base,
-            organization_id="org-rehearsal",
+            organization_id=f"org-{self.engine.owner}",
             result_files=[],
             seed=secrets.randbelow(2**31) if seed is None else seed,
             status="validating_files",
             trained_tokens=None,
-            training_file=training.shown["id"],
+            training_file=training,
             user_provided_suffix=_field(body, "suffix", str, (1, 64)),
-            validation_file=validation.shown["id"] if validation else None,
+            validation_file=validation,
         )
-        job = Job(shown, training, validation)
-        job.work = self.work(job)
-        self.jobs[shown["id"]] = job
-        self._say(job, f"Created fine-tuning job: {shown['id']}")
-        self._say(job, f"Validating training file: {training.shown['id']}")
+        created = self._event(f"Created fine-tuning job: {shown['id']}")
+        validating = self._event(f"Validating training file: {training}")
+        self._change(job=shown["id"], shown=shown, events=[created, validating])
         return shown
 
-    def _training_file(self, body: Json, key: str) -> _File:
-        name = _field(body, key, str, needed=True)
+    def _training_file(self, body: Json, key: str) -> str:
+        name: str = _field(body, key, str, needed=True)
         file = _found(self.files, name, ApiError(400, f"invalid {key}: {name}", key))
-        _check(file.shown["purpose"] == "fine-tune", f"{key} must have purpose fine-tune.", key)
-        return file
+        _check(file["purpose"] == "fine-tune", f"{key} must have purpose fine-tune.", key)
+        return name
 
     def job(self, name: str) -> Job:
         message = f"Could not find fine tune: {name}"
@@ -1050,163 +1409,159 @@ class _Service:
     def cancel_job(self, request: Request, name: str) -> Json:
         job = self.job(name)
         _check(job.status not in TERMINAL, f"Job has already {job.status}.")
-        job.shown["finished_at"] = self._now()
-        job.work = iter(())  # lets go of what was learned
-        self._say(job, "The job has been cancelled.")
-        self.move(job, "cancelled")
+        said = self._event("The job has been cancelled.")
+        shown = {"status": "cancelled", "finished_at": self._now()}
+        self._change(job=name, shown=shown, events=[said])
         return job.shown
 
     # Jobs: the work
 
     def _run_jobs(self) -> None:
         """The worker: carries the oldest job that may go on one piece further, until closing."""
-        while True:
-            with self.state:
-                while (job := self._next_job()) is None and not self.closing.is_set():
-                    self.state.wait()
-                if job is None or self.closing.is_set():
-                    return
-            next(job.work, None)
+        while job := self._next_job():
+            if job.work and job.status not in TERMINAL:
+                next(job.work, None)
+            elif job.work:
+                job.work.close()  # which ends what the engine does for it
+                job.work = None
+                if job.status == "cancelled":
+                    self.engine.forget(job.id)
+        for job in self.jobs.values():
+            if job.work:
+                job.work.close()
 
     def _next_job(self) -> Job | None:
-        waiting = (job for job in self.jobs.values() if job.status not in TERMINAL | self.held)
-        return next(waiting, None)
+        """The oldest job with something to do, once there is one; None when all is closing."""
+        with self.state:
+            while not self.closing.is_set():
+                waiting = (job for job in self.jobs.values() if job.work)
+                if job := next((job for job in waiting if job.status not in self.held), None):
+                    return job
+                self.state.wait()
+        return None
 
     def move(self, job: Job, status: str) -> None:
         """Give a job another status, unless it has ended."""
         with self.state:
             if job.status not in TERMINAL:
-                job.shown["status"] = status
-                self._moved()
+                self._change(job=job.id, shown={"status": status})
 
-    def _say(self, job: Job, message: str, level: str = "info", data: Json | None = None) -> None:
+    def _event(self, message: str, level: str = "info", data: Json | None = None) -> Json:
         more: Json = {"level": level, "message": message, "data": data or {}}
         more["type"] = "message" if data is None else "metrics"
-        with self.state:
-            job.events.append(self._new("ftevent-", "fine_tuning.job.event", **more))
-            self._moved()
+        return self._new("ftevent-", "fine_tuning.job.event", **more)
+
+    def _say(self, job: Job, message: str) -> None:
+        self._change(job=job.id, events=[self._event(message)])
 
     def fail(self, job: Job, code: str, message: str, param: str | None = None) -> None:
         """End a job with an error, unless it has ended."""
         with self.state:
-            if job.status in TERMINAL:
-                return
-            job.shown["error"] = {"code": code, "message": message, "param": param}
-            job.shown["finished_at"] = self._now()
-            self._say(job, f"The job failed: {message}", "error")
-            self.move(job, "failed")
+            if job.status not in TERMINAL:
+                error = {"code": code, "message": message, "param": param}
+                shown = {"status": "failed", "error": error, "finished_at": self._now()}
+                said = self._event(f"The job failed: {message}", "error")
+                self._change(job=job.id, shown=shown, events=[said])
 
-    def _train(self, job: Job) -> Iterator[None]:
-        examples = read_examples(job.training.data)
-        validation = read_examples(job.validation.data) if job.validation else []
-        chosen = _resolve(job.shown["hyperparameters"], len(examples))
-        method = {"type": "supervised", "supervised": {"hyperparameters": chosen}}
+    def _data(self, job: Job, purpose: Purpose) -> bytes | None:
+        """The bytes of a job's file; None where it has none. Raises `TrainingFailed`."""
+        name = job.shown[f"{purpose}_file"]
         with self.state:
-            job.shown |= {"hyperparameters": chosen, "method": method}
-        epochs, size = chosen["n_epochs"], chosen["batch_size"]
-        rng = random.Random(job.shown["seed"])
-        sample = rng.sample(validation, min(4, len(validation)))
-        per_epoch = math.ceil(len(examples) / size)
-        total = per_epoch * epochs
-        every = max(1, min(10, total // 10))
-        model = CharacterModel(float(chosen["learning_rate_multiplier"]))
-        rows: list[Json] = []
-        learned: list[Learned] = []  # of each checkpoint
+            if name is not None and name not in self.files:
+                message = f"The file {name} has been deleted."
+                raise TrainingFailed("file_not_found", message, f"{purpose}_file")
+            return None if name is None else self.diary.data(name)
 
-        for step in range(1, total + 1):
-            epoch, batch_number = divmod(step - 1, per_epoch)
-            if batch_number == 0:
-                order = rng.sample(examples, len(examples))
-            batch = order[batch_number * size : (batch_number + 1) * size]
-            data: Json = {"step": step, "total_steps": total}
-            data |= yield from _measure(model, batch, "train")
-            for example in batch:
-                for user_text, text in example.turns:
-                    model.learn(text)
-                    if epoch == 0:
-                        model.remember_opening(user_text, text)
+    def _train(self, job: Job) -> Generator[None, None, None]:
+        training, validation = self._data(job, "training"), self._data(job, "validation")
+        training = training or b""
+        examples = sum(1 for line in training.split(b"\n") if line.strip())
+        chosen = _resolve(job.shown["hyperparameters"], examples)
+        method = {"type": "supervised", "supervised": {"hyperparameters": chosen}}
+        self._change(job=job.id, shown={"hyperparameters": chosen, "method": method})
+        base, seed = job.shown["model"], job.shown["seed"]
+        order = Order(job.id, base, training, validation, **chosen, seed=seed, seen=job.seen)
+        with contextlib.closing(self.engine.train(order)) as pieces:
+            for progress in pieces:
+                with self.state:
+                    if progress is not None and job.status not in TERMINAL:
+                        self._report(job, progress)
                 yield
-            epoch_ends = batch_number == per_epoch - 1
-            if sample and (step % every == 0 or epoch_ends):
-                data |= yield from _measure(model, sample, "valid")
-            if validation and epoch_ends:
-                data |= yield from _measure(model, validation, "full_valid")
-            rows.append(data)
-            is_checkpoint = epoch_ends and epoch >= epochs - 3
-            if is_checkpoint:
-                learned.append(model.learned())
-            self._report(job, data, checkpoint=is_checkpoint)
-            yield
-        self._succeed(job, model, learned, rows, examples)
 
-    def _report(self, job: Job, data: Json, *, checkpoint: bool) -> None:
-        step = data["step"]
-        loss = f"training loss={data['train_loss']}"
-        self._say(job, f"Step {step}/{data['total_steps']}: {loss}", data=data)
-        if not checkpoint:
-            return
-        shown = self._new(
+    def _report(self, job: Job, progress: Note | Step | Kept | Trained) -> None:
+        change: Json = {"job": job.id, "seen": 1}
+        match progress:
+            case Note(message, level):
+                change["events"] = [self._event(message, level)]
+            case Step(total, metrics):
+                message = f"Step {metrics['step']}/{total}: training loss={metrics['train_loss']}"
+                data = {"step": metrics["step"], "total_steps": total, **metrics}
+                change["events"] = [self._event(message, data=data)]
+            case Kept(metrics):
+                change["checkpoints"] = [self._checkpoint(job, metrics)]
+            case Trained(tokens):
+                change |= self._success(job, tokens)
+        self._change(**change)
+
+    def _model_name(self, job: Job) -> str:
+        suffix = job.shown["user_provided_suffix"] or ""
+        return f"ft:{job.shown['model']}:{self.engine.owner}:{suffix}:{job.id[-8:]}"
+
+    def _checkpoint(self, job: Job, metrics: Json) -> Json:
+        step = metrics["step"]
+        return self._new(
             "ftckpt_",
             "fine_tuning.job.checkpoint",
-            fine_tuned_model_checkpoint=f"{job.model_name}:ckpt-step-{step}",
-            fine_tuning_job_id=job.shown["id"],
-            metrics={key: value for key, value in data.items() if key != "total_steps"},
+            fine_tuned_model_checkpoint=f"{self._model_name(job)}:ckpt-step-{step}",
+            fine_tuning_job_id=job.id,
+            metrics=metrics,
             step_number=step,
         )
-        with self.state:
-            job.checkpoints.append(shown)
-            self._moved()
 
-    def _succeed(
-        self,
-        job: Job,
-        judge: CharacterModel,
-        learned: list[Learned],
-        rows: list[Json],
-        examples: list[Example],
-    ) -> None:
-        scores, name = fit_scores(examples), job.model_name
-        characters = sum(example.characters for example in examples)
-        with self.state:
-            if job.status in TERMINAL:
-                return
-            names = [point["fine_tuned_model_checkpoint"] for point in job.checkpoints]
-            # The last checkpoint is the model.
-            for known, model in zip([*names, name], [*learned, learned[-1]], strict=True):
-                shown = self._model(known, "org-rehearsal")
-                self.tuned[known] = _Tuned(shown, model, scores, judge)
-            table = _result_csv(rows).encode()
-            result = self._add_file("step_metrics.csv", "fine-tune-results", table)
-            job.shown |= {
-                "fine_tuned_model": name,
-                "finished_at": self._now(),
-                "result_files": [result.shown["id"]],
-                "trained_tokens": characters * job.shown["hyperparameters"]["n_epochs"],
-            }
-            self._say(job, f"New fine-tuned model created: {name}")
-            self._say(job, "The job has successfully completed")
-            self.move(job, "succeeded")
+    def _success(self, job: Job, tokens: int) -> Json:
+        name = self._model_name(job)
+        table = _result_csv(job.metrics).encode()
+        result = self._add_file("step_metrics.csv", "fine-tune-results", table)
+        created = self._event(f"New fine-tuned model created: {name}")
+        completed = self._event("The job has successfully completed")
+        shown = {
+            "fine_tuned_model": name,
+            "finished_at": self._now(),
+            "result_files": [result["id"]],
+            "status": "succeeded",
+            "trained_tokens": tokens,
+        }
+        return {"shown": shown, "events": [created, completed]}
 
     # Answers of models
 
     def chat(self, request: Request, name: str) -> Json:
         body = request.body
         _check_chat(body)
-        model, messages = body["model"], body["messages"]
         with self.state:
-            tuned = None if model in BASE_MODELS else self._tuned_model(model)
-        choice = _choice(body, tuned)
-        written = len(choice["message"]["content"])
-        asked = sum(map(len, map(_text, messages)))
-        usage = {"prompt_tokens": asked, "completion_tokens": written}
+            model = self._asked_model(body["model"])
+        reply = self.engine.answer(model, body)
+        message = {"role": "assistant", "content": reply.text, "refusal": None}
+        asked, written = reply.prompt_tokens, reply.completion_tokens
         return {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "object": "chat.completion",
             "created": self._now(),
-            "model": model,
-            "choices": [choice],
-            "usage": usage | {"total_tokens": asked + written},
-            "system_fingerprint": "fp_rehearsal",
+            "model": body["model"],
+            "choices": [
+                {
+                    "index": 0,
+                    "message": message,
+                    "logprobs": None,
+                    "finish_reason": reply.finish_reason,
+                }
+            ],
+            "usage": {
+                "prompt_tokens": asked,
+                "completion_tokens": written,
+                "total_tokens": asked + written,
+            },
+            "system_fingerprint": f"fp_{self.engine.owner}",
         }
 
     @contextlib.contextmanager
@@ -1236,22 +1591,6 @@ def _resolve(asked: Json, examples: int) -> Json:
     return {key: usual[key] if value == "auto" else value for key, value in asked.items()}
 
 
-def _measure(
-    model: CharacterModel, examples: list[Example], name: str
-) -> Generator[None, None, Json]:
-    """Returns loss and accuracy on the examples' assistant texts; pauses after each example."""
-    nats, hits, characters = 0.0, 0, 0
-    for example in examples:
-        for _, text in example.turns:
-            more = model.measure(text)
-            nats, hits, characters = nats + more[0], hits + more[1], characters + more[2]
-        yield
-    return {
-        f"{name}_loss": round(nats / max(1, characters), 6),
-        f"{name}_mean_token_accuracy": round(hits / max(1, characters), 6),
-    }
-
-
 def _result_csv(rows: list[Json]) -> str:
     """The service's result file; cells of steps without validation stay empty."""
     head = "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
@@ -1275,37 +1614,16 @@ def _check_chat(body: Json) -> None:
         _check(why is None, f"Invalid '{where}': {why}", where)
 
 
-def _choice(body: Json, tuned: _Tuned | None) -> Json:
-    """One answer to a chat request, in the shape of a choice."""
-    users = [_text(m) for m in body["messages"] if m["role"] == "user"]
-    user_text = users[-1] if users else ""
-    judging = _wants_verdict(body)
-    wanted = None if judging else _wanted_scores(body)
-    text, reason = UNTRAINED_ANSWER, "stop"
-    if judging:
-        text = _verdict_text(user_text, tuned.judge if tuned else None)
-    elif wanted is not None:
-        text = _score_text(
-            wanted, tuned.scores.predict(user_text) if tuned and tuned.scores else {}
-        )
-    elif tuned is not None:
-        text = tuned.model.answer(user_text)
-    limit = body.get("max_completion_tokens") or body.get("max_tokens") or len(text)
-    if len(text) > limit:
-        text, reason = text[:limit], "length"
-    message: Json = {"role": "assistant", "content": text, "refusal": None}
-    return {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
-
-
 # --- HTTP -----------------------------------------------------------------------------------------
 
 _Operation = Callable[[_Service, Request, str], Json | Answer]
 _ROUTES: Final[dict[str, _Operation]] = {
     "GET /models": _Service.list_models,
     "GET /models/*": _Service.retrieve_model,
+    "DELETE /models/*": _Service.delete_model,
     "POST /files": _Service.create_file,
     "GET /files": _Service.list_files,
-    "GET /files/*": lambda service, _, name: service.file(name).shown,
+    "GET /files/*": lambda service, _, name: service.file(name),
     "GET /files/*/content": _Service.file_content,
     "DELETE /files/*": _Service.delete_file,
     "POST /uploads": _Service.create_upload,
@@ -1368,8 +1686,8 @@ class _Server(socketserver.ThreadingTCPServer):
     request_queue_size = 128
     allow_reuse_address = True
 
-    def __init__(self, port: int, service: _Service) -> None:
-        super().__init__(("127.0.0.1", port), _Handler)
+    def __init__(self, address: tuple[str, int], service: _Service) -> None:
+        super().__init__(address, _Handler)
         self.service = service
         self._open: set[socket.socket] = set()
         self._changed = threading.Condition()
@@ -1457,16 +1775,35 @@ class _Handler(BaseHTTPRequestHandler):
 class Rehearsal(_Service):
     """The endpoint: a context manager, or `start` and `close`.
 
-    `latency` seconds are added to each chat completion; more than `max_in_flight` of them at a time
-    get 429.
+    `engine` trains and answers, `CharacterEngine` unless told. What `folder` holds of an earlier
+    endpoint is taken up again. With an `api_key` nobody else is answered. `latency` seconds are
+    added to each chat completion; more than `max_in_flight` of them at a time get 429.
     """
 
     def __init__(
-        self, port: int = 0, *, latency: float = 0.0, max_in_flight: int | None = None
+        self,
+        port: int = 0,
+        *,
+        host: str = "127.0.0.1",
+        engine: Engine | None = None,
+        folder: Path | None = None,
+        api_key: str | None = None,
+        latency: float = 0.0,
+        max_in_flight: int | None = None,
     ) -> None:
-        """Binds the port, OSError when it is taken; port 0 is any that is free."""
-        super().__init__(latency, max_in_flight)
-        self._server = _Server(port, self)
+        """Binds the port; port 0 is any that is free.
+
+        Raises OSError where the port is taken or the folder can't be used, ValueError for a host
+        that others reach without an `api_key`.
+        """
+        if not (api_key or _is_loopback(host)):
+            raise ValueError(f"{host} はほかのマシンからも届くため、APIキーが必要です")
+        self._server = _Server((host, port), self)
+        try:
+            super().__init__(engine or CharacterEngine(), folder, api_key, latency, max_in_flight)
+        except OSError:
+            self._server.server_close()
+            raise
         self._threads: list[threading.Thread] = []
         self._moves_seen = 0
 
@@ -1490,7 +1827,9 @@ class Rehearsal(_Service):
         self._server.hang_up()
         self._server.server_close()
         while self._threads:
-            self._threads.pop().join(timeout=2)
+            self._threads.pop().join(timeout=5)
+        self.engine.close()
+        self.diary.close()
 
     def __enter__(self) -> Self:
         """`start`."""
@@ -1503,7 +1842,8 @@ class Rehearsal(_Service):
     @property
     def url(self) -> str:
         """What a client takes as its ``base_url``."""
-        return f"http://127.0.0.1:{self._server.server_address[1]}/v1"
+        host, port = self._server.server_address[:2]
+        return f"http://{host!s}:{port}/v1"
 
     def hold(self, status: str) -> None:
         """Stop every job that is in this status or gets there, until `release`."""
@@ -1529,40 +1869,95 @@ class Rehearsal(_Service):
             return self._moves_seen > before
 
 
+def _is_loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
 # --- The command line -----------------------------------------------------------------------------
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m openai_sft_rehearsal",
-        description="OpenAIのファインチューニングAPIの形をした、手元だけで動くリハーサル環境。"
-        "キーも通信も費用も要りません。",
+        description="OpenAIのファインチューニングAPIの形をした、自分のマシンで動くエンドポイント。"
+        "キーも費用も要りません。",
     )
     parser.add_argument("--port", type=int, default=8000, help="待ち受けるポート（0は空きポート）")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="待ち受けるアドレス（既定: このマシンだけ）"
+    )
+    parser.add_argument(
+        "--api-key-file", type=Path, help="APIキーの入ったファイル。このキーにだけ答える"
+    )
+    parser.add_argument(
+        "--engine",
+        choices=("character", "trl"),
+        default="character",
+        help="学習と応答をするもの。character は小さな文字モデル、trl は本当のモデル",
+    )
     parser.add_argument("--latency", type=float, default=0.0, help="チャットの応答に加える秒数")
     parser.add_argument("--max-in-flight", type=int, help="同時に受けるチャットの上限")
+    real = parser.add_argument_group("--engine trl のとき（pip install 'openai-sft[local]'）")
+    real.add_argument(
+        "--model", help="学習する元のモデル（Hubの名前かフォルダー、試すだけなら tiny）"
+    )
+    real.add_argument("--state", type=Path, help="ファイル、ジョブ、重みを置くフォルダー")
+    real.add_argument(
+        "--launcher", help="学習の前に置くコマンド（torchrun や accelerate launch …）"
+    )
+    real.add_argument("--serve-url", help="応答をまかせるvLLMのURL")
+    real.add_argument("--full", action="store_true", help="LoRAではなく全パラメーターを学習する")
     return parser
 
 
+def _engine_of(arguments: argparse.Namespace) -> Engine:
+    """Raises ValueError where what it needs isn't told, ImportError where it isn't installed."""
+    if arguments.engine == "character":
+        return CharacterEngine()
+    if not (arguments.model and arguments.state):
+        raise ValueError("--engine trl には --model と --state が要ります")
+    from openai_sft_local import LocalEngine
+
+    how = {name: getattr(arguments, name) for name in ("launcher", "serve_url", "full")}
+    return LocalEngine(arguments.model, arguments.state, **how)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until Ctrl-C (130) or SIGTERM (143); 2 when the port can't be had."""
+    """Serve until Ctrl-C (130) or SIGTERM (143); 2 where it can't be begun."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     received: list[int] = []
     signals = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, lambda got, _: received.append(got)) for number in signals]
+    names = ("port", "host", "latency", "max_in_flight")
     try:
-        with Rehearsal(**vars(arguments)) as endpoint:
-            _log.info("リハーサル環境を開始しました: %s （Ctrl-Cで終了）", endpoint.url)
+        with Rehearsal(
+            **{name: getattr(arguments, name) for name in names},
+            engine=_engine_of(arguments),
+            folder=arguments.state,
+            api_key=_read_key(arguments.api_key_file),
+        ) as endpoint:
+            _log.info("エンドポイントを開始しました: %s （Ctrl-Cで終了）", endpoint.url)
             while not received:
                 time.sleep(0.1)  # a signal ends the sleep's turn, on Windows too
-    except OSError as problem:
-        _log.error("ポート%sを使えません: %s", arguments.port, problem)
+    except (OSError, ValueError, ImportError) as problem:
+        _log.error("エンドポイントを開始できません（ポート%s）: %s", arguments.port, problem)
         return 2
     finally:
         for number, handler in zip(signals, before, strict=True):
             signal.signal(number, handler)
     return 128 + received[0]
+
+
+def _read_key(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    key = path.read_text(encoding="utf-8-sig").strip()
+    if not key or not key.isascii():
+        raise ValueError(f"{path} にAPIキーがありません（空か、使えない文字を含みます）")
+    return key
 
 
 # --- Example dialogues ----------------------------------------------------------------------------

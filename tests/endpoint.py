@@ -9,7 +9,7 @@ import json
 import math
 import socket
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
@@ -147,7 +147,7 @@ class Rehearsal(openai_sft_rehearsal.Rehearsal):
         self._keep(request, answer, fault)
         return answer
 
-    def work(self, job: Job) -> Iterator[None]:
+    def work(self, job: Job) -> Generator[None, None, None]:
         pieces = super().work(job)
         disturb = _WORK.get(self._job_faults.get(job.shown["id"], ""))
         yield from disturb(self, job, pieces) if disturb else pieces
