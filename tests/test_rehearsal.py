@@ -13,7 +13,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,25 @@ from calls import (
     wait_until,
 )
 from endpoint import Rehearsal
+from faults import until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openai_sft_rehearsal import example_dialogues, judge_training_file, main
+from openai_sft_rehearsal import (
+    ApiError,
+    Kept,
+    Model,
+    Note,
+    Order,
+    Progress,
+    Reply,
+    Step,
+    Trained,
+    TrainingFailed,
+    example_dialogues,
+    judge_training_file,
+    main,
+)
 
 PROJECT = Path(__file__).parents[1]
 BOM = b"\xef\xbb\xbf"
@@ -1125,6 +1141,209 @@ def test_a_signal_ends_the_command_quietly(number: signal.Signals, code: int) ->
 
 def test_a_taken_port_ends_with_2(endpoint: Rehearsal) -> None:
     assert main(["--port", str(port_of(endpoint))]) == 2
+
+
+# --- Other engines, and what is kept --------------------------------------------------------------
+
+
+class Scripted:
+    """An engine that trains ten steps, each as soon as it may, and repeats what it is asked."""
+
+    owner = "scripted"
+    base_models: Mapping[str, str] = {"org/base": "org/base", "short": "org/base"}
+    shutdown_date = None
+
+    def __init__(self, steps: int = 10) -> None:
+        self.steps = steps  # which it may take
+        self.orders: list[Order] = []
+        self.closed = self.finished = 0
+        self.forgotten: list[str] = []
+
+    def train(self, order: Order) -> Generator[Progress, None, None]:
+        self.orders.append(order)
+        try:
+            yield Note("始めます", "warn")
+            for step in range(max(1, order.seen), 11):
+                while step > self.steps:
+                    time.sleep(0.002)
+                    yield None
+                metrics = {"step": step, "train_loss": step / 8, "train_mean_token_accuracy": 0.5}
+                yield Step(10, metrics)
+            yield Kept({"step": 5, "train_loss": 0.625})
+            yield Kept({"step": 10, "train_loss": 1.25})
+            yield Trained(77)
+            self.finished += 1
+        finally:
+            self.closed += 1
+
+    def answer(self, model: Model, body: dict[str, Any]) -> Reply:
+        if model.step == 5:
+            raise ApiError(400, "too long", "messages", "context_length_exceeded")
+        return Reply(f"{model.base} {model.step}", 3, 2, "length")
+
+    def forget(self, job_id: str) -> None:
+        self.forgotten.append(job_id)
+
+    def close(self) -> None:
+        """Nothing was started."""
+
+
+def test_an_engine_is_told_what_to_train_and_its_progress_becomes_the_jobs(
+    sdk: openai.OpenAI,
+) -> None:
+    engine = Scripted()
+    with Rehearsal(engine=engine) as endpoint:
+        client = connected(sdk, endpoint)
+        started = start_job(client, examples(10), model="short", seed=7, suffix="s")
+        job = finish(endpoint, client, started)
+        events = list(client.fine_tuning.jobs.list_events(job.id))
+        checkpoints = list(client.fine_tuning.jobs.checkpoints.list(job.id))
+        last, first = (c.fine_tuned_model_checkpoint for c in checkpoints)
+
+        assert engine.orders == [
+            Order(job.id, "org/base", examples(10), None, 3, 1, 1.0, seed=7, seen=0)
+        ]
+        assert job.fine_tuned_model == f"ft:org/base:scripted:s:{job.id[-8:]}"
+        assert (job.trained_tokens, job.status) == (77, "succeeded")
+        assert (last, first) == tuple(f"{job.fine_tuned_model}:ckpt-step-{n}" for n in (10, 5))
+        assert [(e.level, e.message) for e in events if e.level == "warn"] == [("warn", "始めます")]
+        assert [e.data["step"] for e in events if e.type == "metrics"][::-1] == [*range(1, 11)]
+        for name in (job.fine_tuned_model, last):
+            answer = ask(client, name)
+            assert answer.choices[0].message.content == "org/base 10"
+            assert answer.choices[0].finish_reason == "length"
+            assert (answer.usage.prompt_tokens, answer.usage.total_tokens) == (3, 5)
+        with pytest.raises(openai.BadRequestError, match="too long"):
+            ask(client, first)
+        assert judge.check_exchanges(endpoint.exchanges) == []
+
+
+def test_a_cancelled_job_ends_the_engines_work_at_once(sdk: openai.OpenAI) -> None:
+    engine = Scripted(steps=3)
+    with Rehearsal(engine=engine) as endpoint:
+        client = connected(sdk, endpoint)
+        job = start_job(client, examples(10), model="org/base")
+        until(lambda: endpoint.job(job.id).metrics[2:])
+        client.fine_tuning.jobs.cancel(job.id)
+        until(lambda: engine.forgotten)
+
+        assert (engine.closed, engine.finished, engine.forgotten) == (1, 0, [job.id])
+
+
+def test_an_engine_that_fails_fails_the_job_with_its_words(sdk: openai.OpenAI) -> None:
+    class Failing(Scripted):
+        def train(self, order: Order) -> Generator[Progress, None, None]:
+            yield Note("始めます")
+            raise TrainingFailed("out_of_memory", "メモリーが足りません", "training_file")
+
+    with Rehearsal(engine=Failing()) as endpoint:
+        client = connected(sdk, endpoint)
+        job = finish(endpoint, client, start_job(client, examples(10), model="org/base"))
+
+        assert job.status == "failed"
+        assert job.error.code == "out_of_memory"
+        assert job.error.param == "training_file"
+        assert job.error.message == "メモリーが足りません"
+
+
+def test_an_endpoint_takes_up_what_an_earlier_one_has_left(
+    sdk: openai.OpenAI, tmp_path: Path
+) -> None:
+    with Rehearsal(engine=Scripted(), folder=tmp_path) as endpoint:
+        client = connected(sdk, endpoint)
+        ended = finish(endpoint, client, start_job(client, examples(10), model="org/base"))
+    engine = Scripted(steps=4)
+    with Rehearsal(engine=engine, folder=tmp_path) as endpoint:
+        client = connected(sdk, endpoint)
+        gone = upload(client, examples(1))
+        client.files.delete(gone)
+        begun = start_job(client, examples(11), model="org/base", metadata={"for": "試験"})
+        until(lambda: endpoint.job(begun.id).metrics[3:])
+        events = [e.id for e in client.fine_tuning.jobs.list_events(begun.id)]
+    with (tmp_path / "service.jsonl").open("ab") as diary:
+        diary.write(b'{"job": "ftjob-half')
+    engine = Scripted()
+    with Rehearsal(engine=engine, folder=tmp_path) as endpoint:
+        client = connected(sdk, endpoint)
+        job = finish(endpoint, client, client.fine_tuning.jobs.retrieve(begun.id))
+
+        assert engine.orders[0].seen == 5
+        assert [e.id for e in client.fine_tuning.jobs.list_events(begun.id)][
+            -len(events) :
+        ] == events
+        assert (job.status, job.metadata) == ("succeeded", {"for": "試験"})
+        assert [*(j.id for j in client.fine_tuning.jobs.list())] == [begun.id, ended.id]
+        assert client.files.content(begun.training_file).content == examples(11)
+        assert gone not in {file.id for file in client.files.list()}
+        assert ask(client, ended.fine_tuned_model).choices[0].message.content == "org/base 10"
+        table = client.files.content(job.result_files[0]).text
+        assert [row["step"] for row in csv.DictReader(io.StringIO(table))] == [
+            str(n) for n in range(1, 11)
+        ]
+    with Rehearsal(engine=Scripted(), folder=tmp_path) as endpoint:  # the half line is gone
+        assert set(endpoint.jobs) == {begun.id, ended.id}
+
+
+def test_a_job_taken_up_without_its_file_fails_and_says_which(
+    sdk: openai.OpenAI, tmp_path: Path
+) -> None:
+    with Rehearsal(engine=Scripted(steps=0), folder=tmp_path) as endpoint:
+        client = connected(sdk, endpoint)
+        begun = start_job(client, examples(10), model="org/base")
+        client.files.delete(begun.training_file)
+    with Rehearsal(engine=Scripted(), folder=tmp_path) as endpoint:
+        client = connected(sdk, endpoint)
+        job = finish(endpoint, client, client.fine_tuning.jobs.retrieve(begun.id))
+
+        assert (job.status, job.error.code) == ("failed", "file_not_found")
+        assert begun.training_file in job.error.message
+
+
+def test_two_endpoints_never_share_a_folder(sdk: openai.OpenAI, tmp_path: Path) -> None:
+    with (
+        Rehearsal(engine=Scripted(), folder=tmp_path),
+        pytest.raises(OSError, match="別のエンドポイントが使っています"),
+    ):
+        Rehearsal(engine=Scripted(), folder=tmp_path)
+    with Rehearsal(engine=Scripted(), folder=tmp_path) as endpoint:
+        assert raw(endpoint, "GET", "/models")[0] == 200
+
+
+def test_a_deleted_model_is_gone_with_its_checkpoints_for_good(
+    sdk: openai.OpenAI, tmp_path: Path
+) -> None:
+    engine = Scripted()
+    with Rehearsal(engine=engine, folder=tmp_path) as endpoint:
+        client = connected(sdk, endpoint)
+        job = finish(endpoint, client, start_job(client, examples(10), model="org/base"))
+        assert client.models.delete(job.fine_tuned_model).deleted
+        with pytest.raises(openai.BadRequestError):
+            client.models.delete("org/base")
+        assert engine.forgotten == [job.id]
+    with Rehearsal(engine=engine, folder=tmp_path) as endpoint:
+        client = connected(sdk, endpoint)
+        assert {model.id for model in client.models.list()} == {"org/base", "short"}
+        with pytest.raises(openai.NotFoundError):
+            ask(client, f"{job.fine_tuned_model}:ckpt-step-10")
+        assert judge.check_exchanges(endpoint.exchanges) == []
+
+
+def test_with_a_key_nobody_else_is_answered(sdk: openai.OpenAI) -> None:
+    with Rehearsal(api_key="right") as endpoint:
+        assert raw(endpoint, "GET", "/models", headers={"Authorization": "Bearer wrong"})[0] == 401
+        assert raw(endpoint, "GET", "/models", headers={})[0] == 401
+    with Rehearsal(api_key="secret") as endpoint:
+        client = sdk.with_options(base_url=endpoint.url, api_key="secret")
+        assert client.models.retrieve(BASE).id == BASE
+
+
+def test_an_endpoint_that_others_reach_needs_a_key(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="APIキーが必要です"):
+        Rehearsal(host="0.0.0.0")
+    assert main(["--port", "0", "--host", "0.0.0.0"]) == 2
+    (tmp_path / "key").write_text("\n")
+    assert main(["--port", "0", "--api-key-file", str(tmp_path / "key")]) == 2
+    assert main(["--port", "0", "--engine", "trl"]) == 2
 
 
 # --- The example dialogues ------------------------------------------------------------------------
