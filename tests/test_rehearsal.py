@@ -1163,7 +1163,7 @@ class Scripted:
         self.orders.append(order)
         try:
             yield Note("始めます", "warn")
-            for step in range(max(1, order.seen), 11):
+            for step in range(max(1, order.seen - 2), 11):  # some steps are taken twice
                 while step > self.steps:
                     time.sleep(0.002)
                     yield None
