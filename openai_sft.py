@@ -157,6 +157,7 @@ __all__ = [
     "Finding",
     "FineTuning",
     "Form",
+    "InstanceOptions",
     "Intent",
     "JobFailed",
     "Journal",
@@ -733,6 +734,21 @@ class ReadingOptions(TypedDict, total=False):
     skip_unreadable: bool
 
 
+class InstanceOptions(ReadingOptions, total=False):
+    """How data are read, and what model is trained on one's own machine, and how.
+
+    ``local`` names an open model, of the Hub or in a folder; ``"tiny"`` is one for a look.
+    ``local_launcher`` is a command that starts the trainer in several processes (``torchrun`` or
+    ``accelerate launch`` with their options). ``local_full`` trains all weights instead of LoRA.
+    ``local_serve_url`` is a vLLM server that answers for the tuned models.
+    """
+
+    local: str | None
+    local_launcher: str | None
+    local_full: bool
+    local_serve_url: str | None
+
+
 class AskingOptions(TypedDict, total=False):
     """How an evaluation asks, as keywords of the methods that evaluate.
 
@@ -970,6 +986,7 @@ class Price:
         return Rates(asked, answered, asked if cached is None else cached)
 
 
+FREE = Price(0.0, 0.0, 0.0, 0.0, 0.0)  # one's own machine
 PRICES_AS_OF = "2026-09"
 PRICES_SOURCE = "https://platform.openai.com/docs/pricing"
 PRICES: dict[str, Price] = {
@@ -989,6 +1006,10 @@ MODEL_ALIASES = {
 IMAGE_MODELS = frozenset({"gpt-4o-2024-08-06", "gpt-4.1-2025-04-14"})
 
 
+LOCAL_EXTRA = (
+    "pip install 'openai-sft[local]' を実行してください（GPUのないマシンでは、先に"
+    " pip install torch --index-url https://download.pytorch.org/whl/cpu とすると小さく済みます）。"
+)
 PRICE_FLAGS = "--price-training、--price-input、--price-output"
 BASE_PRICE_FLAGS = "--price-base-input と --price-base-output"
 
@@ -1330,6 +1351,24 @@ class RunSettings:
     long_examples: LongExamples = "split"
     max_cost_usd: float | None = None
     price: Price | None = None
+    local: str | None = None
+    local_launcher: str | None = None
+    local_full: bool = False
+    local_serve_url: str | None = None
+
+    @property
+    def effective_price(self) -> Price | None:
+        """The price given, or that of one's own machine: nothing."""
+        return FREE if self.price is None and self.local is not None else self.price
+
+    @property
+    def flags(self) -> str:
+        """The options that lead a command to the endpoint, each after a space."""
+        if self.local is not None:
+            return f" --local {shlex.quote(self.local)}"
+        if self.base_url in (None, OPENAI_BASE_URL):
+            return ""
+        return f" --base-url {shlex.quote(self.base_url)}"
 
 
 @dataclass(frozen=True)
@@ -1356,6 +1395,12 @@ class Settings(RunSettings):
 
     def __post_init__(self) -> None:
         _require_filled(revision=self.revision, system_prompt=self.system_prompt)
+        _require_filled(local_launcher=self.local_launcher, local_serve_url=self.local_serve_url)
+        if self.local is None and (self.local_launcher or self.local_full or self.local_serve_url):
+            raise ConfigurationError(
+                "local_launcher、local_full、local_serve_url は、local（--local）と一緒に指定して"
+                "ください。"
+            )
         for label, variable, value in (
             ("OpenAI API key", "OPENAI_API_KEY", self.api_key),
             ("審査のAPIキー", "OPENAI_SFT_JUDGE_API_KEY", self.judge_api_key),
@@ -1408,7 +1453,19 @@ class Settings(RunSettings):
 
     def working_at(self, run: RunSettings) -> Settings:
         """These settings at the endpoint of a run."""
-        return replace(self, base_url=self.working_as(run).base_url)
+        names = ("base_url", "local", "local_launcher", "local_full", "local_serve_url")
+        acting = self.working_as(run)
+        return replace(self, **{name: getattr(acting, name) for name in names})
+
+    @property
+    def brings_endpoint(self) -> bool:
+        """Whether the endpoint is started here, for this process alone."""
+        return self.rehearse or self.local is not None
+
+    @property
+    def has_key(self) -> bool:
+        """Whether there is a key, or none is needed."""
+        return bool(self.api_key) or self.brings_endpoint
 
     @property
     def speakers(self) -> Speakers:
@@ -4263,9 +4320,19 @@ def percentile(ordered: Sequence[int], percent: float) -> int:
 
 
 def price_of(model: str) -> Price | None:
-    """The price of a base model or of a tuned one (``ft:BASE:…``); ``None`` where unknown."""
-    base = model.split(":")[1] if model.startswith("ft:") and ":" in model[3:] else model
-    return PRICES.get(MODEL_ALIASES.get(base, base))
+    """The price of a base model or of a tuned one (``ft:BASE:…``); ``None`` where unknown.
+
+    Nothing for one that was tuned on one's own machine (``ft:BASE:local:…``).
+    """
+    parts = model.split(":")
+    base = parts[1] if model.startswith("ft:") and len(parts) > 2 else model
+    price = PRICES.get(MODEL_ALIASES.get(base, base))
+    return FREE if price is None and _is_local(model) else price
+
+
+def _is_local(model: str) -> bool:
+    """Whether the name is that of a model tuned on one's own machine."""
+    return model.startswith("ft:") and model.split(":")[2:3] == ["local"]
 
 
 def _rates_of(model: str, tuned_from: str | None, given: Price | None) -> Rates | None:
@@ -4284,7 +4351,9 @@ def _baseline_rates(
     """The rates of asking what an evaluated model is compared with: the base rates of a ``given``
     price are those of its base model, and of any other that the table doesn't know."""
     rates = _rates_of(model, tuned_from, given if is_base else None)
-    return given.rates(tuned=False) if rates is None and given is not None else rates
+    if rates is None and given is not None and given is not FREE:
+        return given.rates(tuned=False)
+    return rates
 
 
 def estimate_cost(
@@ -6647,13 +6716,16 @@ def _creation_goes_on(run: Run) -> str:
 def _job_goes_on(run: Run) -> str:
     if run.fine_tuned_model or run.job_status in TERMINAL_STATUSES:
         return _model_stays(run)
+    if run.settings.local is not None:
+        return "学習は、最後のチェックポイントから続けられます。"
     return f"ジョブ {printable(run.job_id)} はサービス側で続いていて、料金もかかります。"
 
 
 def _model_stays(run: Run) -> str:
     if not run.fine_tuned_model:
         return ""
-    return f"学習済みモデル {printable(run.fine_tuned_model)} はサービス側に残っています。"
+    where = "サービス側" if run.settings.local is None else "保存先"
+    return f"学習済みモデル {printable(run.fine_tuned_model)} は{where}に残っています。"
 
 
 _PIPELINE: frozenset[RunKind] = frozenset({"pipeline"})
@@ -7055,7 +7127,7 @@ class Endpoint:
     """One place that speaks the API: its client, and how patiently it is asked.
 
     All requests go through :meth:`call`, the only loop that repeats one. Nothing is opened
-    before it is needed; :meth:`close` ends what was opened here, a rehearsal's server too.
+    before it is needed; :meth:`close` ends what was opened here, a server of its own too.
     """
 
     def __init__(
@@ -7089,7 +7161,7 @@ class Endpoint:
                 "offline=True ではサービスを使えません。データの準備だけができます。"
             )
         if self._client is None:
-            if not settings.api_key:
+            if not settings.has_key:
                 raise ConfigurationError(NO_KEY)
             self._client = self._make_client()
         if self._client.max_retries:
@@ -7102,8 +7174,8 @@ class Endpoint:
         settings = self._settings
         try:
             http_client = openai.DefaultHttpxClient(
-                # A proxy of the environment must not see a rehearsal.
-                trust_env=not settings.rehearse,
+                # A proxy of the environment must not see what stays on this machine.
+                trust_env=not settings.brings_endpoint,
                 event_hooks={
                     "request": [self._name_no_other_organisation],
                     "response": [_refuse_foreign_redirect, self._bound_reading],
@@ -7111,8 +7183,8 @@ class Endpoint:
             )
             weakref.finalize(self, http_client.close)
             return openai.OpenAI(
-                api_key=settings.api_key,
-                base_url=self._start_rehearsal() if settings.rehearse else settings.base_url,
+                api_key="local" if settings.brings_endpoint else settings.api_key,
+                base_url=self._start() if settings.brings_endpoint else settings.base_url,
                 organization=settings.organization,
                 project=settings.project,
                 timeout=60.0,
@@ -7152,16 +7224,22 @@ class Endpoint:
         timeout = _openai().Timeout(seconds, connect=CONNECT_SECONDS)
         return self.client.with_options(timeout=timeout)
 
-    def _start_rehearsal(self) -> str:
+    def _start(self) -> str:
+        """Start the endpoint of a rehearsal, or of a model on this machine."""
         from openai_sft_rehearsal import Rehearsal
 
-        self._server = Rehearsal()
+        settings = self._settings
+        if settings.local is None:
+            self._server = Rehearsal()
+            told = (
+                "リハーサル: ローカルの模擬エンドポイント %s を使います。課金も外部への送信も"
+                "ありません。損失や応答は小さな文字モデルのもので、GPTの性能とは無関係です。"
+            )
+        else:
+            self._server = _local_endpoint(settings)
+            told = "このマシンで学習します（%s）。料金はかからず、データはどこへも送信されません。"
         self._server.start()
-        logger.info(
-            "リハーサル: ローカルの模擬エンドポイント %s を使います。課金も外部への送信も"
-            "ありません。損失や応答は小さな文字モデルのもので、GPTの性能とは無関係です。",
-            self._server.url,
-        )
+        logger.info(told, self._server.url)
         return self._server.url
 
     @property
@@ -7171,9 +7249,9 @@ class Endpoint:
 
     @property
     def reachable(self) -> bool:
-        """Whether there is a key or a client to ask with."""
-        asked = self._settings.api_key or self._client
-        return bool(asked) and not self._settings.offline
+        """Whether there is a key or a client to ask with, or an endpoint to start."""
+        asked = self._settings.has_key or self._client is not None
+        return asked and not self._settings.offline
 
     def now(self) -> float:
         """Seconds of the clock that waits are measured by."""
@@ -7185,7 +7263,7 @@ class Endpoint:
         return not self._owns_client
 
     def close(self) -> None:
-        """Close the connections, and the local endpoint of a rehearsal."""
+        """Close the connections, and the endpoint that was started here."""
         if self._client is not None and self._owns_client:
             self._client.close()
             self._client = None
@@ -7807,6 +7885,33 @@ def _dumped(part: object) -> Mapping[str, Any]:
     return {} if dump is None else dump(exclude_none=True, warnings=False)
 
 
+def _local_endpoint(settings: Settings) -> Rehearsal:
+    """An endpoint over a model on this machine; what it keeps is in ``output_dir``.
+
+    Raises :class:`ConfigurationError` where the packages are missing or another process has it.
+    """
+    from openai_sft_rehearsal import Rehearsal
+
+    folder = settings.output_dir / "local"
+    try:
+        from openai_sft_local import LocalEngine
+
+        engine = LocalEngine(
+            settings.local or "",
+            folder,
+            launcher=settings.local_launcher,
+            serve_url=settings.local_serve_url,
+            full=settings.local_full,
+        )
+        return Rehearsal(engine=engine, folder=folder)
+    except ImportError as error:
+        raise ConfigurationError(
+            f"手元で学習するためのパッケージがありません（{printable(error)}）。{LOCAL_EXTRA}"
+        ) from error
+    except (BlockingIOError, ValueError) as error:
+        raise ConfigurationError(f"手元のエンドポイントを開始できません: {error}。") from error
+
+
 class _InTime:
     """The pieces of an answer, until a moment of the timer: a client's own time-outs only bound
     the silence between two of them."""
@@ -7866,7 +7971,7 @@ class Ledger:
         A given price is that of the evaluated model, and with base rates of what it is compared
         with.
         """
-        given, base = self._settings.price, self._base_of(model)
+        given, base = self._settings.effective_price, self._base_of(model)
         if given is not None and model == evaluated:
             return _rates_of(model, model, given)
         is_base = model == (self._base_of(evaluated) or self._settings.model)
@@ -7897,7 +8002,7 @@ class Ledger:
             baseline=rivals[0] if rivals and same else None,
             evaluation_input_tokens=sum(asked.tokens for asked, _ in counted),
             evaluation_output_tokens=sum(answered for _, answered in counted),
-            price=self._settings.price,
+            price=self._settings.effective_price,
             yen_per_dollar=self._settings.yen_per_dollar,
             exact_tokens=all(asked.exact for asked, _ in counted),
             estimated=[name for asked, _ in counted for name in asked.estimated],
@@ -7922,7 +8027,10 @@ class Ledger:
             return
         agreed = self._run.passed.issuperset(doors)
         spent = self.spent + paid
-        if not agreed:
+        free = self._settings.local is not None and estimate.most_usd == 0
+        if free and not agreed:
+            logger.info("このマシンで学習し、応答させるため、料金はかかりません。")
+        elif not agreed:
             for line in estimate.lines():
                 _announce("%s", line, verbose=self._settings.verbose)
             if spent:
@@ -7932,7 +8040,7 @@ class Ledger:
             elif "training" in doors or not (self._run.estimate or self._run.job_id):
                 shown = {**asdict(estimate), "total_usd": estimate.total_usd}
                 self._run.save(estimate=shown)
-        if not self._settings.rehearse:
+        if not (self._settings.rehearse or free):
             self._require_limit(estimate, spent)
             if not agreed and self._confirm is not None and not self._confirm(estimate):
                 # A request whose answer was lost may have made a job, which is looked for again.
@@ -8006,7 +8114,7 @@ class Ledger:
     def paid_training(self, job: FineTuningJob) -> None:
         """Keep and log what a job has cost, where its tokens and price are known."""
         model = getattr(job, "model", None) or self._settings.model
-        price = self._settings.price or price_of(model)
+        price = self._settings.effective_price or price_of(model)
         estimate = (self._run.estimate or {}).get("training_usd")
         if self._settings.rehearse:
             return
@@ -8503,7 +8611,7 @@ class FineTuning:
             counted.tokens if counted else None,
             training.epochs,
             model=self._settings.model,
-            price=self._settings.price,
+            price=self._settings.effective_price,
             yen_per_dollar=self._settings.yen_per_dollar,
             exact_tokens=counted is None or counted.exact,
             estimated=counted.estimated if counted else (),
@@ -8720,7 +8828,7 @@ def _require_same_request(job_id: str, sent: Mapping[str, Any], request: Mapping
 def _poll_delays(settings: Settings) -> Iterator[float]:
     """Seconds between polls: short at first, when a bad file is found, then the interval."""
     interval = settings.poll_interval
-    interval = min(interval, 0.5) if settings.rehearse else interval
+    interval = min(interval, 0.5) if settings.brings_endpoint else interval
     return (interval / 2 ** max(0, 4 - n) for n in itertools.count())
 
 
@@ -9578,7 +9686,7 @@ def _estimate_judge(
 ) -> JudgeEstimate | None:
     """The price of the judge, if there is one, before anything was answered: answers are taken to
     be as long as the real ones. ``evaluated`` is a model that is there already."""
-    model, given = asking.judge, settings.price
+    model, given = asking.judge, settings.effective_price
     if model is None:
         return None
     rubric = asking.judge_rubric or JUDGE_RUBRIC
@@ -9849,6 +9957,8 @@ def _check_prices(settings: Settings, today: date) -> CheckItem:
     text = f"{PRICES_AS_OF}時点（{age}日前）"
     if settings.price is not None:
         return CheckItem("料金表", "ok", "指定された単価を使います")
+    if settings.local is not None:
+        return CheckItem("料金表", "ok", "このマシンでの学習と応答に料金はかかりません")
     if price_of(settings.model) is None:
         remedy = "--price-training などで指定してください"
         return CheckItem("料金表", "warn", f"{settings.model} の単価がありません", remedy)
@@ -9859,8 +9969,8 @@ def _check_prices(settings: Settings, today: date) -> CheckItem:
 
 def _check_key(settings: Settings, endpoint: Endpoint) -> CheckItem:
     key = settings.api_key
-    if settings.rehearse:
-        return CheckItem("APIキー", "ok", "リハーサルでは使いません")
+    if settings.brings_endpoint:
+        return CheckItem("APIキー", "ok", "このマシンの中では使いません")
     if not key:
         if endpoint.brings_key:
             return CheckItem("APIキー", "ok", "渡された client のものを使います")
@@ -9961,7 +10071,7 @@ def _check_versions() -> CheckItem:
 def _naming_the_nearest(face: type[T]) -> type[T]:
     """Let the public methods refuse a keyword that they don't know, naming the nearest that they
     do (Python does so from 3.13 on, but not where options are passed on)."""
-    kinds = (AskingOptions, ReadingOptions, RunOptions, SelectionOptions)
+    kinds = (AskingOptions, InstanceOptions, ReadingOptions, RunOptions, SelectionOptions)
     passed_on = {f"Unpack[{kind.__name__}]": kind for kind in kinds}
     for name, method in list(vars(face).items()):
         if not callable(method) or (name.startswith("_") and name != "__init__"):
@@ -10004,10 +10114,12 @@ class OpenAISFT:
     what becomes of a conversation over the service's limit of tokens: ``split`` at a turn,
     ``drop`` or ``refuse`` (DataError).
     ``price`` replaces the price table. ``client`` is a ready ``openai.OpenAI``.
-    How the data are read: :class:`ReadingOptions`.
+    How the data are read, and a local model trained: :class:`InstanceOptions`.
     ``offline=True`` gives the data stages alone. ``rehearse=True`` starts a local endpoint and
-    uses it, whatever key or URL is set. ``allow_no_key`` puts the question for a key off until
-    it is needed, for :meth:`check` and :meth:`list_runs`.
+    uses it, whatever key or URL is set. ``local`` names an open model (of the Hub, or a folder;
+    ``"tiny"`` for a look) to train on this machine instead, free of charge; the weights stay in
+    ``output_dir``. ``allow_no_key`` puts the question for a key off until it is needed, for
+    :meth:`check` and :meth:`list_runs`.
     ``confirm`` is asked with a :class:`CostEstimate` before anything is paid; ``max_cost_usd``
     bounds it. ``trust`` is asked with the URL of a run's recorded endpoint before a key is sent
     there while another one is configured; without it, that is refused. ``clock`` and ``sleep``
@@ -10042,11 +10154,17 @@ class OpenAISFT:
         trust: Callable[[str], bool] | None = None,
         clock: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
-        **reading: Unpack[ReadingOptions],
+        **options: Unpack[InstanceOptions],
     ) -> None:
+        given = _given(
+            base_url=base_url, dataset=dataset, task=task, system_prompt=system_prompt, **options
+        )
         self.settings = Settings(
-            **_resolve(api_key, model, base_url, dataset, output_dir, rehearse=rehearse),
-            **_resolve_reading(reading),
+            **_resolve(
+                *(api_key, model, base_url, dataset, output_dir, options.get("local")),
+                rehearse=rehearse,
+            ),
+            **_resolve_options(options),
             poll_interval=poll_interval,
             offline=offline,
             rehearse=rehearse,
@@ -10058,15 +10176,9 @@ class OpenAISFT:
             max_single_upload_bytes=max_single_upload_bytes,
             max_cost_usd=max_cost_usd,
             yen_per_dollar=yen_per_dollar,
-            given=_given(
-                base_url=base_url,
-                dataset=dataset,
-                task=task,
-                system_prompt=system_prompt,
-                **reading,
-            ),
+            given=given,
         )
-        if not (self.settings.api_key or client or offline or allow_no_key):
+        if not (self.settings.has_key or client or offline or allow_no_key):
             raise ConfigurationError(NO_KEY)
         self._client, self._clock, self._sleep = client, clock, sleep
         self._confirm, self._trust = confirm, trust
@@ -10095,7 +10207,7 @@ class OpenAISFT:
         self.close()
 
     def close(self) -> None:
-        """Close the connections, and the local endpoint of a rehearsal."""
+        """Close the connections, and the endpoint that was started here with its training."""
         if self._run is not None:
             self._run.release()
         for endpoint in self._endpoints.values():
@@ -10114,7 +10226,7 @@ class OpenAISFT:
 
     @property
     def base_url(self) -> str | None:
-        """The endpoint, without credentials; ``None`` in a rehearsal."""
+        """The endpoint, without credentials; ``None`` where it is started here."""
         return self.settings.recorded.base_url
 
     @property
@@ -10227,10 +10339,12 @@ class OpenAISFT:
                 f"{found.path} は task={recorded} の実行です（指定: task={self.task}）。"
                 "指定を外してください。"
             )
-        self._require_trust(found)
+        _require_trust(found, self.settings, self._trust, asked=self._client is not None)
         self._take_up(found)
         logger.info(
-            "再開します: %s（設定は記録したもの、接続先 %s）", found.path, found.settings.base_url
+            "再開します: %s（設定は記録したもの、接続先 %s）",
+            found.path,
+            found.settings.base_url or found.settings.flags.strip(),
         )
         settings = self.settings.working_as(found.settings)
         with _released_on_failure(found):
@@ -10397,22 +10511,11 @@ class OpenAISFT:
 
     def _where_tuned(self, run: Run) -> Settings:
         """A tuned model answers where it was tuned, unless another place is asked for."""
-        if "base_url" in self.settings.given or run.settings.base_url is None:
+        given = self.settings.given & {"base_url", "local"}
+        if given or (run.settings.base_url is None and run.settings.local is None):
             return self.settings
-        self._require_trust(run)
+        _require_trust(run, self.settings, self._trust, asked=self._client is not None)
         return self.settings.working_at(run.settings)
-
-    def _require_trust(self, run: Run) -> None:
-        """Raise :class:`ConfigurationError` rather than send the key where nobody wants it."""
-        recorded = run.settings.base_url
-        if self._client is not None or recorded in (None, self.base_url):
-            return
-        if self._trust is None or not self._trust(recorded):
-            raise ConfigurationError(
-                f"{run.path} の接続先は {recorded} で、いまの設定（{self.base_url}）と違います。"
-                f"APIキーをそこへ送ってよければ --base-url {recorded} を指定してください。"
-            )
-        logger.info("記録したエンドポイントを使います: %s", recorded)
 
     # Data ----------------------------------------------------------------------------------
 
@@ -10606,7 +10709,7 @@ class OpenAISFT:
         if self._run is not None and self._run.job_id == job_id:
             return self._take_up(self._run)
         for run in self._runs.of_job(job_id):
-            self._require_trust(run)
+            _require_trust(run, self.settings, self._trust, asked=self._client is not None)
             with contextlib.suppress(ConfigurationError):  # another instance drives it
                 return self._take_up(run)
         current = self._current()
@@ -10787,15 +10890,30 @@ class OpenAISFT:
         return run
 
 
+def _require_trust(
+    run: Run, settings: Settings, trust: Callable[[str], bool] | None, *, asked: bool
+) -> None:
+    """Raise :class:`ConfigurationError` rather than send the key where nobody wants it; a client
+    that was given is ``asked`` wherever it is."""
+    recorded, now = run.settings.base_url, settings.recorded.base_url
+    if asked or recorded in (None, now):
+        return
+    if trust is None or not trust(recorded):
+        raise ConfigurationError(
+            f"{run.path} の接続先は {recorded} で、いまの設定（{now or settings.flags.strip()}）と"
+            f"違います。APIキーをそこへ送ってよければ --base-url {recorded} を指定してください。"
+        )
+    logger.info("記録したエンドポイントを使います: %s", recorded)
+
+
 def _describe_remote_state(run: Run | None, output_dir: Path) -> str:
     """What goes on at the service for a run, and how to come back to it, in Japanese."""
     nothing = "サービス側で続いている処理はありません。"
     if run is None or run.rehearsal:
         return nothing
     going = run.meanwhile or nothing
-    folder, url = shlex.quote(str(output_dir)), run.settings.base_url
+    folder, place = shlex.quote(str(output_dir)), run.settings.flags
     folder = "" if str(output_dir) == DEFAULT_OUTPUT_DIR else f" --output-dir {folder}"
-    place = "" if url in (None, OPENAI_BASE_URL) else f" --base-url {shlex.quote(url)}"
     if run.unfinished:
         judge_url = run.plan.asking.judge_base_url if run.plan else None
         judge = f" --judge-base-url {shlex.quote(judge_url)}" if judge_url else ""
@@ -10832,7 +10950,7 @@ def _estimate_run(
         baseline=None if training is None and baseline == model else baseline,
         evaluation_input_tokens=asked.tokens,
         evaluation_output_tokens=answered,
-        price=settings.price,
+        price=settings.effective_price,
         yen_per_dollar=settings.yen_per_dollar,
         exact_tokens=all(count.exact for count in counted),
         estimated=[name for count in counted for name in count.estimated],
@@ -10859,6 +10977,11 @@ def _url_of_judge(settings: Settings, asking: Asking) -> str | None:
     if asking.judge_base_url is not None and settings.rehearse:
         raise ConfigurationError(
             "リハーサルは外部へ何も送信しません。--judge-base-url（judge_base_url）を外してください。"
+        )
+    if asking.judge_base_url is not None and asking.judge == settings.local:
+        raise ConfigurationError(
+            f"審査のモデルの名前が local と同じ {printable(settings.local)} のため、料金を区別でき"
+            "ません。別のモデルを指定するか、judge_base_url を外してください。"
         )
     url = asking.judge_base_url
     return None if url == settings.recorded.base_url else url
@@ -10955,12 +11078,20 @@ def _resolve(
     base_url: str | None,
     dataset: str | None,
     output_dir: str | os.PathLike[str],
+    local: str | None,
     *,
     rehearse: bool,
 ) -> dict[str, Any]:
     """Settings by their names: the argument, then the environment, then ``.env``, the default."""
     _require_filled(api_key=api_key, model=model, base_url=base_url, dataset=dataset)
-    _require_filled(output_dir=output_dir)
+    _require_filled(output_dir=output_dir, local=local)
+    here = [name for name, value in (("rehearse", rehearse), ("local", local)) if value]
+    elsewhere = [name for name, v in (("model", model), ("base_url", base_url)) if v]
+    if local is not None and (rehearse or elsewhere):
+        others = "、".join([*here[:-1], *elsewhere])
+        raise ConfigurationError(
+            f"local（--local）は学習する元のモデルの指定で、{others} と一緒には使えません。"
+        )
     dotenv = _read_dotenv()
 
     def setting(argument: str | None, name: str, default: str | None = None) -> str | None:
@@ -10969,9 +11100,9 @@ def _resolve(
     source = "環境変数 OPENAI_API_KEY" if os.environ.get("OPENAI_API_KEY") else ".env"
     url = setting(base_url, "OPENAI_BASE_URL", OPENAI_BASE_URL)
     return {
-        "model": setting(model, "OPENAI_SFT_MODEL", DEFAULT_MODEL),
+        "model": local or setting(model, "OPENAI_SFT_MODEL", DEFAULT_MODEL),
         "dataset": setting(dataset, "OPENAI_SFT_DATASET", None if rehearse else DEFAULT_DATASET),
-        "base_url": None if rehearse else url,
+        "base_url": None if here else url,
         "output_dir": Path(output_dir),
         "api_key": "rehearsal" if rehearse else setting(api_key, "OPENAI_API_KEY"),
         "api_key_source": "引数" if api_key else source,
@@ -10981,8 +11112,8 @@ def _resolve(
     }
 
 
-def _resolve_reading(options: ReadingOptions) -> dict[str, Any]:
-    """:class:`ReadingOptions` as settings; one name stands for a tuple of it."""
+def _resolve_options(options: InstanceOptions) -> dict[str, Any]:
+    """:class:`InstanceOptions` as settings; one name stands for a tuple of it."""
     names = {"assistant": _named(options.get("assistant")), "user": _named(options.get("user"))}
     for name, values in names.items():
         for value in values:

@@ -182,6 +182,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_data(parser)
     add_choice(parser)
     add_training(parser)
+    add_local(parser)
     add_evaluation(parser)
     add_judge(parser)
     add_money(parser)
@@ -361,6 +362,43 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--suffix", type=filled, metavar="NAME", help="モデル名に付ける名前、64文字まで"
+    )
+
+
+def add_local(parser: argparse.ArgumentParser) -> None:
+    """Training on one's own machine."""
+    group = parser.add_argument_group("このマシンでの学習（pip install 'openai-sft[local]'）")
+    group.add_argument(
+        "--local",
+        type=filled,
+        metavar="MODEL",
+        help="OpenAIの代わりに、このモデル（Hubの名前かフォルダー、試すだけなら tiny）をこの"
+        "マシンで学習する（キーも料金も不要）",
+    )
+    group.add_argument(
+        "--local-launcher",
+        type=filled,
+        metavar="CMD",
+        help="複数のGPUやマシンで学習するコマンド（例: 'torchrun --nproc_per_node 8'）",
+    )
+    group.add_argument(
+        "--full",
+        action="store_true",
+        dest="local_full",
+        help="LoRAではなく、すべてのパラメーターを学習する",
+    )
+    group.add_argument(
+        "--serve-url",
+        type=filled,
+        dest="local_serve_url",
+        metavar="URL",
+        help="応答をまかせるvLLMのURL（既定: このプロセスの中で応答する）",
+    )
+    group.add_argument(
+        "--export",
+        type=filled,
+        metavar="DIR",
+        help="終わったら、アダプターを統合したモデルをこのフォルダーに書く",
     )
 
 
@@ -581,6 +619,10 @@ def connect(options: argparse.Namespace) -> OpenAISFT:
         offline=options.data_only,
         allow_no_key=options.check or options.list,
         rehearse=options.rehearse,
+        local=options.local,
+        local_launcher=options.local_launcher,
+        local_full=options.local_full,
+        local_serve_url=options.local_serve_url,
         verbose=not options.quiet,
         task=options.task,
         revision=options.revision,

@@ -32,7 +32,7 @@ import functools
 import os
 
 __version__: str
-__all__ = ['GROUPS', 'PRICES', 'Answer', 'Asked', 'Asker', 'Asking', 'AskingOptions', 'BrokenAnswer', 'BudgetError', 'Case', 'CheckItem', 'Checkpoint', 'Compared', 'ConfigurationError', 'Conversation', 'CostEstimate', 'DataError', 'DataFile', 'DataSummary', 'Declined', 'Dialogue', 'Endpoint', 'Evaluation', 'EvaluationFailed', 'EvaluationResults', 'EventsRead', 'Example', 'Figure', 'FileFindings', 'Finding', 'FineTuning', 'Form', 'Intent', 'JobFailed', 'Journal', 'Judge', 'JudgeEstimate', 'Judgement', 'Ledger', 'Lines', 'Loaded', 'Measured', 'OpenAISFT', 'OpenAISFTError', 'OtherPurpose', 'Plan', 'Pool', 'Preparation', 'Prepared', 'Price', 'Question', 'Rates', 'Reading', 'ReadingOptions', 'Record', 'RecordFile', 'Response', 'Run', 'RunOptions', 'RunRow', 'RunSettings', 'Runs', 'Sample', 'Selection', 'SelectionOptions', 'Settings', 'Speakers', 'Splits', 'Spread', 'Step', 'SystemMonitor', 'Task', 'TokenCounter', 'TokenStats', 'Tokens', 'Training', 'TrainingNotAvailable', 'UnknownRole', 'Upload', 'Verdict', 'WaitTimeout', 'check_file', 'chi2_interval', 'choose_cases', 'compare_answers', 'compare_figures', 'constant_scores', 'count_judgements', 'detectable_difference', 'dialogue_row', 'estimate_cost', 'evaluate', 'example_line', 'explain_api_error', 'find_form', 'fix_file', 'holm', 'is_backchannel', 'is_farewell', 'is_transient', 'jackknife', 'judge_messages', 'load_vocabulary', 'make_constant_figures', 'make_response_figures', 'make_score_figures', 'measure_figure', 'measure_figures', 'measure_leakage', 'parse_dialogue', 'parse_result_file', 'parse_scores', 'percentile', 'price_of', 'printable', 'printable_lines', 'randomise', 'read_dialogues', 'read_examples', 'retry_delay', 'score_answers', 'score_predictions', 'select_dialogues', 'split_dialogues', 'split_long_example', 'student_t', 't_interval', 'to_example', 'to_score_example', 'token_stats', 'wilson_interval', 'write_new_file']
+__all__ = ['GROUPS', 'PRICES', 'Answer', 'Asked', 'Asker', 'Asking', 'AskingOptions', 'BrokenAnswer', 'BudgetError', 'Case', 'CheckItem', 'Checkpoint', 'Compared', 'ConfigurationError', 'Conversation', 'CostEstimate', 'DataError', 'DataFile', 'DataSummary', 'Declined', 'Dialogue', 'Endpoint', 'Evaluation', 'EvaluationFailed', 'EvaluationResults', 'EventsRead', 'Example', 'Figure', 'FileFindings', 'Finding', 'FineTuning', 'Form', 'InstanceOptions', 'Intent', 'JobFailed', 'Journal', 'Judge', 'JudgeEstimate', 'Judgement', 'Ledger', 'Lines', 'Loaded', 'Measured', 'OpenAISFT', 'OpenAISFTError', 'OtherPurpose', 'Plan', 'Pool', 'Preparation', 'Prepared', 'Price', 'Question', 'Rates', 'Reading', 'ReadingOptions', 'Record', 'RecordFile', 'Response', 'Run', 'RunOptions', 'RunRow', 'RunSettings', 'Runs', 'Sample', 'Selection', 'SelectionOptions', 'Settings', 'Speakers', 'Splits', 'Spread', 'Step', 'SystemMonitor', 'Task', 'TokenCounter', 'TokenStats', 'Tokens', 'Training', 'TrainingNotAvailable', 'UnknownRole', 'Upload', 'Verdict', 'WaitTimeout', 'check_file', 'chi2_interval', 'choose_cases', 'compare_answers', 'compare_figures', 'constant_scores', 'count_judgements', 'detectable_difference', 'dialogue_row', 'estimate_cost', 'evaluate', 'example_line', 'explain_api_error', 'find_form', 'fix_file', 'holm', 'is_backchannel', 'is_farewell', 'is_transient', 'jackknife', 'judge_messages', 'load_vocabulary', 'make_constant_figures', 'make_response_figures', 'make_score_figures', 'measure_figure', 'measure_figures', 'measure_leakage', 'parse_dialogue', 'parse_result_file', 'parse_scores', 'percentile', 'price_of', 'printable', 'printable_lines', 'randomise', 'read_dialogues', 'read_examples', 'retry_delay', 'score_answers', 'score_predictions', 'select_dialogues', 'split_dialogues', 'split_long_example', 'student_t', 't_interval', 'to_example', 'to_score_example', 'token_stats', 'wilson_interval', 'write_new_file']
 T = TypeVar('T')
 Q = TypeVar('Q')
 DEFAULT_OUTPUT_DIR: str
@@ -119,6 +119,11 @@ class ReadingOptions(TypedDict, total=False):
     user: str | Sequence[str]
     resplit: bool
     skip_unreadable: bool
+class InstanceOptions(ReadingOptions, total=False):
+    local: str | None
+    local_launcher: str | None
+    local_full: bool
+    local_serve_url: str | None
 class AskingOptions(TypedDict, total=False):
     eval_turns: EvalTurns
     baseline: str | bool | None
@@ -325,6 +330,14 @@ class RunSettings:
     long_examples: LongExamples = 'split'
     max_cost_usd: float | None = None
     price: Price | None = None
+    local: str | None = None
+    local_launcher: str | None = None
+    local_full: bool = False
+    local_serve_url: str | None = None
+    @property
+    def effective_price(self) -> Price | None: ...
+    @property
+    def flags(self) -> str: ...
 @dataclass(frozen=True)
 class Settings(RunSettings):
     output_dir: Path = Path(DEFAULT_OUTPUT_DIR)
@@ -345,6 +358,10 @@ class Settings(RunSettings):
     def recorded(self) -> RunSettings: ...
     def working_as(self, run: RunSettings) -> Settings: ...
     def working_at(self, run: RunSettings) -> Settings: ...
+    @property
+    def brings_endpoint(self) -> bool: ...
+    @property
+    def has_key(self) -> bool: ...
     @property
     def speakers(self) -> Speakers: ...
     @property
@@ -867,7 +884,7 @@ def _naming_the_nearest(face: type[T]) -> type[T]: ...
 @_naming_the_nearest
 class OpenAISFT:
     settings: Settings
-    def __init__(self, api_key: str | None=None, *, model: str | None=None, base_url: str | None=None, dataset: str | None=None, output_dir: str | os.PathLike[str]=..., poll_interval: float=10.0, client: OpenAI | None=None, offline: bool=False, allow_no_key: bool=False, rehearse: bool=False, verbose: bool=True, task: TaskName | None=None, system_prompt: str | None=None, long_examples: LongExamples='split', price: Price | None=None, max_single_upload_bytes: int=..., max_cost_usd: float | None=None, yen_per_dollar: float=..., confirm: Callable[[CostEstimate], bool] | None=None, trust: Callable[[str], bool] | None=None, clock: Callable[[], float]=..., sleep: Callable[[float], None]=..., **reading: Unpack[ReadingOptions]) -> None: ...
+    def __init__(self, api_key: str | None=None, *, model: str | None=None, base_url: str | None=None, dataset: str | None=None, output_dir: str | os.PathLike[str]=..., poll_interval: float=10.0, client: OpenAI | None=None, offline: bool=False, allow_no_key: bool=False, rehearse: bool=False, verbose: bool=True, task: TaskName | None=None, system_prompt: str | None=None, long_examples: LongExamples='split', price: Price | None=None, max_single_upload_bytes: int=..., max_cost_usd: float | None=None, yen_per_dollar: float=..., confirm: Callable[[CostEstimate], bool] | None=None, trust: Callable[[str], bool] | None=None, clock: Callable[[], float]=..., sleep: Callable[[float], None]=..., **options: Unpack[InstanceOptions]) -> None: ...
     def __repr__(self) -> str: ...
     def __enter__(self) -> Self: ...
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...

@@ -135,7 +135,7 @@ MONEY = (
         "check: an array passes for JSON Lines",
         'if file.layout != "lines":\n        yield',
         "if False:\n        yield",
-        "test_check_file.py::test_a_file_has_an_error_where_the_endpoint_finds_one_and_nowhere_else",
+        "test_check_file.py::test_a_json_array_is_not_what_the_service_takes_whatever_it_is_called",
     ),
     Mutant(
         "check: findings name the file that is not written",
@@ -255,8 +255,8 @@ MONEY = (
     ),
     Mutant(
         "a given price is no other baseline's",
-        "return given.rates(tuned=False) if rates is None and given is not None else rates",
-        "return rates",
+        "if rates is None and given is not None and given is not FREE:",
+        "if False:",
         "test_cost.py::test_the_base_rates_of_a_given_price_are_those_of_a_baseline_that_the_table_does_not_know",
     ),
     Mutant(
@@ -561,8 +561,8 @@ MONEY = (
     ),
     Mutant(
         "a tuned model's price is its last part's",
-        'model.split(":")[1] if model.startswith("ft:") and',
-        'model.split(":")[-1] if model.startswith("ft:") and',
+        'parts[1] if model.startswith("ft:") and',
+        'parts[-1] if model.startswith("ft:") and',
         "test_cost.py::test_an_evaluation_alone_is_priced_at_the_rate_of_the_model_that_answers",
     ),
     Mutant(
@@ -878,7 +878,7 @@ STATISTICS = (
         "a constant correlates",
         "np.where(spread > 1e-12,",
         "np.where(spread >= 0,",
-        "test_score_task.py::test_with_weights_of_one_the_measures_are_those_of_the_textbook",
+        "test_score_task.py::test_the_metrics_are_the_textbooks_for_every_group",
     ),
     Mutant(
         "true is a score",
@@ -1654,7 +1654,7 @@ FILES = (
     ),
     Mutant(
         "a rehearsal uses the environment's proxy",
-        "trust_env=not settings.rehearse",
+        "trust_env=not settings.brings_endpoint",
         "trust_env=True",
         "test_settings.py::test_a_rehearsal_ignores_every_key_url_and_proxy_of_the_environment",
     ),
@@ -1743,8 +1743,8 @@ CHECKPOINTS = (
     ),
     Mutant(
         "a rehearsed checkpoint answers as the model",
-        "zip([*names, name], [*learned, learned[-1]], strict=True)",
-        "zip([*names, name], [learned[-1]] * (len(names) + 1), strict=True)",
+        "Model(base, job.id, step) for known, step in steps.items()",
+        "Model(base, job.id, steps[name]) for known in steps",
         "test_rehearsal.py::test_a_checkpoint_answers_with_what_was_learned_by_then",
         file="openai_sft_rehearsal.py",
     ),
@@ -1831,7 +1831,7 @@ HOUSE = (
     ),
     Mutant(
         "a model of any name has no base",
-        "given, base = self._settings.price, self._base_of(model)",
+        "given, base = self._settings.effective_price, self._base_of(model)",
         'given, base = self._settings.price, model if model.startswith("ft:") else None',
         "test_edges_money.py::test_a_tuned_model_of_any_name_is_priced_as_what_it_was_tuned_from",
     ),
@@ -2114,7 +2114,8 @@ HOUSE = (
     ),
     Mutant(
         "a watch sends the key anywhere",
-        "self._require_trust(run)\n            with contextlib",
+        "_require_trust(run, self.settings, self._trust, asked=self._client is not None)\n"
+        "            with contextlib",
         "with contextlib",
         "test_edges_job.py::test_no_key_is_sent_to_a_recorded_endpoint_that_is_not_the_one_configured",
     ),
@@ -2241,7 +2242,7 @@ HOUSE = (
     ),
     Mutant(
         "a key is sent wherever a record says",
-        "if self._trust is None or not self._trust(recorded):",
+        "if trust is None or not trust(recorded):",
         "if False:",
         "test_edges_job.py::test_no_key_is_sent_to_a_recorded_endpoint_that_is_not_the_one_configured",
     ),
@@ -2575,11 +2576,15 @@ def choose(names: Sequence[str]) -> list[Mutant]:
 
 
 def find_places(chosen: Sequence[Mutant]) -> list[Mutant]:
-    """Those mutants whose text is in its place; the others are told."""
+    """Those mutants whose text is in its place and whose test is there; the others are told."""
     sound = []
     for mutant in chosen:
+        file, _, name = mutant.test.partition("::")
         try:
             mutate(mutant, (PROJECT / mutant.file).read_text("utf-8"))
+            tests = (PROJECT / "tests" / file).read_text("utf-8")
+            if not re.search(rf"^def {name}\b", tests, re.MULTILINE):
+                raise Misplaced(f"there is no {mutant.test}")
         except Misplaced as error:
             tell(f"MISPLACED  {mutant.name}: {error}")
         else:
