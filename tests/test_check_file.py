@@ -427,9 +427,7 @@ def test_a_json_array_is_not_what_the_service_takes_whatever_it_is_called(
     sound = [{"messages": one["messages"]} for one in examples(10)]
     path.write_text(json.dumps(sound, indent=indent), encoding="utf-8")
 
-    assert [(f.line, f.code, f.severity) for f in check_file(path)] == [
-        (None, "not_jsonl", "error")
-    ]
+    assert [(f.line, f.code, f.severity) for f in check_file(path)] == [(1, "not_jsonl", "error")]
 
 
 def test_all_problems_of_a_file_are_told_at_once_in_the_order_of_the_lines(
