@@ -257,6 +257,7 @@ __all__ = [
     "to_score_example",
     "token_stats",
     "wilson_interval",
+    "with_user_first",
     "write_new_file",
 ]
 
@@ -331,6 +332,9 @@ KOKOROCHAT_LICENCE = (
     "KokoroChatを使います。ライセンス: CC BY-NC-ND 4.0。出典: Qi et al. (ACL 2025), "
     '"KokoroChat: A Japanese Psychological Counseling Dialogue Dataset Collected via '
     'Role-Playing by Trained Counselors"'
+)
+WEIGHTS_LICENCE = (
+    "KokoroChatで学習した重みの利用と配布は、KokoroChatのライセンス（CC BY-NC-ND 4.0）に従います。"
 )
 
 # Limits of the service: https://platform.openai.com/docs/guides/supervised-fine-tuning and the
@@ -741,12 +745,15 @@ class InstanceOptions(ReadingOptions, total=False):
     ``local_launcher`` is a command that starts the trainer in several processes (``torchrun`` or
     ``accelerate launch`` with their options). ``local_full`` trains all weights instead of LoRA.
     ``local_serve_url`` is a vLLM server that answers for the tuned models.
+    ``export_for="user-first"`` also writes the data for trainers other than this one, as
+    :func:`with_user_first` has them.
     """
 
     local: str | None
     local_launcher: str | None
     local_full: bool
     local_serve_url: str | None
+    export_for: Literal["user-first"] | None
 
 
 class AskingOptions(TypedDict, total=False):
@@ -1389,6 +1396,7 @@ class Settings(RunSettings):
     api_key: str | None = field(default=None, repr=False)
     api_key_source: str = ""
     judge_api_key: str | None = field(default=None, repr=False)
+    export_for: Literal["user-first"] | None = None
     organization: str | None = None
     project: str | None = None
     given: frozenset[str] = frozenset()
@@ -1430,6 +1438,8 @@ class Settings(RunSettings):
             raise ConfigurationError(
                 "task=score は決まった指示を使うため、system_prompt は指定できません。"
             )
+        forms = (None, "user-first")
+        _require_range("export_for", self.export_for, self.export_for in forms, "user-first")
         ways = get_args(LongExamples)
         is_way = self.long_examples in ways
         _require_range("long_examples", self.long_examples, is_way, f"{'、'.join(ways)} のどれか")
@@ -3905,6 +3915,32 @@ def to_example(dialogue: Dialogue, *, system_prompt: str | None = None) -> Examp
     if instruction := dialogue.system or system_prompt:
         messages.insert(0, {"role": "system", "content": instruction})
     return {"id": dialogue.id, "messages": messages}
+
+
+OPENING_TURN = "（相談開始）"
+
+
+def with_user_first(messages: Sequence[Message]) -> list[Message] | None:
+    """The same conversation for trainers that ask for turns: a user's first (where the assistant
+    opens, :data:`OPENING_TURN`), then the assistant's and so on, the assistant's last.
+
+    ``None`` where something would be lost: a weight, a tool, content in parts.
+    """
+    head = list(itertools.takewhile(lambda message: message["role"] == "system", messages))
+    turns: list[Message] = []
+    for message in messages[len(head) :]:
+        role, content = message["role"], message.get("content")
+        if role not in ("user", "assistant") or message.keys() != {"role", "content"}:
+            return None
+        if not isinstance(content, str):
+            return None
+        if not turns and role == "assistant":
+            turns.append({"role": "user", "content": OPENING_TURN})
+        if turns and turns[-1]["role"] == role:
+            turns[-1] = {"role": role, "content": f"{turns[-1]['content']}\n{content}"}
+        else:
+            turns.append({"role": role, "content": content})
+    return [*head, *turns]
 
 
 SCORE_PROMPT = (
@@ -7885,6 +7921,12 @@ def _dumped(part: object) -> Mapping[str, Any]:
     return {} if dump is None else dump(exclude_none=True, warnings=False)
 
 
+def _lacking_local(error: ImportError) -> ConfigurationError:
+    return ConfigurationError(
+        f"このマシンで学習するためのパッケージがありません（{printable(error)}）。{LOCAL_EXTRA}"
+    )
+
+
 def _local_endpoint(settings: Settings) -> Rehearsal:
     """An endpoint over a model on this machine; what it keeps is in ``output_dir``.
 
@@ -7905,9 +7947,7 @@ def _local_endpoint(settings: Settings) -> Rehearsal:
         )
         return Rehearsal(engine=engine, folder=folder)
     except ImportError as error:
-        raise ConfigurationError(
-            f"手元で学習するためのパッケージがありません（{printable(error)}）。{LOCAL_EXTRA}"
-        ) from error
+        raise _lacking_local(error) from error
     except (BlockingIOError, ValueError) as error:
         raise ConfigurationError(f"手元のエンドポイントを開始できません: {error}。") from error
 
@@ -8518,6 +8558,14 @@ def _read_split(run: Run, name: SplitName) -> list[Example]:
 # ── Fine-tuning ──────────────────────────────────────────────────────────────────────────────
 
 
+def _weights_of(run: Run, model_id: str) -> Path:
+    """The folder of a model, or of a checkpoint of it, that a run trained on this machine."""
+    folder = run.path.parent / "local" / "trainers" / run.known("job_id")
+    steps = {c.model: c.step for c in run.checkpoints}
+    last = max((step for step in steps.values() if step is not None), default=0)
+    return folder / f"checkpoint-{steps.get(model_id) or last}"
+
+
 class FineTuning:
     """The job of one run, from its files to its model; what is known of it is in the record.
 
@@ -8762,12 +8810,27 @@ class FineTuning:
         self._save_metrics(results or rows)
         self._record_checkpoints(job, _losses_by_step([*rows, *results]))
         self._ledger.paid_training(job)
+        self._tell_weights()
         base_model = getattr(job, "model", None)
         shutdown = self._endpoint.shutdown_date(job.fine_tuned_model, base_model)
         if shutdown is not None:
             logger.warning("%s は %s に停止します。", printable(shutdown[0]), shutdown[1])
             self._run.save(shutdown_date=str(shutdown[1]))
         self._run.save(training_recorded_at=_time_text(self._clock()))
+
+    def _tell_weights(self) -> None:
+        """Say where the weights are that were trained on this machine, and what serves them."""
+        if self._settings.local is None:
+            return
+        from openai_sft_local import describe_weights
+
+        model = self._run.known("fine_tuned_model")
+        weights = _weights_of(self._run, model)
+        self._run.save(files={**self._run.files, "weights": str(weights)})
+        for line in describe_weights(weights, self._settings.local):
+            logger.info("%s", line)
+        if "kokorochat" in (self._settings.dataset or "").casefold():
+            logger.info("%s", WEIGHTS_LICENCE)
 
     def _record_checkpoints(self, job: FineTuningJob, losses: Mapping[int, float]) -> None:
         """Record the checkpoints with their losses, and tell if training went on for too long."""
@@ -10019,6 +10082,16 @@ def _check_endpoint(settings: Settings, endpoint: Endpoint, now: float) -> Itera
     yield CheckItem("モデル", "warn" if left > 0 else "fail", text, remedy)
 
 
+def _check_machine(settings: Settings) -> Iterator[CheckItem]:
+    """Whether this machine can train the model that is named for it; nothing is downloaded."""
+    if settings.local is None:
+        return
+    from openai_sft_local import check_machine
+
+    for name, level, text, remedy in check_machine(settings.local, settings.local_launcher):
+        yield CheckItem(name, level, text, remedy)
+
+
 def _check_vocabulary() -> CheckItem:
     if load_vocabulary() is None:
         remedy = "TIKTOKEN_CACHE_DIR に語彙ファイルを置くと正確になります"
@@ -10328,7 +10401,7 @@ class OpenAISFT:
         where there is nothing to do. Raises :class:`ConfigurationError` for a run that isn't here
         or that another process drives.
         """
-        self._refuse_rehearsal("再開")
+        _refuse_rehearsal(self.settings, "再開")
         found = self._runs.newest_unfinished() if run is None else self._runs.named(run)
         if found is None or not found.unfinished:
             logger.info("再開する実行はありません。")
@@ -10357,12 +10430,6 @@ class OpenAISFT:
                 self._endpoint_of(settings).expect(model)
             return self._go_on(found, timeout=timeout)
 
-    def _refuse_rehearsal(self, deed: str) -> None:
-        if self.settings.rehearse:
-            raise ConfigurationError(
-                f"リハーサルの中では{deed}できません。--rehearse を外してください。"
-            )
-
     def attach(
         self, job_id: str, *, timeout: float | None = None, checkpoint: str | None = None
     ) -> EvaluationResults | FineTuningJob:
@@ -10372,7 +10439,7 @@ class OpenAISFT:
         (``checkpoint``: see :meth:`resume`); of any other the SDK's job object is returned.
         """
         _require_filled(job_id=job_id)
-        self._refuse_rehearsal("監視")
+        _refuse_rehearsal(self.settings, "監視")
         for run in self._runs.of_job(job_id):
             if run.kind != "pipeline" or not run.unfinished:
                 continue  # what else is unfinished doesn't watch its job
@@ -10426,6 +10493,7 @@ class OpenAISFT:
             *_check_local(settings, self._runs, self._clock()),
             _check_key(settings, endpoint),
             *_check_endpoint(settings, endpoint, self._clock()),
+            *_check_machine(settings),
             *_check_data(settings),
             _check_vocabulary(),
             _check_extra(),
@@ -10517,6 +10585,20 @@ class OpenAISFT:
         _require_trust(run, self.settings, self._trust, asked=self._client is not None)
         return self.settings.working_at(run.settings)
 
+    def export_weights(self, target: str | os.PathLike[str], model_id: str | None = None) -> Path:
+        """Write a model that was trained on this machine (the newest) as one that needs no adapter.
+
+        Returns ``target``. Raises :class:`ConfigurationError` where there is no such model here or
+        the folder isn't empty.
+        """
+        run = self._runs.of_model(model_id)
+        if run is None or run.settings.local is None:
+            raise ConfigurationError(
+                f"{self.output_dir} に、このマシンで学習したモデル"
+                f"{'' if model_id is None else f' {printable(model_id)} '}がありません。"
+            )
+        return _export_weights(_weights_of(run, model_id or run.known("fine_tuned_model")), target)
+
     # Data ----------------------------------------------------------------------------------
 
     def load_and_split_dataset(
@@ -10592,7 +10674,10 @@ class OpenAISFT:
         except BaseException:
             self._runs.unclaim(stamp)
             raise
-        return self._begin(kind, stamp=stamp, plan=plan, **written)
+        run = self._begin(kind, stamp=stamp, plan=plan, **written)
+        if self.settings.export_for is not None:
+            _write_user_first(run)
+        return run
 
     def estimate(
         self,
@@ -10888,6 +10973,41 @@ class OpenAISFT:
             self._run.release()
         self._run = run
         return run
+
+
+def _refuse_rehearsal(settings: Settings, deed: str) -> None:
+    if settings.rehearse:
+        raise ConfigurationError(
+            f"リハーサルの中では{deed}できません。--rehearse を外してください。"
+        )
+
+
+def _write_user_first(run: Run) -> None:
+    """Write a run's data again :func:`with_user_first`; tell what couldn't be."""
+    left_out = 0
+    for name in SPLIT_NAMES:
+        examples = read_examples(run.file(name))
+        turned = [with_user_first(example["messages"]) for example in examples]
+        left_out += turned.count(None)
+        lines = (_encode_json({"messages": messages}) for messages in turned if messages)
+        run.publish(f"{name}_user_first", ".jsonl", "".join(f"{line}\n" for line in lines))
+    if left_out:
+        logger.warning(
+            "user-firstの形にできない%s件を除きました（weight、ツール、画像を含むもの）。",
+            f"{left_out:,}",
+        )
+
+
+def _export_weights(weights: Path, target: str | os.PathLike[str]) -> Path:
+    try:
+        from openai_sft_local import export
+
+        logger.info("重みを書き出しています: %s", target)
+        return export(weights, Path(target))
+    except ImportError as error:
+        raise _lacking_local(error) from error
+    except (FileExistsError, FileNotFoundError) as error:
+        raise ConfigurationError(str(error)) from error
 
 
 def _require_trust(

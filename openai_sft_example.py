@@ -222,6 +222,12 @@ def add_mode(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="JSONLファイルの問題をすべて挙げる（キー不要）",
     )
+    only.add_argument(
+        "--export",
+        type=filled,
+        metavar="DIR",
+        help="--local で学習したモデルを、アダプターを統合してフォルダーに書き出す",
+    )
     group.add_argument(
         "--fix",
         action="store_true",
@@ -284,6 +290,12 @@ def add_data(parser: argparse.ArgumentParser) -> None:
         metavar="HOW",
         help="上限トークンを超える対話を split（発話の切れ目で分割）、drop（除く）、"
         "refuse（中止）のどれにするか（既定: split）",
+    )
+    group.add_argument(
+        "--export-for",
+        choices=("user-first",),
+        metavar="FORM",
+        help="user-first は、ほかの学習ツール向けに、ユーザーの発話で始まるファイルも作る",
     )
     group.add_argument(
         "--system-prompt", type=filled, metavar="TEXT", help="各対話の先頭に置く指示（既定: なし）"
@@ -393,12 +405,6 @@ def add_local(parser: argparse.ArgumentParser) -> None:
         dest="local_serve_url",
         metavar="URL",
         help="応答をまかせるvLLMのURL（既定: このプロセスの中で応答する）",
-    )
-    group.add_argument(
-        "--export",
-        type=filled,
-        metavar="DIR",
-        help="終わったら、アダプターを統合したモデルをこのフォルダーに書く",
     )
 
 
@@ -562,7 +568,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = build_parser()
     options = parser.parse_args(argv)
     for given, flag, needed, modes in (
-        (options.model_id, "--model-id", options.evaluate_only, "--evaluate-only"),
+        (
+            options.model_id,
+            "--model-id",
+            options.evaluate_only or options.export,
+            "--evaluate-only か --export",
+        ),
         (options.fix, "--fix", options.check_file, "--check-file"),
         (
             options.json,
@@ -617,12 +628,13 @@ def connect(options: argparse.Namespace) -> OpenAISFT:
         output_dir=options.output_dir,
         poll_interval=options.poll_interval,
         offline=options.data_only,
-        allow_no_key=options.check or options.list,
+        allow_no_key=bool(options.check or options.list or options.export),
         rehearse=options.rehearse,
         local=options.local,
         local_launcher=options.local_launcher,
         local_full=options.local_full,
         local_serve_url=options.local_serve_url,
+        export_for=options.export_for,
         verbose=not options.quiet,
         task=options.task,
         revision=options.revision,
@@ -659,6 +671,9 @@ def run(sft: OpenAISFT, options: argparse.Namespace) -> int:
         return list_runs(sft, options)
     if options.cancel:
         return cancel(sft, options)
+    if options.export:
+        show([f"export: {sft.export_weights(options.export, options.model_id)}"])
+        return 0
     names = {"max_samples", "seed", "max_test_cases"} | RunOptions.__annotations__.keys()
     sample = {name: value for name, value in vars(options).items() if name in names}
     code = 0
