@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 import openai_sft_example
 from openai_sft import (
+    FREE,
     ConfigurationError,
     Dialogue,
     OpenAISFT,
@@ -562,6 +563,33 @@ def test_aliases_and_tuned_models_have_the_price_of_their_base() -> None:
     assert price_of("gpt-4o-mini") == price_of(MINI) is not None
     assert price_of(f"ft:{MINI}:org:suffix:abc:ckpt-step-3") == price_of(MINI)
     assert price_of("gpt-4.1") != price_of("gpt-4.1-mini")
+
+
+def test_what_this_machine_trains_and_answers_is_free_and_nothing_else() -> None:
+    asked: dict[str, Any] = {"evaluation_input_tokens": 1_000_000, "price": FREE}
+    own = estimate_cost(10**9, 50, model="org/m", baseline="org/m", **asked)
+    other = estimate_cost(10**9, 50, model="org/m", baseline="another/m", **asked)
+
+    assert own.total_usd == 0
+    assert (other.total_usd, other.unpriced) == (None, ("another/m",))
+    assert price_of("ft:org/m:local::abc:ckpt-step-3") == FREE
+    assert price_of(f"ft:{MINI}:local::abc") == price_of(MINI)
+    assert price_of("org/m") is price_of("ft:org/m:elsewhere::abc") is None
+
+
+def test_a_judge_elsewhere_costs_what_it_costs_though_the_model_is_of_this_machine() -> None:
+    said: Any = [{"role": "user", "content": "やあ"}, {"role": "assistant", "content": "はい"}]
+    test = [{"id": "a", "messages": said}]
+    sft = OpenAISFT(local="org/m")
+    for judge, dollars in (("gpt-4.1-mini", 1e-9), ("another/m", None), ("org/m", 0.0)):
+        estimate = sft.estimate(Splits([], test, []), 1, 100, judge=judge)
+        assert estimate.judge is not None
+        assert estimate.evaluation_usd == estimate.training_usd == 0
+        if dollars:
+            assert estimate.judge.usd is not None
+            assert estimate.judge.usd > dollars
+        else:
+            assert estimate.judge.usd == dollars
 
 
 @pytest.mark.parametrize("model", ["", "ft:", "ft:unknown:a", "llama-3.1-8b", "gpt-4o-mini-2"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import logging
 import os
@@ -39,6 +40,7 @@ from openai_sft import (
     read_examples,
     split_dialogues,
     to_example,
+    with_user_first,
     write_new_file,
 )
 from openai_sft_rehearsal import example_dialogues, judge_training_file
@@ -887,6 +889,68 @@ def test_a_script_without_a_guard_is_executed_once(clean_environment: Path) -> N
     assert lines[:1] == ["executed __main__"]
     assert len(lines) == 2
     assert int(lines[1]) > 0
+
+
+# ── Other trainers ───────────────────────────────────────────────────────────────────────────
+
+
+@given(
+    st.lists(st.builds(dict, role=st.just("system"), content=awkward_text), max_size=2),
+    st.lists(
+        st.builds(dict, role=st.sampled_from(["user", "assistant"]), content=awkward_text),
+        min_size=1,
+    ),
+)
+def test_with_the_user_first_speakers_take_turns_and_no_word_is_lost(
+    head: list[Any], talk: list[Any]
+) -> None:
+    turned: Any = with_user_first([*head, *talk])
+    spoken = turned[len(head) :]
+
+    assert turned[: len(head)] == head
+    assert [turn["role"] for turn in spoken[:2]] == ["user", "assistant"][: len(spoken)]
+    assert all(one["role"] != next_one["role"] for one, next_one in itertools.pairwise(spoken))
+    if talk[0]["role"] == "assistant":
+        assert spoken.pop(0)["content"] == "（相談開始）"
+    for role in ("user", "assistant"):
+        texts = ([m["content"] for m in said if m["role"] == role] for said in (spoken, talk))
+        assert "\n".join(next(texts)) == "\n".join(next(texts))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "content": "a", "weight": 0},
+        {"role": "assistant", "content": None},
+        {"role": "user", "content": [{"type": "text", "text": "a"}]},
+        {"role": "tool", "content": "a"},
+    ],
+)
+def test_what_turns_cannot_say_is_not_put_into_turns(message: Any) -> None:
+    assert with_user_first([{"role": "user", "content": "u"}, message]) is None
+
+
+def test_the_data_are_also_written_with_the_user_first(
+    tmp_path: Path, clean_environment: Path, log: Callable[[], list[str]]
+) -> None:
+    said = [{"role": "assistant", "content": "こんにちは"}, {"role": "user", "content": "どうも"}]
+    chats = [{"messages": [*said, {"role": "assistant", "content": f"{n}"}]} for n in range(29)]
+    weighed = {"role": "assistant", "content": "x", "weight": 1}
+    source = write_jsonl(tmp_path / "a.jsonl", [*chats, {"messages": [*said, weighed]}])
+    options: Any = {"offline": True, "dataset": str(source), "verbose": False}
+    files = OpenAISFT(**options, export_for="user-first").prepare_data().files
+    again = {
+        name: read_examples(files[f"{name}_user_first"]) for name in ("train", "test", "valid")
+    }
+    plain = {name: read_examples(files[name]) for name in again}
+
+    assert sum(map(len, again.values())) == 29
+    assert any("1件を除きました（weight" in line for line in log())
+    for name, examples in again.items():
+        kept = [one for one in plain[name] if not any("weight" in m for m in one["messages"])]
+        turned = [with_user_first(one["messages"]) for one in kept]
+        assert [one["messages"] for one in examples] == turned
+    assert not any("user_first" in n for n in OpenAISFT(**options).prepare_data().files)
 
 
 # ── KokoroChat itself ────────────────────────────────────────────────────────────────────────

@@ -40,14 +40,50 @@ def test_without_a_key_anywhere_the_error_says_how_to_set_it() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"client": openai.OpenAI(api_key="k")}, {"offline": True}, {"rehearse": True}],
-    ids=["client", "offline", "rehearse"],
+    [
+        {"client": openai.OpenAI(api_key="k")},
+        {"offline": True},
+        {"rehearse": True},
+        {"local": "gpt-4o-mini-2024-07-18"},
+    ],
+    ids=["client", "offline", "rehearse", "local"],
 )
-def test_a_ready_client_offline_work_and_a_rehearsal_need_no_key(options: dict[str, Any]) -> None:
+def test_a_ready_client_offline_work_and_this_machine_need_no_key(options: dict[str, Any]) -> None:
     sft = OpenAISFT(**options)
     sft.close()
 
     assert sft.model == "gpt-4o-mini-2024-07-18"
+
+
+def test_a_model_of_this_machine_is_the_model_wherever_the_environment_leads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for variable, (_, value) in VARIABLES.items():
+        monkeypatch.setenv(variable, value)
+    sft = OpenAISFT(local="org/open-model")
+
+    assert (sft.model, sft.base_url, sft.dataset) == ("org/open-model", None, "some/data")
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"local": "m", "model": "gpt-4o"}, "model"),
+        ({"local": "m", "base_url": "http://127.0.0.1/v1"}, "base_url"),
+        ({"local": "m", "rehearse": True}, "rehearse"),
+        ({"local": " "}, "local が空です"),
+        ({"local_full": True}, "local_full"),
+        ({"local_launcher": "torchrun"}, "local_launcher"),
+        ({"local_serve_url": "http://127.0.0.1/v1"}, "local_serve_url"),
+        ({"local": "m", "local_launcher": ""}, "local_launcher が空です"),
+        ({"export_for": "gemma"}, "export_for"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused_by_name(
+    options: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=named):
+        OpenAISFT("k", **options)
 
 
 def test_the_defaults_are_those_that_were_agreed() -> None:
