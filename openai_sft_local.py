@@ -189,7 +189,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 # What the libraries say; PyTorch says of a full disk no more than that a file is too short.
-_DISK_FULL: Final = ("No space left on device", "inline_container.cc", "PytorchStreamWriter failed")
+_DISK_FULL: Final = ("No space left on device", "unexpected pos", "PytorchStreamWriter failed")
 _MEMORY_FULL: Final = ("out of memory", "can't allocate memory")
 
 
@@ -250,6 +250,25 @@ def is_held(path: Path) -> bool:
         return True
 
 
+def _append(path: Path, record: Json) -> None:
+    line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+    with path.open("ab", buffering=0) as file:  # one write: a reader sees no line of two writers
+        file.write(line.encode("utf-8"))
+
+
+def _records(path: Path) -> list[Json]:
+    """The records of a file; a last line that was cut off, by a kill or a full disk, is none."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def mend(path: Path) -> None:
+    """Delete a last line that was cut off, so that more can be appended."""
+    if path.exists():
+        content = path.read_bytes()
+        os.truncate(path, content.rfind(b"\n") + 1)
+
+
 @dataclass(frozen=True)
 class Progress:
     """``progress.jsonl``: what a trainer has reported."""
@@ -260,9 +279,7 @@ class Progress:
     def write(self, kind: str, **fields: Any) -> None:
         """Append a record; whole or not at all for whoever reads meanwhile up to a line's end."""
         if self.speaks or kind == "failed":
-            line = json.dumps({"kind": kind, **fields}, ensure_ascii=False, allow_nan=False) + "\n"
-            with self.path.open("ab", buffering=0) as file:
-                file.write(line.encode("utf-8"))
+            _append(self.path, {"kind": kind, **fields})
 
     def note(self, message: str, level: str = "info") -> None:
         """Something to tell the user."""
@@ -273,9 +290,8 @@ class Progress:
         self.write("failed", code=failure.code, message=failure.message, param=failure.param)
 
     def read(self, kind: str) -> list[Json]:
-        """The records of a kind; a last line that was cut off by a kill is none."""
-        lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
-        return [record for line in lines if (record := json.loads(line))["kind"] == kind]
+        """The records of a kind."""
+        return [record for record in _records(self.path) if record["kind"] == kind]
 
     def steps(self) -> dict[int, dict[str, float]]:
         """The metrics of each step; of a step reported twice, the later."""
@@ -306,6 +322,9 @@ class Turn:
     def message(self) -> Json:
         """As a chat template takes it."""
         return {"role": self.role, "content": "\n".join(self.texts), **self.other}
+
+
+_OPENED: Final = Turn("user", (OPENING,), (False,), {})
 
 
 def _text_of(message: Json) -> str:
@@ -403,8 +422,10 @@ class Template:
 
     def prompt(self, messages: Sequence[Json], tools: Sequence[Json] | None = None) -> list[int]:
         """The ids of the messages and of the opening of the answer."""
-        turns = [turn.message() for turn in self._adapt(messages)]
-        text = self._render(turns, tools, opened=True)
+        turns = self._adapt(messages)
+        if not self._opens and all(turn.role == "system" for turn in turns):
+            turns.append(_OPENED)  # the answer will be the assistant's opening
+        text = self._render([turn.message() for turn in turns], tools, opened=True)
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def learn(
@@ -498,7 +519,7 @@ class Template:
             if turn.role == "system" and not self._accepts["late_system" if late else "system"]:
                 turn = replace(turn, role="user")
             if turn.role == "assistant" and not late and not self._opens:
-                turns.append(Turn("user", (OPENING,), (False,), {}))
+                turns.append(_OPENED)
             turns.append(turn)
         return turns if self._accepts["neighbours"] else _merged(turns)
 
@@ -840,8 +861,7 @@ class Reporter:
             step, list(nats), list(map(int, correct)), list(map(int, tokens)), self._characters
         )
         if self.progress.speaks:
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(evaluation._asdict()) + "\n")
+            _append(self._file, evaluation._asdict())
         if self._step is not None:
             self._step["metrics"] |= evaluation.metrics
             self.write_step()
@@ -876,9 +896,8 @@ class Reporter:
 
     def evaluation(self, step: int) -> Evaluation | None:
         """The evaluation of a step."""
-        lines = self._file.read_bytes().split(b"\n")[:-1] if self._file.exists() else []
-        found = [e for line in lines if (e := Evaluation(**json.loads(line))).step == step]
-        return found[-1] if found else None
+        found = [record for record in _records(self._file) if record["step"] == step]
+        return Evaluation(**found[-1]) if found else None
 
     def done(self, trained_tokens: int) -> None:
         """The end."""
@@ -1102,8 +1121,6 @@ def _fit(spec: Spec, parts: _Parts, reporter: Reporter) -> None:
     )
     checkpoints = progress.checkpoints()
     last = checkpoints[-1] if checkpoints else None
-    if last is not None and _step_of(last) == steps:
-        return
     # Not `trainer.evaluate()` before: it would keep the model from being shared between ranks.
     trainer.args.eval_on_start = last is None and bool(parts.validation)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -2006,6 +2023,8 @@ def run(folder: Path) -> int:
             except BlockingIOError:
                 sys.stderr.write(f"このジョブは、ほかのプロセスが学習中です: {folder}\n")
                 return 1
+            for name in ("progress.jsonl", "validation.jsonl"):
+                mend(folder / name)
         try:
             train(Spec.read(folder / "spec.json"), folder, progress)
         except TrainerFailure as failure:
