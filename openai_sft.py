@@ -8560,7 +8560,7 @@ def _read_split(run: Run, name: SplitName) -> list[Example]:
 
 def _weights_of(run: Run, model_id: str) -> Path:
     """The folder of a model, or of a checkpoint of it, that a run trained on this machine."""
-    folder = run.path.parent / "local" / "trainers" / run.known("job_id")
+    folder: Path = run.path.parent / "local" / "trainers" / run.known("job_id")
     steps = {c.model: c.step for c in run.checkpoints}
     last = max((step for step in steps.values() if step is not None), default=0)
     return folder / f"checkpoint-{steps.get(model_id) or last}"

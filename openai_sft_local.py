@@ -33,6 +33,8 @@ import contextlib
 import errno
 import functools
 import gc
+import importlib.metadata
+import importlib.util
 import itertools
 import json
 import logging
@@ -534,8 +536,7 @@ class Template:
         said = [turn.message() for turn in turns]
         own = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
         for index in own:
-            turns_standin = _said("assistant", _standin(index))
-            said[index] = turns_standin
+            said[index] = _said("assistant", _standin(index))
         around = self._render(said, tools, opened=False)
         whole = self._render([turn.message() for turn in turns], tools, opened=False)
         pieces: list[str] = []
@@ -731,7 +732,9 @@ def load_model(path: str, *, training: bool) -> Any:
     """A model on the CPU; ``training`` for all of its weights, which keeps them in float32."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # what is loaded in a moment needs none
     dtype = torch.bfloat16 if has_bfloat16() and not training else torch.float32
     with _from_hub(path):
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
@@ -875,6 +878,12 @@ class Reporter:
 
     def saved(self, step: int, path: Path) -> None:
         """A checkpoint is whole; those that are kept no longer go, and their optimisers."""
+        if not any(path.glob("*model*.safetensors")):
+            raise TrainerFailure(
+                "server_error",
+                f"{path.name} に、応答に使える重みがありません。FSDP の設定ファイルに "
+                "fsdp_state_dict_type: FULL_STATE_DICT を書いてから、ジョブを作り直してください。",
+            )
         self.progress.write("checkpoint", step=step, path=str(path))
         if self.progress.speaks:
             kept = self.kept()
@@ -1032,8 +1041,12 @@ def train(spec: Spec, folder: Path, progress: Progress) -> None:
     """Do a job, from its last checkpoint where there is one."""
     from accelerate import PartialState
 
-    device = device_of()
-    state = PartialState(cpu=device == "cpu")
+    if ignored := _leave_one_gpu():
+        progress.note(
+            f"GPU をもう {ignored} 個使えます。使うには torchrun か accelerate launch で起動します"
+            "（--local-launcher）。",
+        )
+    state = PartialState(cpu=device_of() == "cpu")
     ranks = state.num_processes
     if spec.ranks is not None and ranks < spec.ranks:
         raise TrainerFailure(
@@ -1072,6 +1085,17 @@ def train(spec: Spec, folder: Path, progress: Progress) -> None:
         for checkpoint in progress.checkpoints():
             drop_optimiser(checkpoint)
     reporter.done(learnt * spec.n_epochs)  # the last thing: whoever reads it ends this process
+
+
+def _leave_one_gpu() -> int:
+    """Without a launcher a process uses one GPU, and TRL refuses to see more; how many go."""
+    import torch
+
+    count = int(torch.cuda.device_count())
+    if "WORLD_SIZE" in os.environ or count < 2:
+        return 0
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    return count - 1
 
 
 class _Parts(NamedTuple):
@@ -1141,6 +1165,7 @@ MAX_BATCH: Final = 16  # questions in one generate
 MAX_ANSWER: Final = 4096  # tokens of an answer for which no limit is asked
 WHOLE_KEPT: Final = 2  # models in memory: a base, and one trained in full
 ADAPTERS_KEPT: Final = 8
+LEAST_TEMPERATURE: Final = 1e-4  # below it the likeliest is drawn; a division would overflow
 GATHERING_SECONDS: Final = 0.001  # what is asked at once arrives one after the other within it
 # Both spellings: OpenAI's models leave the spaces out, Python's json.dumps puts them in, and a
 # model answers best as it has learnt.
@@ -1190,7 +1215,7 @@ class _Writing:
             scores[token] -= self.presence + self.frequency * times
         if self.matcher:
             scores[~_allowed(self.matcher, scores)] = -torch.inf
-        if not self.temperature:
+        if self.temperature < LEAST_TEMPERATURE:
             return int(scores.argmax())
         chances = torch.softmax(scores / self.temperature, -1)
         if self.top_p < 1:
@@ -1209,7 +1234,7 @@ class _Writing:
         """The end of the text, as far as a stop sequence that has just ended reaches."""
         if not self.stops:
             return ""
-        reach = max(len(stop.encode()) for stop in self.stops) + 4  # a token has a byte or more
+        reach = max(len(stop.encode()) for stop in self.stops)  # a token has a byte or more
         return self._text_of(self.written[-reach:])
 
     def _text_of(self, tokens: list[int]) -> str:
@@ -1682,9 +1707,9 @@ class LocalEngine:
     ) -> None:
         self._model, self._state, self._full = model, state.resolve(), full
         self._launcher = shlex.split(launcher, posix=os.name != "nt") if launcher else None
-        # A folder is called by its name: a path of this machine is no concern of a client's.
+        # A folder is called by its name too, which a tuned model's takes up: that shows no path.
         name = Path(model).resolve().name if Path(model).is_dir() else model
-        self.base_models: Mapping[str, str] = {name: name}
+        self.base_models: Mapping[str, str] = {name: name, model: name}
         self._answerer = _Answerer()
         self._server = _Server(serve_url) if serve_url else None
 
@@ -2007,6 +2032,95 @@ def export(checkpoint: Path, target: Path) -> Path:
         target.rmdir()
     part.replace(target)
     return target
+
+
+# --- What is asked before and after ---------------------------------------------------------------
+
+PACKAGES: Final = ("torch", "transformers", "trl", "peft", "accelerate", "llguidance")
+# What LoRA takes beside the weights: the adapter with its optimiser, and the activations of one
+# example of a few thousand tokens with checkpointing. An estimate, to warn by.
+TRAINING_SHARE: Final = 0.3
+Level = Literal["ok", "warn", "fail"]
+Checked = tuple[str, Level, str, str]  # what, how it stands, a text, a remedy
+
+
+def check_machine(model: str, launcher: str | None) -> Iterator[Checked]:
+    """Whether this machine can train `model`: packages, device, the model, memory, ranks.
+
+    Of a model of the Hub its configuration is fetched, a small file.
+    """
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        remedy = "pip install 'openai-sft[local]' を実行してください"
+        yield "学習のパッケージ", "fail", f"{'、'.join(missing)} がありません", remedy
+        return
+    versions = "、".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    yield "学習のパッケージ", "ok", versions, ""
+    memory, text = _memory_of_device()
+    yield "デバイス", "ok", f"{text}（メモリー {memory / 2**30:.1f}GB）", ""
+    parameters = yield from _check_model(model)
+    if parameters is not None:
+        need = parameters * (2 if has_bfloat16() else 4) * (1 + TRAINING_SHARE)
+        text = f"LoRAの学習に約{need / 2**30:.1f}GB（パラメーター数からの目安）"
+        if need <= memory:
+            yield "学習のメモリー", "ok", text, ""
+        else:
+            remedy = "小さいモデルを選ぶか、--local-launcher で複数のGPUに分けてください"
+            yield "学習のメモリー", "warn", f"{text}で、足りないおそれがあります", remedy
+    ranks = _ranks_of(shlex.split(launcher)) if launcher else 1
+    told = (
+        "起動コマンドからは分かりません（学習の始めに確かめます）" if ranks is None else f"{ranks}"
+    )
+    yield "学習のプロセス数", "ok", told, ""
+
+
+def _memory_of_device() -> tuple[int, str]:
+    """Bytes of the memory to train in, and what the device is."""
+    import psutil
+    import torch
+
+    if device_of() != "cuda":
+        return psutil.virtual_memory().total, device_of()
+    devices = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
+    names = "、".join(f"{device.name} × {n}" for device, n in Counter(devices).items())
+    return devices[0].total_memory, names
+
+
+def _check_model(model: str) -> Generator[Checked, None, int | None]:
+    """Whether the model can be had; returns its parameters where they are known."""
+    name = "学習するモデル"
+    if model == TINY:
+        yield name, "ok", "tiny（流れを試すための、何も知らない小さなモデル）", ""
+        return None
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with _from_hub(model):
+            config = AutoConfig.from_pretrained(model)
+    except TrainerFailure as failure:
+        yield name, "fail", failure.message, "--local を確認してください"
+        return None
+    with torch.device("meta"):  # its shape alone
+        parameters: int = AutoModelForCausalLM.from_config(config).num_parameters()
+    yield name, "ok", f"{model}（{parameters / 1e9:.2f}Bパラメーター）", ""
+    return parameters
+
+
+def describe_weights(weights: Path, base: str) -> list[str]:
+    """Where the weights of a job are, and the commands that use them."""
+    place = shlex.quote(str(weights))
+    if not _is_adapter(weights):
+        return [
+            f"重み: {weights}",
+            f"使うには: vllm serve {place} または transformers serve {place}",
+        ]
+    lora = f"--enable-lora --max-lora-rank {LORA_RANK} --lora-modules tuned={place}"
+    return [
+        f"重み（LoRAのアダプター）: {weights}",
+        f"使うには: vllm serve {shlex.quote(base)} {lora}",
+        "アダプターを統合して1つのモデルにするには: openai-sft --export DIR",
+    ]
 
 
 # --- The command line -----------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import contextlib
 import gzip
 import importlib.util
 import json
+import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+import pytest
 from hypothesis import strategies as st
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -31,6 +33,20 @@ awkward_text = st.text(
 turns = st.lists(
     st.tuples(st.sampled_from(["counselor", "client"]), awkward_text), min_size=1, max_size=12
 )
+
+
+LOCAL_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "llguidance")
+
+
+def require_local() -> None:
+    """Skip a module without the extra for training here; where it has to be there, fail."""
+    missing = [name for name in LOCAL_PACKAGES if importlib.util.find_spec(name) is None]
+    if not missing:
+        return
+    reason = f"needs pip install 'openai-sft[local]': no {', '.join(missing)}"
+    if os.environ.get("OPENAI_SFT_NEEDS_LOCAL"):
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason, allow_module_level=True)
 
 
 def unpack_vocabulary(folder: Path) -> None:

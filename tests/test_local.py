@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -18,7 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import PROJECT, LoopbackHandler, LoopbackServer, awkward_text, write_jsonl
+from helpers import (
+    PROJECT,
+    LoopbackHandler,
+    LoopbackServer,
+    awkward_text,
+    require_local,
+    write_jsonl,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,15 +32,12 @@ import openai_sft_local as local
 from openai_sft_local import Evaluation, Progress, Reporter, Spec, Template, TrainerFailure
 from openai_sft_rehearsal import example_dialogues
 
-EXTRA = ("torch", "transformers", "trl", "peft", "accelerate")
 QWEN3 = Path(os.environ.get("QWEN3_TOKENIZER", "/nowhere"))
 
-pytestmark = [
-    pytest.mark.skipif(
-        not all(map(importlib.util.find_spec, EXTRA)), reason=f"needs the extra: {local.EXTRA}"
-    ),
-    pytest.mark.filterwarnings("ignore"),  # those libraries deprecate what they use of one another
-]
+require_local()
+
+# Those libraries deprecate what they use of one another.
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 # --- What of a dialogue is learnt -----------------------------------------------------------------
@@ -687,6 +690,15 @@ def test_a_validation_that_is_no_number_ends_the_job(tmp_path):
     with pytest.raises(TrainerFailure) as caught:
         reporter.evaluated(3, [[math.nan, 0, 1]])
     assert caught.value.code == "training_diverged"
+
+
+def test_a_checkpoint_in_shards_which_cannot_answer_ends_the_job(tmp_path):
+    reporter = Reporter(tmp_path, Progress(tmp_path / "p.jsonl"), [])
+    (tmp_path / "checkpoint-3" / "pytorch_model_fsdp_0").mkdir(parents=True)
+
+    with pytest.raises(TrainerFailure, match="FULL_STATE_DICT"):
+        reporter.saved(3, tmp_path / "checkpoint-3")
+    assert not reporter.progress.checkpoints()
 
 
 def test_any_other_error_is_reported_and_not_swallowed(base, tmp_path):
