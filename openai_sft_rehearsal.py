@@ -86,6 +86,7 @@ __all__ = [
     "Step",
     "Trained",
     "TrainingFailed",
+    "build_parser",
     "example_dialogues",
     "hold_lock",
     "judge_training_file",
@@ -1878,7 +1879,8 @@ def _is_loopback(host: str) -> bool:
 # --- The command line -----------------------------------------------------------------------------
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
     parser = argparse.ArgumentParser(
         prog="python -m openai_sft_rehearsal",
         description="OpenAIのファインチューニングAPIの形をした、自分のマシンで動くエンドポイント。"
@@ -1926,7 +1928,7 @@ def _engine_of(arguments: argparse.Namespace) -> Engine:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until Ctrl-C (130) or SIGTERM (143); 2 where it can't be begun."""
-    arguments = _parser().parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     received: list[int] = []
     signals = (signal.SIGINT, signal.SIGTERM)
