@@ -1969,8 +1969,8 @@ def _is_trained(folder: Path) -> bool:
     """Whether a trainer lives, be it one of another machine that shares the folder."""
     if not folder.exists():
         return False
-    # A trainer that has just begun takes its lock undisturbed: `is_held` tries it.
-    return bool(_processes(folder)) or is_held(folder / LOCK)
+    # One that has just begun has no lock yet.
+    return is_held(folder / LOCK) or bool(_processes(folder))
 
 
 def _end_processes(folder: Path) -> None:
