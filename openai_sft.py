@@ -2641,6 +2641,7 @@ def parse_dialogue(
             f"あるキー: {printable('、'.join(map(str, record))) or 'なし'}"
         )
     said = form.read(record, reading, place)
+    roles, texts = zip(*said.turns, strict=True) if said.turns else ((), ())
     reading.forms[form.name] += 1
     _note_left_out(record, form, reading)
     try:
@@ -2657,8 +2658,8 @@ def parse_dialogue(
     return Dialogue(
         id=dialogue_id,
         source=source,
-        roles=tuple(role for role, _ in said.turns),
-        texts=TURN_BREAK.join(text for _, text in said.turns),
+        roles=roles,
+        texts=TURN_BREAK.join(texts),
         digest=digest,
         topic=_mapping(record, "topic", source),
         review_jp=_mapping(record, "review_by_client_jp", source),
@@ -3903,12 +3904,14 @@ def to_example(dialogue: Dialogue, *, system_prompt: str | None = None) -> Examp
         if system_prompt and chat["messages"][:1] and chat["messages"][0]["role"] != "system":
             chat["messages"] = [{"role": "system", "content": system_prompt}, *chat["messages"]]
         return chat
+    speaker = None
     for role, text in dialogue.turns:
-        if messages and messages[-1]["role"] == role:
+        if role == speaker:
             messages[-1]["content"] += "\n" + text
         else:
             messages.append({"role": role, "content": text})
-    if messages and messages[-1]["role"] != "assistant":
+            speaker = role
+    if speaker == "user":
         messages.pop()
     if not messages:
         return None
@@ -4116,31 +4119,28 @@ class TokenCounter:
         """Tokens of several conversations, each with its tools, with one call of the tokeniser
         for all."""
         texts: list[str] = []
-        layouts: list[list[tuple[int, int, bool]]] = []
-        others: list[tuple[bool, int]] = []
+        layouts = []
         for messages, tools in examples:
             own, besides = _billed_tools(tools)
             texts += own
             overhead = 3 + besides
-            # Of the tools and of each message: texts up to its end, tokens besides, whose it is.
-            layout = [(len(texts), overhead, False)]
             images = 0
+            turns = []  # up to the end of each of the assistant's: texts, tokens besides
             for message in messages:
                 own, besides, pictures = _billed_texts(message)
                 texts += own
                 overhead += 4 + besides  # 3 a message, and its role is one token
                 images += pictures
-                layout.append((len(texts), overhead, message.get("role") == "assistant"))
-            layouts.append(layout)
-            others.append((bool(tools), images))
+                if message.get("role") == "assistant":
+                    turns.append((len(texts), overhead))
+            layouts.append((turns, len(texts), overhead, bool(tools), images))
         ends = [0, *self._text_ends(texts)]
         counts = []
         before = 0
-        for layout, (with_tools, images) in zip(layouts, others, strict=True):
-            sizes = [ends[last] - before + extra for last, extra, _ in layout]
-            turns = [size for size, (_, _, trained) in zip(sizes, layout, strict=True) if trained]
-            counts.append(Tokens(sizes[-1], sum(turns), with_tools, images))
-            before = ends[layout[-1][0]]
+        for turns, last, overhead, with_tools, images in layouts:
+            per_turn = sum([ends[end] - before + besides for end, besides in turns])
+            counts.append(Tokens(ends[last] - before + overhead, per_turn, with_tools, images))
+            before = ends[last]
         return counts
 
     def count_texts(self, texts: Sequence[str]) -> int:
@@ -4151,15 +4151,16 @@ class TokenCounter:
         """For each text the number of tokens up to its end, those before it included."""
         if not texts:
             return []
-        if not _is_text("".join(texts)):  # half of a surrogate pair
+        joined = self.SEPARATOR.join(texts)
+        if not _is_text(joined):  # half of a surrogate pair
             texts = [text.encode(errors="replace").decode() for text in texts]
+            joined = self.SEPARATOR.join(texts)
         if self._encoding is None:
             bytes_so_far = itertools.accumulate(len(text.encode()) for text in texts)
             return [round(TOKENS_PER_BYTE * count) for count in bytes_so_far]
         # One call for all, for a call costs more than a short text; a special token never
         # merges with its neighbours. Text that holds one itself, or a run too long for the
         # tokeniser, is counted one by one.
-        joined = self.SEPARATOR.join(texts)
         if joined.count(self.SEPARATOR) != len(texts) - 1 or max(map(len, texts)) > LONG_TEXT:
             encode = self._encoding.encode_ordinary
             counts = (sum(len(encode(piece)) for piece in _cut_runs(text)) for text in texts)

@@ -500,6 +500,13 @@ MONEY = (
         "test_cost.py::test_tokens_are_counted_by_the_cookbooks_formula",
     ),
     Mutant(
+        "the form by turns is billed for the conversations before",
+        "ends[end] - before + besides",
+        "ends[end] + besides",
+        "test_cost.py::test_the_data_stage_shows_the_spread_and_the_price_of_the_other_format",
+        within="count_many",
+    ),
+    Mutant(
         "tools are free",
         "texts += own\n            overhead = 3 + besides",
         "overhead = 3",
@@ -1285,8 +1292,8 @@ DATA = (
     ),
     Mutant(
         "the client has the last word",
-        'messages[-1]["role"] != "assistant"',
-        'messages[-1]["role"] == ""',
+        'if speaker == "user":',
+        'if speaker == "":',
         "test_data.py::test_merged_messages_alternate_and_end_with_the_assistant",
         within="to_example",
     ),
