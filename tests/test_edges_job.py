@@ -308,15 +308,26 @@ def test_a_surplus_job_that_turns_up_later_is_cancelled_and_named(
     assert status_at(endpoint, sdk, other) == "validating_files"
 
 
+@pytest.mark.parametrize("keeps", [True, False], ids=["metadata", "no metadata"])
 def test_a_job_that_an_earlier_process_made_turns_up_by_the_token_that_all_requests_share(
-    at: MakeSFT, endpoint: Rehearsal, clock: Clock, sdk: openai.OpenAI
+    at: MakeSFT,
+    endpoint: Rehearsal,
+    clock: Clock,
+    sdk: openai.OpenAI,
+    log: Callable[[], list[str]],
+    keeps: bool,
 ) -> None:
-    """The first process is killed; hours later another sends again, and then both are shown."""
+    """The first process is killed; hours later another sends again, and then both are shown.
+
+    Without metadata nothing says for certain whose it is: it is named, and left alone.
+    """
     endpoint.hold("validating_files")
     late, dates = Late(clock), dict[str, int]()
 
     def dated(one: dict[str, Any]) -> dict[str, Any]:
-        return {**one, "created_at": dates.setdefault(one["id"], int(clock()))}
+        kept = one["metadata"] if keeps else None
+        made_at = dates.setdefault(one["id"], int(clock()))
+        return {**one, "created_at": made_at, "metadata": kept}
 
     def serve(request: Request, forward: Forward) -> Reply:
         def told(request: Request) -> Reply:
@@ -340,7 +351,8 @@ def test_a_job_that_an_earlier_process_made_turns_up_by_the_token_that_all_reque
         at(gateway.url).list_runs()
     (surplus,) = late.jobs
 
-    assert status_at(endpoint, sdk, surplus) == "cancelled"
+    assert (status_at(endpoint, sdk, surplus) == "cancelled") == keeps
+    assert any(surplus in line and "--cancel" in line for line in log()) != keeps
     assert status_at(endpoint, sdk, caught.value.job_id) == "validating_files"
 
 
