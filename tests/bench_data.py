@@ -145,6 +145,7 @@ def main() -> None:
         vocabulary = scratch / "fb374d419588a4632f3f557e76b4b70aebbca790"  # tiktoken's own name
         vocabulary.write_bytes(gzip.decompress(packed.read_bytes()))
         os.environ["TIKTOKEN_CACHE_DIR"] = folder
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # what is installed has its bytecode
         plain, mine = [], []
         for _ in range(options.rounds):
             target = str(scratch / "plain.jsonl")
