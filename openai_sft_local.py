@@ -84,7 +84,6 @@ LORA_RANK, LORA_ALPHA = 16, 32
 LEARNING_RATES: Final = {"lora": 2e-4, "full": 2e-5, TINY: 3e-3}
 WARMUP: Final = 0.03  # of all steps
 KEPT_EPOCHS: Final = 3  # as OpenAI keeps; the best is kept besides
-MIN_DIALOGUES: Final = 6  # for an interval: Student's t is exact to three digits from 5 degrees up
 
 TINY_VOCABULARY, TINY_CONTEXT = 2000, 32768
 TINY_SPECIAL: Final = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # pads, opens, ends
@@ -813,9 +812,9 @@ def compare_bits(before: Evaluation, after: Evaluation) -> Json:
     """Bits per character before and after, and the 95 % interval of the difference.
 
     Over dialogues; a ratio of sums, with the standard error of Cochran 1977, "Sampling Techniques",
-    2.11. ``low`` and ``high`` are None for fewer dialogues than `MIN_DIALOGUES`.
+    2.11. ``low`` and ``high`` are None for fewer than `openai_sft.MIN_DIALOGUES`.
     """
-    from openai_sft import student_t
+    from openai_sft import MIN_DIALOGUES, student_t
 
     difference = after.bits_per_character - before.bits_per_character
     low = high = None
@@ -1923,10 +1922,12 @@ def _note(record: Json) -> Note | None:
 
 def _result(record: Json) -> Iterator[Note | Kept | Trained]:
     if bits := record.get("bits_per_character"):
+        interval = "対話が少なすぎるため区間なし"
+        if bits["low"] is not None:
+            interval = f"差の95%区間 {bits['low']:+.3f}〜{bits['high']:+.3f}"
         yield Note(
             f"検証データの1文字あたりのビット数: 学習前 {bits['before']:.3f}、学習後 "
-            f"{bits['after']:.3f}（差の95%区間 {bits['low']:.3f}〜{bits['high']:.3f}、"
-            f"{bits['examples']} 対話）"
+            f"{bits['after']:.3f}（{interval}、{bits['examples']}対話）"
         )
     for kept in sorted(record["checkpoints"], key=lambda kept: kept["step"]):
         yield Kept({"step": kept["step"], **kept["metrics"]})

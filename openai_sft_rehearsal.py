@@ -1421,7 +1421,7 @@ class _Service:
         """The worker: carries the oldest job that may go on one piece further, until closing."""
         while job := self._next_job():
             if job.work and job.status not in TERMINAL:
-                next(job.work, None)
+                self._go_on(job, job.work)
             elif job.work:
                 job.work.close()  # which ends what the engine does for it
                 job.work = None
@@ -1430,6 +1430,15 @@ class _Service:
         for job in self.jobs.values():
             if job.work:
                 job.work.close()
+
+    def _go_on(self, job: Job, work: Iterator[None]) -> None:
+        """One piece of a job; a defect ends the job, for whoever waits for it, and no other."""
+        try:
+            next(work, None)
+        except Exception as problem:  # noqa: BLE001  # logged; who waits must be told of any
+            _log.exception("ジョブ %s の処理中に想定外の例外が起きました", job.id)
+            message = f"The server had an error: {type(problem).__name__}: {problem}"
+            self.fail(job, "server_error", message)
 
     def _next_job(self) -> Job | None:
         """The oldest job with something to do, once there is one; None when all is closing."""

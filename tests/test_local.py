@@ -378,7 +378,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_job(folder: Path, base: Path, **changes: Any) -> Path:
     """A folder with a job of ten examples, three epochs of three steps, seven to validate."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = dialogues(17)
+    rows = dialogues(20)
     spec = Spec(
         job_id="ftjob-1",
         model="tiny",
@@ -437,7 +437,7 @@ def test_a_tiny_model_learns_and_beats_its_untrained_self(trained):
     assert losses == sorted(losses, reverse=True)
     assert len(losses) == 3
     assert bits["low"] <= bits["after"] - bits["before"] <= bits["high"] < 0
-    assert bits["examples"] == 7
+    assert bits["examples"] == 10
     assert metrics[9]["full_valid_bits_per_character"] == bits["after"]
 
 
@@ -658,8 +658,9 @@ def test_the_last_three_epochs_and_the_best_are_kept(tmp_path):
 def test_the_difference_in_bits_has_students_interval_over_dialogues():
     from scipy import stats
 
-    before, after = [[9.0, 8.0, 7.5, 9.5, 8.1, 7.0, 8.8], [8.0, 7.5, 7.6, 8.1, 7.7, 6.1, 8.0]]
-    same = [10] * 7
+    before = [9.0, 8.0, 7.5, 9.5, 8.1, 7.0, 8.8, 7.2, 8.3, 9.1]
+    after = [8.0, 7.5, 7.6, 8.1, 7.7, 6.1, 8.0, 7.0, 8.4, 8.2]
+    same = [10] * 10
     old, new = (Evaluation(0, nats, same, same, same) for nats in (before, after))
     compared = local.compare_bits(old, new)
     bits = [[nat / 10 / math.log(2) for nat in nats] for nats in (after, before)]
@@ -667,7 +668,7 @@ def test_the_difference_in_bits_has_students_interval_over_dialogues():
 
     assert compared["low"] == pytest.approx(interval.low, rel=1e-3)
     assert compared["high"] == pytest.approx(interval.high, rel=1e-3)
-    few = [Evaluation(0, nats[:5], same, same, same[:5]) for nats in (before, after)]
+    few = [Evaluation(0, nats[:9], same, same, same[:9]) for nats in (before, after)]
     assert local.compare_bits(*few)["low"] is None
 
 

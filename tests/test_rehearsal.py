@@ -1246,6 +1246,28 @@ def test_an_engine_that_fails_fails_the_job_with_its_words(sdk: openai.OpenAI) -
         assert job.error.message == "メモリーが足りません"
 
 
+def test_a_defect_of_the_engine_ends_its_job_and_no_other(
+    sdk: openai.OpenAI, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Defective(Scripted):
+        def train(self, order: Order) -> Generator[Progress, None, None]:
+            if order.seed == 1:
+                raise KeyError("bits")
+            yield from super().train(order)
+
+    with Rehearsal(engine=Defective()) as endpoint:
+        client = connected(sdk, endpoint)
+        broken, sound = (
+            finish(endpoint, client, start_job(client, examples(10), model="short", seed=seed))
+            for seed in (1, 2)
+        )
+
+    assert (broken.status, broken.error.code) == ("failed", "server_error")
+    assert "KeyError" in broken.error.message
+    assert sound.status == "succeeded"
+    assert any(broken.id in record.getMessage() for record in caplog.records)
+
+
 def test_an_endpoint_takes_up_what_an_earlier_one_has_left(
     sdk: openai.OpenAI, tmp_path: Path
 ) -> None:
