@@ -448,7 +448,7 @@ def test_a_job_tells_what_it_does_in_order(trained):
     [done] = reported(trained, "done")
 
     assert kinds == ["note", "data", "ready", *(["step"] * 3 + ["checkpoint"]) * 3, "done"]
-    assert (data["examples"], data["validation_examples"]) == (10, 7)
+    assert (data["examples"], data["validation_examples"]) == (10, 10)
     assert ready["total_steps"] == 9
     assert (ready["ranks"], ready["device"], ready["method"]) == (1, local.device_of(), "full")
     assert ready["trainable"] == ready["parameters"] > 100_000
@@ -475,7 +475,7 @@ def test_the_figures_of_each_validation_example_are_kept(trained):
     last = evaluations[-1]
     answers = [
         sum(len(m["content"]) for m in row["messages"] if m["role"] == "assistant")
-        for row in dialogues(17)[10:]
+        for row in dialogues(20)[10:]
     ]
 
     assert [e.step for e in evaluations] == [0, 3, 6, 9]
