@@ -1924,14 +1924,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _engine_of(arguments: argparse.Namespace) -> Engine:
-    """Raises ValueError where what it needs isn't told, ImportError where it isn't installed."""
+    """Raises ValueError for options that don't go together, ImportError without its packages."""
+    how = {name: getattr(arguments, name) for name in ("launcher", "serve_url", "full")}
     if arguments.engine == "character":
+        if arguments.model or arguments.state or any(how.values()):
+            raise ValueError("--engine trl のときの指定があります。--engine trl を足してください")
         return CharacterEngine()
     if not (arguments.model and arguments.state):
         raise ValueError("--engine trl には --model と --state が要ります")
     from openai_sft_local import LocalEngine
 
-    how = {name: getattr(arguments, name) for name in ("launcher", "serve_url", "full")}
     return LocalEngine(arguments.model, arguments.state, **how)
 
 

@@ -1365,7 +1365,25 @@ def test_an_endpoint_that_others_reach_needs_a_key(tmp_path: Path) -> None:
     assert main(["--port", "0", "--host", "0.0.0.0"]) == 2
     (tmp_path / "key").write_text("\n")
     assert main(["--port", "0", "--api-key-file", str(tmp_path / "key")]) == 2
-    assert main(["--port", "0", "--engine", "trl"]) == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--engine", "trl"],
+        ["--engine", "trl", "--model", "tiny"],
+        ["--state", "kept"],
+        ["--model", "tiny"],
+        ["--full"],
+    ],
+)
+def test_an_engine_takes_its_own_options_and_no_others(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    assert main(["--port", "0", *options]) == 2
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- The example dialogues ------------------------------------------------------------------------
