@@ -6823,12 +6823,16 @@ class Runs:
         """The runs that a job belongs to."""
         return [run for run in self if run.job_id == job_id]
 
-    def of_model(self, model_id: str | None = None) -> Run | None:
+    def of_model(
+        self, model_id: str | None = None, where: Callable[[RunSettings], bool] = lambda _: True
+    ) -> Run | None:
         """The newest run that tuned ``model_id``, or any model; never a rehearsal.
 
-        Of several runs that know of a model, one that also knows its split.
+        ``where`` tells of a run's settings whether it counts. Of several runs that know of a model,
+        one that also knows its split.
         """
-        tuned = [run for run in self if run.fine_tuned_model and not run.rehearsal]
+        every = (run for run in self if where(run.settings))
+        tuned = [run for run in every if run.fine_tuned_model and not run.rehearsal]
         newest = next((run for run in tuned if model_id in (None, *run.models)), None)
         model = newest and newest.fine_tuned_model
         same = (run for run in tuned if run.fine_tuned_model == model and run.selection)
@@ -10549,7 +10553,8 @@ class OpenAISFT:
         """
         _require_filled(model_id=model_id)
         filters, asking = _read_options(options, max_test_cases, 42 if seed is None else seed, None)
-        settings, tuned = self.settings, self._runs.of_model(model_id)
+        local = None if model_id else self.settings.local
+        tuned = self._runs.of_model(model_id, lambda its: local in (None, its.local))
         model_id = model_id or (tuned.fine_tuned_model if tuned else None)
         if model_id is None:
             raise ConfigurationError(
@@ -10557,8 +10562,7 @@ class OpenAISFT:
                 "--model-id（model_id=）で指定してください。"
             )
         model_id = _model_to_ask(asking.checkpoint, model_id, tuned, self._runs)
-        if tuned is not None:
-            settings = self._where_tuned(tuned)
+        settings = self.settings if tuned is None else self._where_tuned(tuned)
         self._require_ready(settings)
         self._judge_at(settings, asking)
         if tuned is not None and tuned.selection is not None:
@@ -10592,8 +10596,8 @@ class OpenAISFT:
         Returns ``target``. Raises :class:`ConfigurationError` where there is no such model here or
         the folder isn't empty.
         """
-        run = self._runs.of_model(model_id)
-        if run is None or run.settings.local is None:
+        run = self._runs.of_model(model_id, lambda settings: settings.local is not None)
+        if run is None:
             raise ConfigurationError(
                 f"{self.output_dir} に、このマシンで学習したモデル"
                 f"{'' if model_id is None else f' {printable(model_id)} '}がありません。"

@@ -93,6 +93,14 @@ TINY_TEMPLATE: Final = (
 )
 
 
+PACKAGES: Final = ("torch", "transformers", "trl", "peft", "accelerate", "llguidance")
+
+
+def missing_packages() -> list[str]:
+    """Those of the extra that aren't installed."""
+    return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+
+
 # --- Records --------------------------------------------------------------------------------------
 
 
@@ -1704,6 +1712,8 @@ class LocalEngine:
         serve_url: str | None = None,
         full: bool = False,
     ) -> None:
+        if missing := missing_packages():
+            raise ModuleNotFoundError(f"{'、'.join(missing)} がありません")
         self._model, self._state, self._full = model, state.resolve(), full
         self._launcher = shlex.split(launcher, posix=os.name != "nt") if launcher else None
         # A folder is called by its name too, which a tuned model's takes up: that shows no path.
@@ -1731,6 +1741,9 @@ class LocalEngine:
 
     def answer(self, model: Model, body: Json) -> Reply:
         """See `Engine`."""
+        if model.base not in self.base_models.values():
+            message = f"{model.base} から学習したモデルです。--local（--model）に指定してください。"
+            raise ApiError(404, message, "model", "model_not_found")
         weights = _Weights(self._base, None)
         if model.job_id is not None:
             checkpoint = self._folder(model.job_id) / f"checkpoint-{model.step or 0:d}"
@@ -2037,10 +2050,10 @@ def export(checkpoint: Path, target: Path) -> Path:
 
 # --- What is asked before and after ---------------------------------------------------------------
 
-PACKAGES: Final = ("torch", "transformers", "trl", "peft", "accelerate", "llguidance")
 # What LoRA takes beside the weights: the adapter with its optimiser, and the activations of one
 # example of a few thousand tokens with checkpointing. An estimate, to warn by.
 TRAINING_SHARE: Final = 0.3
+CHECK_LAUNCHER: Final = "--local-launcher を確認してください"
 Level = Literal["ok", "warn", "fail"]
 Checked = tuple[str, Level, str, str]  # what, how it stands, a text, a remedy
 
@@ -2050,8 +2063,7 @@ def check_machine(model: str, launcher: str | None) -> Iterator[Checked]:
 
     Of a model of the Hub its configuration is fetched, a small file.
     """
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := missing_packages():
         remedy = "pip install 'openai-sft[local]' を実行してください"
         yield "学習のパッケージ", "fail", f"{'、'.join(missing)} がありません", remedy
         return
@@ -2068,7 +2080,15 @@ def check_machine(model: str, launcher: str | None) -> Iterator[Checked]:
         else:
             remedy = "小さいモデルを選ぶか、--local-launcher で複数のGPUに分けてください"
             yield "学習のメモリー", "warn", f"{text}で、足りないおそれがあります", remedy
-    ranks = _ranks_of(shlex.split(launcher)) if launcher else 1
+    try:
+        words = shlex.split(launcher or sys.executable, posix=os.name != "nt")
+    except ValueError as problem:
+        yield "学習の起動コマンド", "fail", f"{launcher}: {problem}", CHECK_LAUNCHER
+        return
+    if shutil.which(words[0]) is None:
+        yield "学習の起動コマンド", "fail", f"{words[0]} がありません", CHECK_LAUNCHER
+        return
+    ranks = _ranks_of(words) if launcher else 1
     told = (
         "起動コマンドからは分かりません（学習の始めに確かめます）" if ranks is None else f"{ranks}"
     )
