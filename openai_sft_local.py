@@ -93,6 +93,7 @@ TINY_TEMPLATE: Final = (
 )
 
 
+MIN_DIALOGUES: Final = 10  # for an interval, as with the figures of an evaluation
 PACKAGES: Final = ("torch", "transformers", "trl", "peft", "accelerate", "llguidance")
 
 
@@ -820,9 +821,9 @@ def compare_bits(before: Evaluation, after: Evaluation) -> Json:
     """Bits per character before and after, and the 95 % interval of the difference.
 
     Over dialogues; a ratio of sums, with the standard error of Cochran 1977, "Sampling Techniques",
-    2.11. ``low`` and ``high`` are None for fewer than `openai_sft.MIN_DIALOGUES`.
+    2.11. ``low`` and ``high`` are None for fewer dialogues than `MIN_DIALOGUES`.
     """
-    from openai_sft import MIN_DIALOGUES, student_t
+    from openai_sft import student_t
 
     difference = after.bits_per_character - before.bits_per_character
     low = high = None

@@ -28,6 +28,7 @@ from helpers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
+import openai_sft
 import openai_sft_local as local
 from openai_sft_local import Evaluation, Progress, Reporter, Spec, Template, TrainerFailure
 from openai_sft_rehearsal import example_dialogues
@@ -670,6 +671,7 @@ def test_the_difference_in_bits_has_students_interval_over_dialogues():
     assert compared["high"] == pytest.approx(interval.high, rel=1e-3)
     few = [Evaluation(0, nats[:9], same, same, same[:9]) for nats in (before, after)]
     assert local.compare_bits(*few)["low"] is None
+    assert openai_sft.MIN_DIALOGUES == local.MIN_DIALOGUES
 
 
 # --- How a job fails ------------------------------------------------------------------------------
