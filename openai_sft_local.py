@@ -214,19 +214,19 @@ def failure_of(error: BaseException) -> TrainerFailure:
         return TrainerFailure(
             "disk_full",
             "ディスクの空きがなくなりました。空きを作ってから、ジョブを作り直してください。"
-            "full では 1 つのチェックポイントが重みの約 3 倍になります。",
+            "全パラメーターの学習では、1つのチェックポイントが重みの約3倍になります。",
         )
     if isinstance(error, MemoryError) or any(m in text for m in _MEMORY_FULL for text in texts):
         return TrainerFailure(
             "out_of_memory",
-            "メモリが足りません。小さいモデルにする、full をやめて LoRA にする、"
-            "または GPU を増やして（--local-launcher）重みを分けてください。",
+            "メモリが足りません。小さいモデルにする、全パラメーターでなくLoRAを学習する、"
+            "GPUを増やして重みを分ける（--local-launcher）、のどれかを試してください。",
         )
     last = str(error).strip().splitlines()
     return TrainerFailure(
         "server_error",
         f"学習が止まりました: {type(error).__name__}: {last[-1] if last else ''}"
-        "（詳しくはジョブのフォルダの trainer.log）",
+        "。詳しくはジョブのフォルダーの trainer.log を見てください。",
     )
 
 
@@ -344,7 +344,7 @@ def _text_of(message: Json) -> str:
             if part.get("type") not in ("text", "refusal"):
                 raise TrainerFailure(
                     "content_not_supported",
-                    f"文字以外の内容（{part.get('type')}）は、手元のモデルでは扱えません。",
+                    f"文字以外の内容（{part.get('type')}）は、このマシンのモデルでは扱えません。発言を文字だけにしてください。",
                     "messages",
                 )
         return "".join(part.get("text") or part.get("refusal") or "" for part in content)
@@ -405,10 +405,12 @@ class Template:
         self.notes = []
         if not tokenizer.chat_template:
             raise _unusable(
-                "チャットテンプレートがありません。instruct 版のモデルを選んでください。"
+                "チャットテンプレートがありません。instruct版のモデルを選んでください。"
             )
         if not tokenizer.is_fast:
-            raise _unusable("文字の位置を言わないトークナイザーです（tokenizer.json が必要です）。")
+            raise _unusable(
+                "トークナイザーが文字の位置を言いません。tokenizer.json のあるモデルが必要です。"
+            )
         self._accepts = {name: self._is_accepted(roles) for name, roles in _PROBES.items()}
         if not self._accepts["system"]:
             self.notes.append(
@@ -426,7 +428,7 @@ class Template:
         if not self._accepts["neighbours"]:
             self.notes.append(
                 "このモデルのチャットテンプレートは同じ役割の発言が続くことを受け付けないため、"
-                "続く発言を改行でつないで 1 つにします（学習でも応答でも同じです）。"
+                "続く発言を改行でつないで1つにします（学習でも応答でも同じです）。"
             )
         self._find_borders()
 
@@ -642,13 +644,13 @@ def read_examples(path: str, template: Template, context: int | None, param: str
         try:
             example = example_of(json.loads(line), template)
         except TrainerFailure as failure:
-            message = f"{number} 行目: {failure.message}"
+            message = f"{number}行目: {failure.message}"
             raise TrainerFailure(failure.code, message, param) from failure
         if context is not None and len(example.ids) > context:
             raise TrainerFailure(
                 "example_too_long",
-                f"{number} 行目の会話は {len(example.ids)} トークンで、このモデルの文脈長 "
-                f"{context} を超えます。会話を短くするか、文脈の長いモデルを選んでください。",
+                f"{number}行目の会話は{len(example.ids):,}トークンで、このモデルの文脈長"
+                f"{context:,}を超えます。会話を短くするか、文脈の長いモデルを選んでください。",
                 param,
             )
         examples.append(example)
@@ -719,8 +721,8 @@ def _from_hub(path: str) -> Iterator[None]:
             ) from error
         raise TrainerFailure(
             "model_not_found",
-            f"モデル {path} を読めません。名前か手元のフォルダの綴りと、huggingface.co への接続"
-            "（または手元の控え）を確かめてください。",
+            f"モデル {path} を読めません。名前かフォルダーの綴りと、huggingface.co への接続"
+            "（つながらないマシンでは、取得済みの控え）を確かめてください。",
             "model",
         ) from error
 
@@ -889,7 +891,7 @@ class Reporter:
         if not any(path.glob("*model*.safetensors")):
             raise TrainerFailure(
                 "server_error",
-                f"{path.name} に、応答に使える重みがありません。FSDP の設定ファイルに "
+                f"{path.name} に、応答に使える重みがありません。FSDPの設定ファイルに "
                 "fsdp_state_dict_type: FULL_STATE_DICT を書いてから、ジョブを作り直してください。",
             )
         self.progress.write("checkpoint", step=step, path=str(path))
@@ -935,7 +937,7 @@ def _check_finite(step: int, loss: float) -> None:
     if not math.isfinite(loss):
         raise TrainerFailure(
             "training_diverged",
-            f"{step} 回目の更新で損失が {loss} になりました。learning_rate_multiplier を"
+            f"{step}回目の更新で損失が{loss}になりました。learning_rate_multiplier を"
             "小さくして、ジョブを作り直してください。",
             "learning_rate_multiplier",
         )
@@ -1051,7 +1053,7 @@ def train(spec: Spec, folder: Path, progress: Progress) -> None:
 
     if ignored := _leave_one_gpu():
         progress.note(
-            f"GPU をもう {ignored} 個使えます。使うには torchrun か accelerate launch で起動します"
+            f"GPUをもう{ignored}個使えます。使うには torchrun か accelerate launch で起動します"
             "（--local-launcher）。",
         )
     state = PartialState(cpu=device_of() == "cpu")
@@ -1059,8 +1061,8 @@ def train(spec: Spec, folder: Path, progress: Progress) -> None:
     if spec.ranks is not None and ranks < spec.ranks:
         raise TrainerFailure(
             "ranks_missing",
-            f"{spec.ranks} 個のプロセスを頼みましたが、{ranks} 個しか動いていません。起動の仕方を"
-            "確かめてください（CPU では accelerate launch でなく torchrun を使います）。",
+            f"{spec.ranks}個のプロセスを頼みましたが、{ranks}個しか動いていません。起動の仕方を"
+            "確かめてください（CPUでは accelerate launch でなく torchrun を使います）。",
         )
     path = spec.model
     if spec.model == TINY:
@@ -1123,9 +1125,7 @@ def _fit(spec: Spec, parts: _Parts, reporter: Reporter) -> None:
     asked = min(spec.batch_size, count)
     batch = asked + -asked % parts.ranks
     if batch != asked:
-        progress.note(
-            f"バッチサイズを、{parts.ranks} 個のプロセスで割れる {batch} にします。", "warn"
-        )
+        progress.note(f"バッチサイズを、{parts.ranks}個のプロセスで割れる{batch}にします。", "warn")
     order = schedule(count, spec.n_epochs, batch, spec.seed)
     steps, epoch = len(order) // batch, -(-count // batch)
     empty = Example([parts.tokenizer.pad_token_id] * 2, [IGNORED] * 2, 0)
@@ -1922,14 +1922,14 @@ def _note(record: Json) -> Note | None:
         case {"kind": "data", "examples": examples, "tokens": tokens, "learnt_tokens": learnt}:
             validation = record["validation_examples"]
             return Note(
-                f"学習例 {examples:,} 件（{tokens:,} トークン、うち学習するのは {learnt:,}）、"
-                f"検証例 {validation:,} 件"
+                f"学習例{examples:,}件（{tokens:,}トークン、うち学習するのは {learnt:,}）、"
+                f"検証例{validation:,}件"
             )
         case {"kind": "ready", "ranks": ranks, "device": device, "method": method}:
             how = {"lora": "LoRA", "full": "全パラメーター"}[method]
             return Note(
-                f"{device} の {ranks} プロセスで学習します。{how}: "
-                f"{record['parameters']:,} のうち {record['trainable']:,} パラメーター"
+                f"{device} の{ranks}プロセスで学習します（{how}、"
+                f"{record['parameters']:,}パラメーターのうち{record['trainable']:,}）。"
             )
     return None
 
@@ -2012,7 +2012,7 @@ def _death(folder: Path, code: int) -> TrainingFailed:
             "長い対話を分ける、--full を外す、のどれかを試してください。",
         )
     said = lines[-1] if lines else "何も出力していません"
-    message = f"学習のプロセスが終了コード {code} で終わりました: {said}（{log}）"
+    message = f"学習のプロセスが終了コード{code}で終わりました: {said}（{log}）"
     return TrainingFailed("server_error", message)
 
 
@@ -2028,7 +2028,9 @@ def export(checkpoint: Path, target: Path) -> Path:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} は空ではありません。別のフォルダーを指定してください。")
     if not (_is_adapter(checkpoint) or (checkpoint / "config.json").exists()):
-        raise FileNotFoundError(f"{checkpoint} に重みがありません。")
+        raise FileNotFoundError(
+            f"{checkpoint} に重みがありません。ジョブの checkpoint-N を指定してください。"
+        )
     source = str(checkpoint)
     if _is_adapter(checkpoint):
         settings = json.loads((checkpoint / ADAPTER).read_text(encoding="utf-8"))
@@ -2071,16 +2073,16 @@ def check_machine(model: str, launcher: str | None) -> Iterator[Checked]:
     versions = "、".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     yield "学習のパッケージ", "ok", versions, ""
     memory, text = _memory_of_device()
-    yield "デバイス", "ok", f"{text}（メモリー {memory / 2**30:.1f}GB）", ""
+    yield "デバイス", "ok", f"{text}（メモリ {memory / 2**30:.1f}GB）", ""
     parameters = yield from _check_model(model)
     if parameters is not None:
         need = parameters * (2 if has_bfloat16() else 4) * (1 + TRAINING_SHARE)
         text = f"LoRAの学習に約{need / 2**30:.1f}GB（パラメーター数からの目安）"
         if need <= memory:
-            yield "学習のメモリー", "ok", text, ""
+            yield "学習のメモリ", "ok", text, ""
         else:
             remedy = "小さいモデルを選ぶか、--local-launcher で複数のGPUに分けてください"
-            yield "学習のメモリー", "warn", f"{text}で、足りないおそれがあります", remedy
+            yield "学習のメモリ", "warn", f"{text}で、足りないおそれがあります", remedy
     try:
         words = shlex.split(launcher or sys.executable, posix=os.name != "nt")
     except ValueError as problem:
@@ -2175,9 +2177,9 @@ def run(folder: Path) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and do the job."""
     parser = argparse.ArgumentParser(
-        prog="python -m openai_sft_local", description="1 つのジョブを手元のモデルで学習する。"
+        prog="python -m openai_sft_local", description="1つのジョブを、このマシンで学習する。"
     )
-    parser.add_argument("folder", type=Path, metavar="JOBDIR", help="spec.json のあるフォルダ")
+    parser.add_argument("folder", type=Path, metavar="JOBDIR", help="spec.json のあるフォルダー")
     return run(parser.parse_args(argv).folder)
 
 

@@ -348,7 +348,7 @@ def test_a_failure_of_an_example_names_the_file_and_the_line(tmp_path):
         failures.append(caught.value)
 
     assert [f.code for f in failures] == ["content_not_supported", "example_too_long"]
-    assert all(f.message.startswith("2 行目") and f.param == "validation_file" for f in failures)
+    assert all(f.message.startswith("2行目") and f.param == "validation_file" for f in failures)
     assert all(number in failures[1].message for number in ("100", "174"))
 
 

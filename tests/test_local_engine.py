@@ -695,7 +695,7 @@ def test_a_job_is_carried_out_by_a_trainer_of_its_own(
         assert (last.step_number, first.step_number) == (4, 2)
         said = [(event.level, event.message) for event in events]
         assert ("warn", "tiny は何も知りません") in said
-        assert any("学習例 12 件" in message for _, message in said)
+        assert any("学習例12件" in message for _, message in said)
         assert any("学習前 5.000、学習後 3.500" in message for _, message in said)
         assert "the trainer speaks" in (folder / "trainer.log").read_text()
         spec = json.loads((folder / "spec.json").read_text("utf-8"))
