@@ -1814,6 +1814,7 @@ class LocalEngine:
         finally:
             _end_processes(folder)
             if trainer:
+                trainer.kill()  # one that has only just begun has no command to be known by
                 trainer.wait()
 
     def _start(self, folder: Path, order: Order) -> subprocess.Popen[bytes]:

@@ -123,7 +123,10 @@ def trained(vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Train
             patch.setenv(name, value)
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.chdir(home)
-        logging.getLogger("openai_sft").addHandler(kept)
+        logger = logging.getLogger("openai_sft")
+        level = logger.level
+        logger.setLevel(logging.INFO)
+        logger.addHandler(kept)
         with OpenAISFT(
             local="tiny",
             dataset=str(data),
@@ -134,7 +137,8 @@ def trained(vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Train
         ) as sft:
             results = sft.run_full_pipeline(6, 4, baseline=True, seed=1, **BRIEFLY)
             key = sft.client.api_key
-        logging.getLogger("openai_sft").removeHandler(kept)
+        logger.removeHandler(kept)
+        logger.setLevel(level)
     return Trained(out, data, results, sft.files, kept.lines, asked, elsewhere.asked, key)
 
 
@@ -311,8 +315,10 @@ def begun(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
             env={**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"},
         ) as process,
     ):
-        yield process
-        process.kill()
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
@@ -423,12 +429,14 @@ def serving(key: Path, state: Path) -> Iterator[str]:
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, encoding="utf-8", env=environment
     ) as process:
-        assert process.stderr
-        found = re.search(r"http://127\.0\.0\.1:\d+/v1", process.stderr.readline())
-        assert found
-        yield found.group()
-        process.terminate()
-        process.communicate(timeout=20)
+        try:
+            assert process.stderr
+            found = re.search(r"http://127\.0\.0\.1:\d+/v1", process.stderr.readline())
+            assert found
+            yield found.group()
+        finally:
+            process.terminate()
+            process.communicate(timeout=20)
 
 
 def test_a_machine_that_others_reach_asks_for_the_key_and_keeps_its_models(
@@ -498,9 +506,11 @@ WITHOUT_TORCH = """
 import sys
 from importlib.machinery import PathFinder
 
-class Without:
-    def find_spec(self, name, path=None, target=None):
-        return None if name.partition(".")[0] == "torch" else PathFinder.find_spec(name, path)
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        hidden = name.partition(".")[0] == "torch"
+        return None if hidden else super().find_spec(name, path, target)
 
 sys.meta_path = [Without() if finder is PathFinder else finder for finder in sys.meta_path]
 from openai_sft_example import main
