@@ -1651,6 +1651,10 @@ class _Server:
         text, reason = choice["message"]["content"] or "", choice["finish_reason"]
         return Reply(text, usage["prompt_tokens"], usage["completion_tokens"], reason)
 
+    def close(self) -> None:
+        """End the connections."""
+        self._client.close()
+
     def _lend(self, adapter: Path) -> str:
         """Have the server load an adapter once, by a name without the colons of ours."""
         name = f"{adapter.parent.name}-{adapter.name}"
@@ -1732,13 +1736,11 @@ class LocalEngine:
         """
         folder, reported = self._folder(order.job_id), 0
         self._answerer.release()
-        try:
-            for item in _items(self._records(folder, order)):
+        with contextlib.closing(self._records(folder, order)) as records:
+            for item in _items(records):
                 reported += item is not None
                 if item is None or reported > order.seen:
                     yield item
-        finally:
-            _end_processes(folder)
 
     def answer(self, model: Model, body: Json) -> Reply:
         """See `Engine`."""
@@ -1775,6 +1777,8 @@ class LocalEngine:
     def close(self) -> None:
         """See `Engine`; what trains ends as its `train` is closed."""
         self._answerer.close()
+        if self._server is not None:
+            self._server.close()
 
     @property
     def _base(self) -> str:
@@ -1812,10 +1816,7 @@ class LocalEngine:
                 else:
                     trainer = self._start(folder, order)
         finally:
-            _end_processes(folder)
-            if trainer:
-                trainer.kill()  # one that has only just begun has no command to be known by
-                trainer.wait()
+            _end_processes(folder, trainer)
 
     def _start(self, folder: Path, order: Order) -> subprocess.Popen[bytes]:
         """Start a job's trainer in a session of its own, which outlives this process."""
@@ -1968,17 +1969,24 @@ def _ranks_of(launcher: Sequence[str]) -> int | None:
     return None
 
 
-def _processes(folder: Path) -> list[psutil.Process]:
-    """All processes of a job's trainer: launcher and ranks, in whatever sessions they are.
+def _processes(folder: Path, own: subprocess.Popen[bytes] | None = None) -> set[psutil.Process]:
+    """All processes of a job's trainer, in whatever sessions they are: launcher, ranks, loaders.
 
-    They are known by their command: a launcher gives its ranks sessions of their own, which outlive
-    it.
+    They are known by their command, for a launcher gives its ranks sessions of their own, which
+    outlive it. A command can't be read in the moment in which it is started: so the one that this
+    process has started and the children of all are added.
     """
     import psutil
 
     words = {"openai_sft_local", str(folder)}
     running = psutil.process_iter(["cmdline"])
-    return [process for process in running if words <= set(process.info["cmdline"] or ())]
+    found = {process for process in running if words <= set(process.info["cmdline"] or ())}
+    if own is not None and own.poll() is None:
+        found.add(psutil.Process(own.pid))
+    for process in list(found):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.update(process.children(recursive=True))
+    return found
 
 
 def _is_trained(folder: Path) -> bool:
@@ -1989,12 +1997,12 @@ def _is_trained(folder: Path) -> bool:
     return is_held(folder / LOCK) or bool(_processes(folder))
 
 
-def _end_processes(folder: Path) -> None:
+def _end_processes(folder: Path, own: subprocess.Popen[bytes] | None = None) -> None:
     """End a job's trainer with all that it has started, at once."""
     import psutil
 
     asked = False
-    while running := _processes(folder):
+    while running := _processes(folder, own):
         for process in running:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill() if asked else process.terminate()

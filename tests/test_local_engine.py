@@ -9,6 +9,7 @@ import concurrent.futures
 import itertools
 import json
 import logging
+import os
 import shlex
 import shutil
 import subprocess
@@ -325,9 +326,11 @@ def test_json_is_written_as_the_model_has_learnt_to(say: Callable[..., Any]) -> 
 
 
 def test_a_json_object_is_one(draw: Callable[..., str]) -> None:
-    text = draw(response_format={"type": "json_object"}, seed=1, max_tokens=8)
+    texts = [
+        draw(response_format={"type": "json_object"}, seed=seed, max_tokens=8) for seed in range(20)
+    ]
 
-    assert text.startswith("{")
+    assert {text[:2] for text in texts} <= {'{"', "{}"}  # a model that fills it with spaces may not
 
 
 @pytest.mark.parametrize(
@@ -705,7 +708,7 @@ def test_a_job_is_carried_out_by_a_trainer_of_its_own(
             **{"validation_file": None, "n_epochs": 3, "batch_size": 1, "ranks": None},
             "learning_rate_multiplier": 1.0,
         }
-        assert not alive(folder)
+        until(lambda: not alive(folder))
 
         client.models.delete(job.fine_tuned_model)
         assert not folder.exists()
@@ -803,18 +806,20 @@ def test_a_job_goes_on_where_a_killed_trainer_was_and_tells_nothing_twice(
     begin(first, told, 5).close()
     with (tmp_path / "trainers" / JOB / "progress.jsonl").open("a") as file:
         file.write('{"kind": "st\n')  # as a kill leaves it
-    second = LocalEngine("org/model", tmp_path, launcher=launcher("whole"))
+    second = LocalEngine("org/model", tmp_path, launcher=launcher("whole"), full=True)
     rest = [item for item in second.train(order(seen=len(told))) if item]
     afresh = [item for item in second.train(order(seen=0)) if item]
 
     steps = [item.metrics["step"] for item in (*told, *rest) if hasattr(item, "total_steps")]
+    spec = json.loads((tmp_path / "trainers" / JOB / "spec.json").read_text("utf-8"))
+    assert spec["full"] is False  # as the job was begun
     assert steps == [1, 2, 3, 4]
     assert told + rest == afresh
     assert len(set(map(str, afresh))) == len(afresh)
 
 
 def test_a_trainer_that_outlived_its_endpoint_is_followed_and_not_doubled(
-    launcher: Callable[[str], str], tmp_path: Path
+    launcher: Callable[[str], str], tmp_path: Path, sdk: openai.OpenAI
 ) -> None:
     program = f"""
 import sys
@@ -830,20 +835,22 @@ sys.stdin.read()
     command = [sys.executable, "-c", program]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=PROJECT, **pipes) as endpoint:
-        client = openai.OpenAI(base_url=endpoint.stdout.readline().strip(), api_key="k")
+        client = sdk.with_options(base_url=endpoint.stdout.readline().strip(), max_retries=0)
         job = start_job(client, model="org/model")
         until(lambda: len(metrics_of(client, job)) == 2)
         endpoint.kill()
     folder = tmp_path / "state" / "trainers" / job.id
-    before = alive(folder)
+    before = [int(name) for name in alive(folder)]
+    session = [os.getsid(process) for process in before]
     engine = LocalEngine("org/model", tmp_path / "state", launcher=launcher("crashes"))
     with Rehearsal(engine=engine, folder=tmp_path / "state") as second:
-        client = client.with_options(base_url=second.url)
+        client = connected(sdk, second)
         until(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "running")
         (folder.parent / "go").touch()
         finished = finish(second, client, job)
 
         assert len(before) == 1
+        assert session == before  # out of reach of a Ctrl-C
         assert finished.status == "succeeded"
         assert [metrics["step"] for metrics in metrics_of(client, job)] == [1, 2, 3, 4]
         assert (folder / "trainer.log").read_text().count("the trainer speaks") == 1
