@@ -192,22 +192,23 @@ def test_a_limited_answer_ends_with_a_whole_character(
 
 
 @pytest.mark.parametrize(
-    ("stop", "text"),
+    ("stop", "text", "tokens"),
     [
-        ("あ", "abc"),
-        ("def, ", "abcあ"),
-        (["f, ", "nothing"], "abcあde"),
-        (["ghi", "d"], "abcあ"),
-        ("z", None),
+        ("あ", "abc", 6),
+        ("def, ", "abcあ", 11),
+        (["f, ", "nothing"], "abcあde", 11),
+        (["ghi", "d"], "abcあ", 7),
+        ("z", "abcあdef, ghi", 15),
     ],
 )
 def test_a_stop_sequence_ends_the_answer_and_is_left_out(
-    say: Callable[..., Any], stop: str | list[str], text: str | None
+    say: Callable[..., Any], stop: str | list[str], text: str, tokens: int
 ) -> None:
     answer = say(stop=stop)
 
-    assert answer.choices[0].message.content == (text or "abcあdef, ghi")
+    assert answer.choices[0].message.content == text
     assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage.completion_tokens == tokens
 
 
 def test_questions_of_a_moment_are_answered_together_and_as_if_alone(
