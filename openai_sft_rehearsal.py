@@ -64,7 +64,18 @@ from email.message import Message
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import UnionType
-from typing import Any, BinaryIO, Final, Literal, NamedTuple, NoReturn, Protocol, Self, TypeVar
+from typing import (
+    Any,
+    BinaryIO,
+    Final,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    Protocol,
+    Self,
+    TypeVar,
+    assert_never,
+)
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 __all__ = [
@@ -1511,6 +1522,8 @@ class _Service:
                 change["checkpoints"] = [self._checkpoint(job, metrics)]
             case Trained(tokens):
                 change |= self._success(job, tokens)
+            case _:
+                assert_never(progress)
         self._change(**change)
 
     def _model_name(self, job: Job) -> str:
@@ -2338,4 +2351,7 @@ C 今夜、電話してみます。
 """  # noqa: E501 - a header line of the dialogues may be long
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    # As the engines import it: a class of `__main__` is another than that of the module.
+    import openai_sft_rehearsal
+
+    sys.exit(openai_sft_rehearsal.main())
