@@ -260,6 +260,24 @@ MONEY = (
         "test_cost.py::test_the_base_rates_of_a_given_price_are_those_of_a_baseline_that_the_table_does_not_know",
     ),
     Mutant(
+        "what this machine does for nothing others do too",
+        "if rates is None and given is not None and given is not FREE:",
+        "if rates is None and given is not None:",
+        "test_cost.py::test_what_this_machine_trains_and_answers_is_free_and_nothing_else",
+    ),
+    Mutant(
+        "a tuned model is free wherever it is",
+        '[2:3] == ["local"]',
+        '[2:3] != [""]',
+        "test_cost.py::test_what_this_machine_trains_and_answers_is_free_and_nothing_else",
+    ),
+    Mutant(
+        "whatever is asked beside a model of this machine is free",
+        "free = self._settings.local is not None and estimate.most_usd == 0",
+        "free = self._settings.local is not None",
+        "test_cost.py::test_a_free_run_passes_the_door_unasked_and_a_judge_elsewhere_does_not",
+    ),
+    Mutant(
         "a baseline without a price is sent to the flags of training",
         "if all(model == self.model and model not in others for model in self.unpriced):",
         "if self.unpriced:",

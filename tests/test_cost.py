@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -22,10 +23,15 @@ from hypothesis import strategies as st
 import openai_sft_example
 from openai_sft import (
     FREE,
+    BudgetError,
     ConfigurationError,
+    CostEstimate,
+    Declined,
     Dialogue,
+    Ledger,
     OpenAISFT,
     Price,
+    Runs,
     Splits,
     TokenCounter,
     Tokens,
@@ -590,6 +596,37 @@ def test_a_judge_elsewhere_costs_what_it_costs_though_the_model_is_of_this_machi
             assert estimate.judge.usd > dollars
         else:
             assert estimate.judge.usd == dollars
+
+
+@pytest.mark.parametrize(
+    ("judge", "limit", "ends"),
+    [
+        (None, 0.0, None),
+        ("org/m", 0.0, None),
+        ("gpt-4.1-mini", None, Declined),
+        ("gpt-4.1-mini", 0.0, BudgetError),
+        ("another/m", None, Declined),
+        ("another/m", 1.0, BudgetError),
+    ],
+)
+def test_a_free_run_passes_the_door_unasked_and_a_judge_elsewhere_does_not(
+    tmp_path: Path, judge: str | None, limit: float | None, ends: type[Exception] | None
+) -> None:
+    said: Any = [{"role": "user", "content": "やあ"}, {"role": "assistant", "content": "はい"}]
+    options: Any = {"local": "org/m", "max_cost_usd": limit, "output_dir": tmp_path}
+    sft = OpenAISFT(**options)
+    estimate = sft.estimate(Splits([], [{"id": "a", "messages": said}], []), 1, 100, judge=judge)
+    run = Runs(tmp_path).create("pipeline", sft.settings)
+    asked: list[CostEstimate] = []
+
+    def decline(shown: CostEstimate) -> bool:
+        asked.append(shown)
+        return False
+
+    ledger = Ledger(run, sft.settings, decline, lambda _: None)
+    with pytest.raises(ends) if ends else contextlib.nullcontext():
+        ledger.require(estimate, "training", "evaluation")
+    assert bool(asked) == (ends is Declined)
 
 
 @pytest.mark.parametrize("model", ["", "ft:", "ft:unknown:a", "llama-3.1-8b", "gpt-4o-mini-2"])
