@@ -1061,8 +1061,8 @@ RECOVERY = (
     ),
     Mutant(
         "a rehearsed model is the newest",
-        "tuned = [run for run in self if run.fine_tuned_model and not run.rehearsal]",
-        "tuned = [run for run in self if run.fine_tuned_model]",
+        "tuned = [run for run in every if run.fine_tuned_model and not run.rehearsal]",
+        "tuned = [run for run in every if run.fine_tuned_model]",
         "test_pipeline.py::test_the_newest_model_is_never_a_rehearsals_and_never_an_unfinished_runs",
     ),
     Mutant(
