@@ -65,6 +65,7 @@ from openai_sft_rehearsal import (
     Step,
     Trained,
     TrainingFailed,
+    hold_lock,
 )
 from openai_sft_rehearsal import Progress as Item
 
@@ -232,32 +233,16 @@ def failure_of(error: BaseException) -> TrainerFailure:
 
 # --- The job's folder -----------------------------------------------------------------------------
 
-
-@contextlib.contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Hold the lock file, or BlockingIOError where another process holds it."""
-    with path.open("a+b") as file:
-        if sys.platform == "win32":
-            import msvcrt
-
-            try:
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            except PermissionError as error:
-                raise BlockingIOError(errno.EAGAIN, str(error)) from None
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+SPEC, LOCK, LOG = "spec.json", "lock", "trainer.log"
+PROGRESS, EVALUATIONS = "progress.jsonl", "validation.jsonl"
 
 
 def is_held(path: Path) -> bool:
     """Whether another process holds the lock file."""
-    try:
-        with held(path):
-            return False
-    except BlockingIOError:
-        return True
+    lock = hold_lock(path)
+    if lock is not None:
+        lock.close()
+    return lock is None
 
 
 def _append(path: Path, record: Json) -> None:
@@ -856,7 +841,7 @@ class Reporter:
 
     def __init__(self, folder: Path, progress: Progress, validation: Sequence[Example]) -> None:
         self.progress = progress
-        self._file = folder / "validation.jsonl"
+        self._file = folder / EVALUATIONS
         self._characters = [example.characters for example in validation]
         self._step: Json | None = None  # done but not written
 
@@ -1689,7 +1674,6 @@ class _Server:
 
 POLL_SECONDS: Final = 0.02  # at which the progress file is read
 GRACE_SECONDS: Final = 0.2  # between asking a trainer to end and ending it
-SPEC, PROGRESS, LOG, LOCK = "spec.json", "progress.jsonl", "trainer.log", "lock"
 _LAST: Final = frozenset({"done", "failed"})  # records after which there is none
 _KILLED: Final = frozenset({-9, 137})
 _IDENTIFIER: Final = re.compile("[A-Za-z0-9_-]{1,100}")
@@ -2162,18 +2146,17 @@ def describe_weights(weights: Path, base: str) -> list[str]:
 def run(folder: Path) -> int:
     """Do the job of a folder; the exit code."""
     speaks = os.environ.get("RANK", "0") == "0"
-    progress = Progress(folder / "progress.jsonl", speaks)
-    with contextlib.ExitStack() as stack:
+    progress = Progress(folder / PROGRESS, speaks)
+    lock = hold_lock(folder / LOCK) if speaks else None
+    if speaks and lock is None:
+        sys.stderr.write(f"このジョブは、ほかのプロセスが学習中です: {folder}\n")
+        return 1
+    with lock or contextlib.nullcontext():
         if speaks:
-            try:
-                stack.enter_context(held(folder / "lock"))
-            except BlockingIOError:
-                sys.stderr.write(f"このジョブは、ほかのプロセスが学習中です: {folder}\n")
-                return 1
-            for name in ("progress.jsonl", "validation.jsonl"):
-                mend(folder / name)
+            for path in (progress.path, folder / EVALUATIONS):
+                mend(path)
         try:
-            train(Spec.read(folder / "spec.json"), folder, progress)
+            train(Spec.read(folder / SPEC), folder, progress)
         except TrainerFailure as failure:
             progress.failed(failure)
             return 1

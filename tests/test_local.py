@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 import openai_sft
 import openai_sft_local as local
 from openai_sft_local import Evaluation, Progress, Reporter, Spec, Template, TrainerFailure
-from openai_sft_rehearsal import example_dialogues
+from openai_sft_rehearsal import example_dialogues, hold_lock
 
 QWEN3 = Path(os.environ.get("QWEN3_TOKENIZER", "/nowhere"))
 
@@ -771,7 +771,9 @@ def test_a_gated_model_and_a_missing_one_are_told_apart(base, closed_hub, tmp_pa
 
 def test_a_second_trainer_of_a_job_leaves_it_to_the_first(base, tmp_path):
     folder = make_job(tmp_path, base)
-    with local.held(folder / "lock"):
+    lock = hold_lock(folder / "lock")
+    assert lock
+    with lock:
         assert local.is_held(folder / "lock")
         process = program(folder)
 
