@@ -183,14 +183,6 @@ class Evaluation(NamedTuple):
 # --- Failures -------------------------------------------------------------------------------------
 
 
-class TrainerFailure(Exception):
-    """Why a job can't be done, with what to do about it."""
-
-    def __init__(self, code: str, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.code, self.message, self.param = code, message, param
-
-
 def _causes(error: BaseException) -> Iterator[BaseException]:
     seen: list[BaseException] = []
     while error not in seen:
@@ -204,27 +196,27 @@ _DISK_FULL: Final = ("No space left on device", "unexpected pos", "PytorchStream
 _MEMORY_FULL: Final = ("out of memory", "can't allocate memory")
 
 
-def failure_of(error: BaseException) -> TrainerFailure:
+def failure_of(error: BaseException) -> TrainingFailed:
     """An exception of the libraries, as a failure with a code and a remedy."""
-    if isinstance(error, TrainerFailure):
+    if isinstance(error, TrainingFailed):
         return error
     if isinstance(error, ImportError):
-        return TrainerFailure("server_error", f"{error}（必要なもの: {EXTRA}）")
+        return TrainingFailed("server_error", f"{error}（必要なもの: {EXTRA}）")
     texts = [str(cause) for cause in _causes(error)]
     if any(mark in text for mark in _DISK_FULL for text in texts):
-        return TrainerFailure(
+        return TrainingFailed(
             "disk_full",
             "ディスクの空きがなくなりました。空きを作ってから、ジョブを作り直してください。"
             "全パラメーターの学習では、1つのチェックポイントが重みの約3倍になります。",
         )
     if isinstance(error, MemoryError) or any(m in text for m in _MEMORY_FULL for text in texts):
-        return TrainerFailure(
+        return TrainingFailed(
             "out_of_memory",
             "メモリが足りません。小さいモデルにする、全パラメーターでなくLoRAを学習する、"
             "GPUを増やして重みを分ける（--local-launcher）、のどれかを試してください。",
         )
     last = str(error).strip().splitlines()
-    return TrainerFailure(
+    return TrainingFailed(
         "server_error",
         f"学習が止まりました: {type(error).__name__}: {last[-1] if last else ''}"
         "。詳しくはジョブのフォルダーの trainer.log を見てください。",
@@ -280,7 +272,7 @@ class Progress:
         """Something to tell the user."""
         self.write("note", message=message, level=level)
 
-    def failed(self, failure: TrainerFailure) -> None:
+    def failed(self, failure: TrainingFailed) -> None:
         """The end."""
         self.write("failed", code=failure.code, message=failure.message, param=failure.param)
 
@@ -327,7 +319,7 @@ def _text_of(message: Json) -> str:
     if isinstance(content, list):
         for part in content:
             if part.get("type") not in ("text", "refusal"):
-                raise TrainerFailure(
+                raise TrainingFailed(
                     "content_not_supported",
                     f"文字以外の内容（{part.get('type')}）は、このマシンのモデルでは扱えません。発言を文字だけにしてください。",
                     "messages",
@@ -385,7 +377,7 @@ class Template:
     stop_ids: list[int]  # tokens that end an assistant's turn
 
     def __init__(self, tokenizer: Any) -> None:
-        """TrainerFailure (template_unusable) where there is no template or no use of it."""
+        """TrainingFailed (template_unusable) where there is no template or no use of it."""
         self._tokenizer = tokenizer
         self.notes = []
         if not tokenizer.chat_template:
@@ -472,7 +464,7 @@ class Template:
         texts = [_standin(index) for index in range(len(roles))]
         try:
             said = self._render(list(map(_said, roles, texts)), None, opened=False)
-        except TrainerFailure:
+        except TrainingFailed:
             return False
         apart = all(one + other not in said for one, other in itertools.pairwise(texts))
         return apart and all(text in said for text in texts)
@@ -573,8 +565,8 @@ class _Span(NamedTuple):
     limit: int  # where it must have come by
 
 
-def _unusable(message: str) -> TrainerFailure:
-    return TrainerFailure("template_unusable", message, "model")
+def _unusable(message: str) -> TrainingFailed:
+    return TrainingFailed("template_unusable", message, "model")
 
 
 def _common_length(one: str, other: str) -> int:
@@ -628,11 +620,11 @@ def read_examples(path: str, template: Template, context: int | None, param: str
             continue
         try:
             example = example_of(json.loads(line), template)
-        except TrainerFailure as failure:
+        except TrainingFailed as failure:
             message = f"{number}行目: {failure.message}"
-            raise TrainerFailure(failure.code, message, param) from failure
+            raise TrainingFailed(failure.code, message, param) from failure
         if context is not None and len(example.ids) > context:
-            raise TrainerFailure(
+            raise TrainingFailed(
                 "example_too_long",
                 f"{number}行目の会話は{len(example.ids):,}トークンで、このモデルの文脈長"
                 f"{context:,}を超えます。会話を短くするか、文脈の長いモデルを選んでください。",
@@ -698,13 +690,13 @@ def _from_hub(path: str) -> Iterator[None]:
         if failure_of(error).code != "server_error":
             raise
         if any(isinstance(cause, GatedRepoError) for cause in _causes(error)):
-            raise TrainerFailure(
+            raise TrainingFailed(
                 "model_gated",
                 f"モデル {path} は利用の同意が必要です。https://huggingface.co/{path} で同意し、"
                 "環境変数 HF_TOKEN にトークンを設定してから、ジョブを作り直してください。",
                 "model",
             ) from error
-        raise TrainerFailure(
+        raise TrainingFailed(
             "model_not_found",
             f"モデル {path} を読めません。名前かフォルダーの綴りと、huggingface.co への接続"
             "（つながらないマシンでは、取得済みの控え）を確かめてください。",
@@ -874,7 +866,7 @@ class Reporter:
     def saved(self, step: int, path: Path) -> None:
         """A checkpoint is whole; those that are kept no longer go, and their optimisers."""
         if not any(path.glob("*model*.safetensors")):
-            raise TrainerFailure(
+            raise TrainingFailed(
                 "server_error",
                 f"{path.name} に、応答に使える重みがありません。FSDPの設定ファイルに "
                 "fsdp_state_dict_type: FULL_STATE_DICT を書いてから、ジョブを作り直してください。",
@@ -920,7 +912,7 @@ class Reporter:
 
 def _check_finite(step: int, loss: float) -> None:
     if not math.isfinite(loss):
-        raise TrainerFailure(
+        raise TrainingFailed(
             "training_diverged",
             f"{step}回目の更新で損失が{loss}になりました。learning_rate_multiplier を"
             "小さくして、ジョブを作り直してください。",
@@ -1044,7 +1036,7 @@ def train(spec: Spec, folder: Path, progress: Progress) -> None:
     state = PartialState(cpu=device_of() == "cpu")
     ranks = state.num_processes
     if spec.ranks is not None and ranks < spec.ranks:
-        raise TrainerFailure(
+        raise TrainingFailed(
             "ranks_missing",
             f"{spec.ranks}個のプロセスを頼みましたが、{ranks}個しか動いていません。起動の仕方を"
             "確かめてください（CPUでは accelerate launch でなく torchrun を使います）。",
@@ -1507,7 +1499,7 @@ class _Answerer:
                 place = len(batch.questions)
                 batch.questions.append(body)
             batch.done.result()
-        except TrainerFailure as failure:  # of the model, which can't be loaded
+        except TrainingFailed as failure:  # of the model, which can't be loaded
             raise ApiError(400, failure.message, failure.param, failure.code) from None
         except OSError as problem:  # which the endpoint would take for a client that hung up
             message = f"重みを読めません: {problem}"
@@ -1574,7 +1566,7 @@ class _Answerer:
             return loaded.begin(body)
         except ApiError as problem:
             return problem
-        except TrainerFailure as failure:  # of the template, which can't say this
+        except TrainingFailed as failure:  # of the template, which can't say this
             return ApiError(400, failure.message, failure.param, failure.code)
 
     def _ready(self, source: str) -> _Loaded:
@@ -2115,7 +2107,7 @@ def _check_model(model: str) -> Generator[Checked, None, int | None]:
     try:
         with _from_hub(model):
             config = AutoConfig.from_pretrained(model)
-    except TrainerFailure as failure:
+    except TrainingFailed as failure:
         yield name, "fail", failure.message, "--local を確認してください"
         return None
     with torch.device("meta"):  # its shape alone
@@ -2157,7 +2149,7 @@ def run(folder: Path) -> int:
                 mend(path)
         try:
             train(Spec.read(folder / SPEC), folder, progress)
-        except TrainerFailure as failure:
+        except TrainingFailed as failure:
             progress.failed(failure)
             return 1
         except Exception as error:

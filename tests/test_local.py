@@ -30,8 +30,8 @@ from hypothesis import strategies as st
 
 import openai_sft
 import openai_sft_local as local
-from openai_sft_local import Evaluation, Progress, Reporter, Spec, Template, TrainerFailure
-from openai_sft_rehearsal import example_dialogues, hold_lock
+from openai_sft_local import Evaluation, Progress, Reporter, Spec, Template
+from openai_sft_rehearsal import TrainingFailed, example_dialogues, hold_lock
 
 QWEN3 = Path(os.environ.get("QWEN3_TOKENIZER", "/nowhere"))
 
@@ -330,7 +330,7 @@ def test_a_template_that_cannot_be_used_says_why():
     silent.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
     for tokenizer, why in ((bare, "チャットテンプレートがありません"), (silent, "終わりを表す")):
-        with pytest.raises(TrainerFailure, match=why) as caught:
+        with pytest.raises(TrainingFailed, match=why) as caught:
             Template(tokenizer)
         assert caught.value.code == "template_unusable"
 
@@ -343,7 +343,7 @@ def test_a_failure_of_an_example_names_the_file_and_the_line(tmp_path):
     failures = []
     for bad in (pictured, long):
         path = write_jsonl(tmp_path / "t.jsonl", [fine, bad])
-        with pytest.raises(TrainerFailure) as caught:
+        with pytest.raises(TrainingFailed) as caught:
             local.read_examples(str(path), template_of("chatml"), 100, "validation_file")
         failures.append(caught.value)
 
@@ -690,7 +690,7 @@ def test_a_loss_that_is_no_number_ends_the_job(base, tmp_path):
 def test_a_validation_that_is_no_number_ends_the_job(tmp_path):
     reporter = Reporter(tmp_path, Progress(tmp_path / "p.jsonl"), [local.Example([1], [1], 2)])
 
-    with pytest.raises(TrainerFailure) as caught:
+    with pytest.raises(TrainingFailed) as caught:
         reporter.evaluated(3, [[math.nan, 0, 1]])
     assert caught.value.code == "training_diverged"
 
@@ -699,7 +699,7 @@ def test_a_checkpoint_in_shards_which_cannot_answer_ends_the_job(tmp_path):
     reporter = Reporter(tmp_path, Progress(tmp_path / "p.jsonl"), [])
     (tmp_path / "checkpoint-3" / "pytorch_model_fsdp_0").mkdir(parents=True)
 
-    with pytest.raises(TrainerFailure, match="FULL_STATE_DICT"):
+    with pytest.raises(TrainingFailed, match="FULL_STATE_DICT"):
         reporter.saved(3, tmp_path / "checkpoint-3")
     assert not reporter.progress.checkpoints()
 
