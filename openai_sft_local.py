@@ -243,10 +243,31 @@ def _append(path: Path, record: Json) -> None:
         file.write(line.encode("utf-8"))
 
 
-def _records(path: Path) -> list[Json]:
-    """The records of a file; a last line that was cut off, by a kill or a full disk, is none."""
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+class _Tail:
+    """Reads the whole lines that are added to a file of JSON."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._position = path, 0
+
+    def read(self) -> list[Json]:
+        """What is new; half a line waits for the rest, and one that a kill has cut is left out."""
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as file:
+            file.seek(self._position)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self._position += len(whole)
+        return [record for line in whole.splitlines() if (record := _record(line))]
+
+
+def _record(line: bytes) -> Json | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        _log.warning("学習の記録に、途中で切れた行があります: %r", line[:80])
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def mend(path: Path) -> None:
@@ -278,7 +299,7 @@ class Progress:
 
     def read(self, kind: str) -> list[Json]:
         """The records of a kind."""
-        return [record for record in _records(self.path) if record["kind"] == kind]
+        return [record for record in _Tail(self.path).read() if record["kind"] == kind]
 
     def steps(self) -> dict[int, dict[str, float]]:
         """The metrics of each step; of a step reported twice, the later."""
@@ -892,7 +913,7 @@ class Reporter:
 
     def evaluation(self, step: int) -> Evaluation | None:
         """The evaluation of a step."""
-        found = [record for record in _records(self._file) if record["step"] == step]
+        found = [record for record in _Tail(self._file).read() if record["step"] == step]
         return Evaluation(**found[-1]) if found else None
 
     def done(self, trained_tokens: int) -> None:
@@ -1843,33 +1864,6 @@ class LocalEngine:
         )
         spec.write(folder / f"{SPEC}.part")
         (folder / f"{SPEC}.part").replace(folder / SPEC)
-
-
-class _Tail:
-    """Reads the whole lines that are added to a file of JSON."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._position = path, 0
-
-    def read(self) -> list[Json]:
-        """What is new; half a line waits for the rest, and one that a kill has cut is left out."""
-        if not self._path.exists():
-            return []
-        with self._path.open("rb") as file:
-            file.seek(self._position)
-            data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self._position += len(whole)
-        return [record for line in whole.splitlines() if (record := _record(line))]
-
-
-def _record(line: bytes) -> Json | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        _log.warning("学習の記録に、途中で切れた行があります: %r", line[:80])
-        return None
-    return record if isinstance(record, dict) else None
 
 
 def _items(records: Iterable[Json | None]) -> Generator[Item, None, None]:
