@@ -20,8 +20,9 @@ counts.
 - A batch is a number of examples over all ranks. The order of the examples depends on the seed
   alone, so that several ranks learn what one does.
 
-In reading order: records, failures, the job's folder, chat templates, examples, models, the tiny
-model, figures, the trainer, the command line.
+In reading order: what a trainer needs (records, failures, the job's folder, chat templates,
+examples, models, figures) and the trainer; answering, in this process or by a vLLM server;
+`LocalEngine`, which starts trainers and answers; export, checks, the trainer's command line.
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ Json = dict[str, Any]
 
 EXTRA: Final = "pip install 'openai-sft[local]'"
 TINY: Final = "tiny"
+OUT_OF_MEMORY: Final = "out_of_memory"
 IGNORED: Final = -100  # the label of a token that is not learnt, as PyTorch has it
 OPENING: Final = "（相談開始）"
 
@@ -211,7 +213,7 @@ def failure_of(error: BaseException) -> TrainingFailed:
         )
     if isinstance(error, MemoryError) or any(m in text for m in _MEMORY_FULL for text in texts):
         return TrainingFailed(
-            "out_of_memory",
+            OUT_OF_MEMORY,
             "メモリが足りません。小さいモデルにする、全パラメーターでなくLoRAを学習する、"
             "GPUを増やして重みを分ける（--local-launcher）、のどれかを試してください。",
         )
@@ -1165,7 +1167,6 @@ def _columns(examples: Sequence[Example]) -> dict[str, list[list[int]]]:
 
 # --- Answering ------------------------------------------------------------------------------------
 
-OUT_OF_MEMORY: Final = "out_of_memory"
 ADAPTER: Final = "adapter_config.json"  # what a folder with an adapter has
 MAX_BATCH: Final = 16  # questions in one generate
 MAX_ANSWER: Final = 4096  # tokens of an answer for which no limit is asked
@@ -1207,7 +1208,7 @@ class _Writing:
         if self.matcher:
             self.matcher.consume_token(token)
         ended = token in self.stop_ids or (self.matcher and self.matcher.is_stopped())
-        if ended or self._stop_in(self._tail()):
+        if ended or self._is_stopped():
             self.finish = "stop"
         elif len(self.written) >= self.limit:
             self.finish = "length"
@@ -1217,7 +1218,8 @@ class _Writing:
         import torch
 
         scores = scores.clone()
-        for token, times in Counter(self.written).items() if self._is_penalised else ():
+        penalised = self.presence or self.frequency
+        for token, times in Counter(self.written).items() if penalised else ():
             scores[token] -= self.presence + self.frequency * times
         if self.matcher:
             scores[~_allowed(self.matcher, scores)] = -torch.inf
@@ -1232,22 +1234,16 @@ class _Writing:
             chances = torch.zeros_like(chances).scatter(-1, places, ordered)
         return int(torch.multinomial(chances, 1, generator=self.generator))
 
-    @property
-    def _is_penalised(self) -> bool:
-        return bool(self.presence or self.frequency)
-
-    def _tail(self) -> str:
-        """The end of the text, as far as a stop sequence that has just ended reaches."""
+    def _is_stopped(self) -> bool:
+        """Whether a stop sequence has just ended."""
         if not self.stops:
-            return ""
+            return False
         reach = max(len(stop.encode()) for stop in self.stops)  # a token has a byte or more
-        return self._text_of(self.written[-reach:])
+        text = self._text_of(self.written[-reach:])
+        return any(stop in text for stop in self.stops)
 
     def _text_of(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
-
-    def _stop_in(self, text: str) -> bool:
-        return any(stop in text for stop in self.stops)
 
     def reply(self) -> Reply:
         """What was written, without the stop sequence and half a character at the end."""
@@ -1339,24 +1335,18 @@ def _wanted_schema(body: Json) -> Json | None:
     return schema
 
 
-def _generation(**settings: Any) -> Any:
-    """A generation's settings, and nothing but these."""
-    from transformers import GenerationConfig
-
-    make: Any = GenerationConfig
-    return make(**settings)
-
-
 class _Loaded:
     """A whole model in memory, with its tokenizer and the adapters put on it."""
 
     def __init__(self, source: str) -> None:
+        from transformers import GenerationConfig
+
         self.tokenizer = load_tokenizer(source)
         self.template = Template(self.tokenizer)
         self.model = load_model(source, training=False).eval().to(device_of())
         # A model's own settings (a temperature, a penalty) would fill in what a question leaves
         # open: none is left.
-        self.model.generation_config = _generation()
+        self.model.generation_config = GenerationConfig()
         self.adapters: OrderedDict[str, None] = OrderedDict()
         self.context = context_of(self.model, self.tokenizer)
         self.vocabulary: int = self.model.config.get_text_config().vocab_size
@@ -1446,7 +1436,7 @@ class _Loaded:
     def write(self, rows: list[_Writing], given_up: threading.Event) -> None:
         """Write all answers at once."""
         import torch
-        from transformers import LogitsProcessorList, StoppingCriteriaList
+        from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
         def choose(_: Any, scores: Any) -> Any:
             best = scores.argmax(-1).tolist()
@@ -1468,7 +1458,7 @@ class _Loaded:
             self.model.generate(
                 input_ids=torch.tensor(ids, device=self.model.device),
                 attention_mask=torch.tensor(mask, device=self.model.device),
-                generation_config=_generation(
+                generation_config=GenerationConfig(
                     do_sample=False,  # `choose` leaves one token, drawn where that is asked for
                     max_new_tokens=max(row.limit for row in rows),
                     pad_token_id=filler,
