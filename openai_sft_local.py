@@ -387,6 +387,14 @@ _PROBES: Final = {
 }
 
 
+# What a template refuses, as a probe shows, and what is done instead.
+_ADAPTED: Final = {
+    "system": (" system の発言", "user の発言として渡します"),
+    "opening": (" assistant から始まる会話", f"始めに user の発言「{OPENING}」を置きます"),
+    "neighbours": ("同じ役割の発言が続くこと", "続く発言を改行でつないで1つにします"),
+}
+
+
 class Template:
     """A tokenizer's chat template, and how messages are adapted to what it accepts.
 
@@ -412,30 +420,20 @@ class Template:
                 "トークナイザーが文字の位置を言いません。tokenizer.json のあるモデルが必要です。"
             )
         self._accepts = {name: self._is_accepted(roles) for name, roles in _PROBES.items()}
-        if not self._accepts["system"]:
-            self.notes.append(
-                "このモデルのチャットテンプレートは system の発言を受け付けないため、"
-                "user の発言として渡します（学習でも応答でも同じです）。"
-            )
-        self._opens = self._accepts["opening"] and (
-            self._accepts["opening_after_system"] or not self._accepts["system"]
-        )
-        if not self._opens:
-            self.notes.append(
-                "このモデルのチャットテンプレートは assistant から始まる会話を受け付けないため、"
-                f"始めに user の発言「{OPENING}」を置きます（学習でも応答でも同じです）。"
-            )
-        if not self._accepts["neighbours"]:
-            self.notes.append(
-                "このモデルのチャットテンプレートは同じ役割の発言が続くことを受け付けないため、"
-                "続く発言を改行でつないで1つにします（学習でも応答でも同じです）。"
-            )
+        if self._accepts["system"] and not self._accepts["opening_after_system"]:
+            self._accepts["opening"] = False
+        for name, (refused, instead) in _ADAPTED.items():
+            if not self._accepts[name]:
+                self.notes.append(
+                    f"このモデルのチャットテンプレートは{refused}を受け付けないため、{instead}"
+                    "（学習でも応答でも同じです）。"
+                )
         self._find_borders()
 
     def prompt(self, messages: Sequence[Json], tools: Sequence[Json] | None = None) -> list[int]:
         """The ids of the messages and of the opening of the answer."""
         turns = self._adapt(messages)
-        if not self._opens and all(turn.role == "system" for turn in turns):
+        if not self._accepts["opening"] and all(turn.role == "system" for turn in turns):
             turns.append(_OPENED)  # the answer will be the assistant's opening
         text = self._render([turn.message() for turn in turns], tools, opened=True)
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -530,7 +528,7 @@ class Template:
             late = any(before.role != "system" for before in turns)
             if turn.role == "system" and not self._accepts["late_system" if late else "system"]:
                 turn = replace(turn, role="user")
-            if turn.role == "assistant" and not late and not self._opens:
+            if turn.role == "assistant" and not late and not self._accepts["opening"]:
                 turns.append(_OPENED)
             turns.append(turn)
         return turns if self._accepts["neighbours"] else _merged(turns)
