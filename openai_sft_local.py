@@ -1790,9 +1790,12 @@ class LocalEngine:
                 lives = lives or _is_trained(folder)
                 news = tail.read()
                 for record in news:
+                    if record["kind"] not in _LAST:
+                        yield record
+                        continue
+                    _end_processes(folder)  # a job that has ended has none
                     yield record
-                    if record["kind"] in _LAST:
-                        return
+                    return
                 if lives:
                     yield None
                     time.sleep(0 if news else POLL_SECONDS)
