@@ -8571,6 +8571,12 @@ def _weights_of(run: Run, model_id: str) -> Path:
     return folder / f"checkpoint-{steps.get(model_id) or last}"
 
 
+def _folder_flag(output_dir: Path) -> str:
+    """The option that leads a command to the folder, after a space; nothing for the default."""
+    usual = str(output_dir) == DEFAULT_OUTPUT_DIR
+    return "" if usual else f" --output-dir {shlex.quote(str(output_dir))}"
+
+
 class FineTuning:
     """The job of one run, from its files to its model; what is known of it is in the record.
 
@@ -8834,6 +8840,8 @@ class FineTuning:
         self._run.save(files={**self._run.files, "weights": str(weights)})
         for line in describe_weights(weights, self._settings.local):
             logger.info("%s", line)
+        folder = _folder_flag(self._settings.output_dir)
+        logger.info("アダプターを統合したモデルを書き出すには: openai-sft --export DIR%s", folder)
         if "kokorochat" in (self._settings.dataset or "").casefold():
             logger.info("%s", WEIGHTS_LICENCE)
 
@@ -11037,8 +11045,7 @@ def _describe_remote_state(run: Run | None, output_dir: Path) -> str:
     if run is None or run.rehearsal:
         return nothing
     going = run.meanwhile or nothing
-    folder, place = shlex.quote(str(output_dir)), run.settings.flags
-    folder = "" if str(output_dir) == DEFAULT_OUTPUT_DIR else f" --output-dir {folder}"
+    folder, place = _folder_flag(output_dir), run.settings.flags
     if run.unfinished:
         judge_url = run.plan.asking.judge_base_url if run.plan else None
         judge = f" --judge-base-url {shlex.quote(judge_url)}" if judge_url else ""

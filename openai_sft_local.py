@@ -2113,7 +2113,6 @@ def describe_weights(weights: Path, base: str) -> list[str]:
     return [
         f"重み（LoRAのアダプター）: {weights}",
         f"使うには: vllm serve {shlex.quote(base)} {lora}",
-        "アダプターを統合して1つのモデルにするには: openai-sft --export DIR",
     ]
 
 

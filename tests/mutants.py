@@ -1685,8 +1685,8 @@ FILES = (
     ),
     Mutant(
         "the way back names no folder",
-        '"" if str(output_dir) == DEFAULT_OUTPUT_DIR else',
-        '"" if True else',
+        'return "" if usual else',
+        'return "" if True else',
         "test_recovery.py::test_an_interruption_prints_the_one_command_that_comes_back_and_it_works",
     ),
     Mutant(
