@@ -1793,7 +1793,7 @@ class LocalEngine:
                     if record["kind"] not in _LAST:
                         yield record
                         continue
-                    _end_processes(folder)  # a job that has ended has none
+                    _end_processes(folder, trainer)  # a job that has ended has none
                     yield record
                     return
                 if lives:
