@@ -1166,6 +1166,7 @@ def _columns(examples: Sequence[Example]) -> dict[str, list[list[int]]]:
 # --- Answering ------------------------------------------------------------------------------------
 
 ADAPTER: Final = "adapter_config.json"  # what a folder with an adapter has
+SMALL_MODEL: Final = 10**7  # parameters below which threads wait for one another by spinning
 MAX_BATCH: Final = 16  # questions in one generate
 MAX_ANSWER: Final = 4096  # tokens of an answer for which no limit is asked
 WHOLE_KEPT: Final = 2  # models in memory: a base, and one trained in full
@@ -1337,11 +1338,14 @@ class _Loaded:
     """A whole model in memory, with its tokenizer and the adapters put on it."""
 
     def __init__(self, source: str) -> None:
+        import torch
         from transformers import GenerationConfig
 
         self.tokenizer = load_tokenizer(source)
         self.template = Template(self.tokenizer)
         self.model = load_model(source, training=False).eval().to(device_of())
+        if self.model.num_parameters() < SMALL_MODEL:
+            torch.set_num_threads(1)
         # A model's own settings (a temperature, a penalty) would fill in what a question leaves
         # open: none is left.
         self.model.generation_config = GenerationConfig()
@@ -1814,6 +1818,8 @@ class LocalEngine:
             own = str(Path(__file__).parent)
             paths = [own, *filter(None, [os.environ.get("PYTHONPATH")])]
             environment = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUTF8": "1"}
+            if self._model == TINY:  # see SMALL_MODEL
+                environment["OMP_NUM_THREADS"] = "1"
             with (folder / LOG).open("ab") as log:
                 return subprocess.Popen(  # noqa: S603  # the launcher is its user's own
                     [*command, "-m", "openai_sft_local", str(folder)],
