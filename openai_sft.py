@@ -127,6 +127,7 @@ __version__ = "0.2.0"
 __all__ = [
     "GROUPS",
     "PRICES",
+    "About",
     "Answer",
     "Asked",
     "Asker",
@@ -159,6 +160,7 @@ __all__ = [
     "Form",
     "InstanceOptions",
     "Intent",
+    "JobEvent",
     "JobFailed",
     "Journal",
     "Judge",
@@ -642,13 +644,21 @@ class BrokenAnswer(OpenAISFTError):
 Message = dict[str, Any]
 
 
+class About(TypedDict, total=False):
+    """What is known of a dialogue beside its words: the topic and the client's score of it."""
+
+    topic: str
+    dialogue_score: float
+
+
 class Example(TypedDict):
     """One line of a training file, with the id of its dialogue and, where it isn't that dialogue
-    alone, the group that it is drawn with (neither is written)."""
+    alone, the group that it is drawn with, and what the dialogue is about (none is written)."""
 
     id: str
     messages: list[Message]
     group: NotRequired[str]
+    about: NotRequired[About]
     tools: NotRequired[list[Any]]
     parallel_tool_calls: NotRequired[bool]
 
@@ -688,6 +698,17 @@ class Dialogue:
         """The client's total score, 0–100, where there is a review."""
         score = self.review_en.get("score", self.review_jp.get("点数"))
         return score if isinstance(score, int | float) else None
+
+    @property
+    def about(self) -> About:
+        """What there is to say of it beside its words."""
+        about, score = About(), self.score
+        topic = self.topic.get("main_jp") or self.topic.get("main_en")
+        if isinstance(topic, str):
+            about["topic"] = topic
+        if score is not None and math.isfinite(score):
+            about["dialogue_score"] = score
+        return about
 
     def group(self, by: Group) -> Hashable | None:
         """Who took part, ``None`` where the review doesn't tell."""
@@ -1250,6 +1271,7 @@ class Case:
     reference: str
     tools: list[Any] | None = None
     group: str = ""
+    about: About = field(default_factory=About)
 
     def __post_init__(self) -> None:
         if not self.group:
@@ -1282,7 +1304,9 @@ class Response(TypedDict, total=False):
 
     A question that failed has an ``error`` and no ``output``, an answer that isn't one of its
     task is ``invalid``. ``reused_from`` names the run that has had, and paid for, an answer,
-    ``refused_options`` what the model didn't take, each with what was sent instead.
+    ``refused_options`` what the model didn't take, each with what was sent instead. In results
+    it has the ``scores`` of its case as well, by figure, and those of the evaluated model what is
+    known of the dialogue (:class:`About`).
     """
 
     key: str
@@ -1299,6 +1323,10 @@ class Response(TypedDict, total=False):
     latency_seconds: float
     reused_from: str
     refused_options: Mapping[str, str | None]
+    scores: Mapping[str, float]
+    dialogue_id: str
+    topic: str
+    dialogue_score: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -1745,7 +1773,8 @@ class Intent:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model of an earlier step of a job, and its loss on all of the validation data.
+    """A model of an earlier step of a job, its loss on all of the validation data, and all
+    ``metrics`` that the service tells of it.
 
     What isn't known is ``None``: the loss without validation data, all but ``model`` in a record
     of an earlier version.
@@ -1755,11 +1784,21 @@ class Checkpoint:
     id: str | None = None
     step: int | None = None
     full_valid_loss: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         loss = self.full_valid_loss
         told = "" if loss is None else f"、検証の損失 {loss:.4f}"
         return f"{printable(self.model)}（step {self.step}{told}）"
+
+
+@dataclass(frozen=True)
+class JobEvent:
+    """What the service said of a job, and when (seconds since the epoch, where it tells)."""
+
+    created_at: float | None
+    level: str
+    message: str
 
 
 class Loaded(NamedTuple):
@@ -3986,7 +4025,7 @@ def _is_item_score(value: object) -> bool:
 
 def _sent(example: Mapping[str, object]) -> Mapping[str, object]:
     """What of an example is written: it stays here which dialogue and group it is of."""
-    return {key: value for key, value in example.items() if key not in ("id", "group")}
+    return {key: value for key, value in example.items() if key not in ("id", "group", "about")}
 
 
 def example_line(example: Example) -> str:
@@ -4875,6 +4914,7 @@ def _case(example: Example, index: int) -> Case:
         reference=messages[index]["content"],
         tools=example.get("tools"),
         group=example.get("group", ""),
+        about=example.get("about", About()),
     )
 
 
@@ -5568,6 +5608,12 @@ def score_answers(
     return measure_figures(figures), missing
 
 
+def _case_scores(figures: Iterable[Figure], count: int) -> list[dict[str, float]]:
+    """What each of ``count`` cases has of the figures that models are compared by."""
+    told = [figure for figure in figures if figure.compared and figure.per_case]
+    return [{f.name: round(f.per_case[0][n], 4) for f in told} for n in range(count)]
+
+
 def measure_figures(figures: Iterable[Figure]) -> dict[str, dict[str, Any]]:
     """:class:`Measured` of each figure, those of a group together, ready to be written as JSON."""
     metrics: dict[str, dict[str, Any]] = {}
@@ -5842,7 +5888,7 @@ def _error_figure(
             "accuracy": (misses == 0).astype(float),
             "accuracy_within_1": (misses <= 1).astype(float),
         }[measure].mean(axis=1)
-        per_case.append(values.tolist())
+        per_case.append((np.sqrt(values) if measure == "rmse" else values).tolist())
         sums.append(_by_unit(np.stack([values, np.ones(len(values))], axis=1), answers))
     return Figure(
         name=f"{group}.{measure}",
@@ -6337,6 +6383,33 @@ def _full_valid_loss(facts: Mapping[str, object]) -> float | None:
     return None
 
 
+METRICS_KEPT = 2_000  # rows of figures in a run record; the table has all
+
+
+def _merge_metrics(*tables: Iterable[Mapping[str, float]]) -> list[dict[str, float]]:
+    """Rows of figures by their step, each with the columns of all tables; of a column that several
+    have, the last counts. The loss on all of the validation data gets its usual name."""
+    merged: dict[float, dict[str, float]] = {}
+    for row in itertools.chain(*tables):
+        if "step" in row:
+            known = merged.setdefault(row["step"], {"step": row["step"]})
+            known.update(row)
+            if (loss := _full_valid_loss(row)) is not None:
+                known["full_valid_loss"] = loss
+    return [merged[step] for step in sorted(merged)]
+
+
+def _thinned(rows: Sequence[Mapping[str, float]]) -> list[Mapping[str, float | None]]:
+    """The rows that a record keeps: evenly chosen, and all with a loss on all of the validation
+    data. JSON has no way to write a figure that isn't a number; the table keeps it."""
+    every = -(-len(rows) // METRICS_KEPT)
+    return [
+        {name: x if math.isfinite(x) else None for name, x in row.items()}
+        for n, row in enumerate(rows, 1)
+        if n % every == 0 or "full_valid_loss" in row
+    ]
+
+
 def _losses_by_step(rows: Iterable[Mapping[str, object]]) -> dict[int, float]:
     """The losses on all of the validation data, by the step at which they were measured."""
     losses = {}
@@ -6474,8 +6547,10 @@ class Run:
 
     Whoever may write a record holds its lock; another process gets :class:`ConfigurationError`.
     ``uploads`` are by part, ``training`` or ``validation``; what another took the place of is by
-    its file id. ``left_out`` counts what isn't evaluated, for it was trained on. ``passed`` isn't
-    written: the steps that this process has been through, and the
+    its file id. ``hyperparameters`` are those of the job, as the service has settled them;
+    ``events`` those without figures, ``metrics`` the figures a step, at most
+    :data:`METRICS_KEPT` rows of them. ``left_out`` counts what isn't evaluated, for it was
+    trained on. ``passed`` isn't written: the steps that this process has been through, and the
     doors to payment (``training``, ``evaluation``) that the user has agreed to in it.
     """
 
@@ -6501,6 +6576,12 @@ class Run:
     job_error: Mapping[str, str | None] | None = None
     fine_tuned_model: str | None = None
     trained_tokens: int | None = None
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    job_created_at: str | None = None
+    job_started_at: str | None = None
+    job_finished_at: str | None = None
+    events: Sequence[JobEvent] = ()
+    metrics: Sequence[Mapping[str, float | None]] = ()
     result_files: Sequence[str] | None = None
     checkpoints: Sequence[Checkpoint] = ()
     final_metrics: Mapping[str, float | None] | None = None
@@ -6703,6 +6784,8 @@ def _read_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
             for c in known["checkpoints"]
             if c
         ]
+    if "events" in known:
+        known["events"] = [JobEvent(**_pick(JobEvent, e)) for e in known["events"]]
     if "job_intent" in known:
         known["job_intent"] = Intent(**_pick(Intent, known["job_intent"]))
     own = f"_{facts['run_id'].removeprefix('run_')}."
@@ -7098,6 +7181,7 @@ class _TrainingBar:
         self._enabled = enabled
         self._bar: Any = None
         self.rows: list[dict[str, float]] = []  # the metrics of each step, for the record
+        self.events: list[JobEvent] = []  # all others
 
     def show(self, event: FineTuningJobEvent) -> None:
         """Move to the step of a metrics event, or log any other event's message."""
@@ -7105,10 +7189,15 @@ class _TrainingBar:
         step, total = data.get("step"), data.get("total_steps")
         if event.type != "metrics" or not isinstance(step, int):
             logger.info("[イベント] %s", printable(event.message))
+            told = JobEvent(event.created_at, printable(event.level), printable(event.message))
+            self.events.append(told)
             return
         logger.debug("[イベント] %s", printable(event.message))
         numbers = {k: v for k, v in data.items() if isinstance(v, int | float)}
-        self.rows.append({k: v for k, v in numbers.items() if k != "total_steps"})
+        row = {k: v for k, v in numbers.items() if k != "total_steps"}
+        if event.created_at is not None:  # which an endpoint may leave out
+            row["created_at"] = event.created_at
+        self.rows.append(row)
         if self._bar is None and self._enabled:
             from tqdm.auto import tqdm
 
@@ -7893,7 +7982,8 @@ _TOLD: dict[str, Callable[[object], bool]] = {
     **dict.fromkeys(("id", "status", "model", "training_file"), _is_told_text),
     **dict.fromkeys(("fine_tuned_model", "fine_tuned_model_checkpoint"), _is_told_text),
     **dict.fromkeys(("filename", "purpose"), _is_told_text),
-    **dict.fromkeys(("created_at", "bytes", "trained_tokens", "step_number"), _is_told_number),
+    **dict.fromkeys(("created_at", "finished_at", "estimated_finish"), _is_told_number),
+    **dict.fromkeys(("bytes", "trained_tokens", "step_number"), _is_told_number),
     "result_files": _is_told_texts,
     "metadata": lambda value: isinstance(value, Mapping),
 }
@@ -8212,6 +8302,7 @@ class Lines:
         self.name = name
         self.ids: list[str] = []
         self.groups: list[str] = []
+        self.abouts: list[About] = []
         self.encoded: list[bytes] = []
         self.tokens: list[Tokens] = []
         self.findings: list[Finding] = []
@@ -8236,6 +8327,7 @@ class Lines:
         problems += known
         self.ids.append(example["id"])
         self.groups.append(example.get("group", example["id"]))
+        self.abouts.append(example.get("about", About()))
         self.encoded.append(encoded)
         number = len(self.encoded)
         problems += _find_repeats(number, example, self.numbers, self._trained)
@@ -8395,6 +8487,8 @@ class Preparation:
                 continue
             if group_by and (group := dialogue.group_name(group_by)):
                 example["group"] = group
+            if about := dialogue.about:
+                example["about"] = about
             yield from self._fit_length(example)
         if left_out:
             logger.warning(
@@ -8476,8 +8570,8 @@ class Preparation:
                 "file": paths[name].name,
                 "examples": data[name].examples,
                 "lines": [
-                    {"id": id_, "source": _source_of(id_, sources), "group": group}
-                    for id_, group in zip(lines.ids, lines.groups, strict=True)
+                    {"id": id_, "source": _source_of(id_, sources), "group": group, **about}
+                    for id_, group, about in zip(lines.ids, lines.groups, lines.abouts, strict=True)
                 ],
                 "sha256": data[name].sha256,
             }
@@ -8550,7 +8644,12 @@ def _read_split(run: Run, name: SplitName) -> list[Example]:
         manifest = json.loads(run.file("manifest").read_text(encoding="utf-8"))
         lines = manifest["splits"][name]["lines"]
         named = [
-            {**example, "id": line["id"], "group": line.get("group", line["id"])}
+            {
+                **example,
+                "id": line["id"],
+                "group": line.get("group", line["id"]),
+                "about": {key: line[key] for key in About.__annotations__ if key in line},
+            }
             for example, line in zip(examples, lines, strict=True)
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -8775,12 +8874,14 @@ class FineTuning:
                     waiting = "" if known else "（未知の状態です。このまま待ちます）"
                     logger.info("ジョブ %s の状態: %s%s", job_id, printable(status), waiting)
                     self._run.save(job_status=status)
+                    if status == "running" and self._run.job_started_at is None:
+                        self._run.save(job_started_at=_time_text(self._clock()))
                 if status in TERMINAL_STATUSES:
                     break
                 if timeout is not None and self._timer() >= until:
                     raise WaitTimeout(job_id, status, timeout)
                 self._sleep(min(delay, until - self._timer()))
-        self._record_outcome(job, sorted(bar.rows, key=lambda row: row["step"]))
+        self._record_outcome(job, bar)
         return job
 
     def watch_to_model(self, timeout: float | None) -> None:
@@ -8796,7 +8897,7 @@ class FineTuning:
                 f"{printable(self._run.job_id)}）。重みはチェックポイントのファイルにあるかもしれません。"
             )
 
-    def _record_outcome(self, job: FineTuningJob, rows: Sequence[Mapping[str, float]]) -> None:
+    def _record_outcome(self, job: FineTuningJob, heard: _TrainingBar) -> None:
         code, message = _job_error(job)
         self._run.save(
             job_status=job.status,
@@ -8804,22 +8905,29 @@ class FineTuning:
             fine_tuned_model=job.fine_tuned_model,
             trained_tokens=job.trained_tokens,
             result_files=job.result_files,
+            hyperparameters=_settled(job),
+            events=sorted(heard.events, key=lambda event: event.created_at or 0.0),
+            **_job_times(job, heard.events),
         )
         if job.status != "succeeded":
             reason = ": ".join(printable(part) for part in (code, message) if part)
             reason = f"（{reason}）" if reason else ""
             logger.error("ファインチューニング失敗: %s%s", printable(job.status), reason)
+            if rows := _merge_metrics(heard.rows, self._endpoint.result_rows(job)):
+                self._save_metrics(rows)
             self._ledger.paid_training(job)  # what was trained is billed all the same
             return
-        self._record_model(job, rows)
+        self._record_model(job, heard.rows)
 
-    def _record_model(self, job: FineTuningJob, rows: Sequence[Mapping[str, float]]) -> None:
+    def _record_model(self, job: FineTuningJob, heard: Sequence[Mapping[str, float]]) -> None:
         logger.info("学習済みモデル: %s", printable(job.fine_tuned_model))
         if job.fine_tuned_model:
             self._endpoint.expect(job.fine_tuned_model)
         results = self._endpoint.result_rows(job)
-        self._save_metrics(results or rows)
-        self._record_checkpoints(job, _losses_by_step([*rows, *results]))
+        checkpoints = self._endpoint.checkpoints(self._run.known("job_id"))
+        rows = _merge_metrics(map(_checkpoint_row, checkpoints), heard, results)
+        self._save_metrics(rows)
+        self._record_checkpoints(checkpoints, _losses_by_step(rows))
         self._ledger.paid_training(job)
         self._tell_weights()
         base_model = getattr(job, "model", None)
@@ -8845,23 +8953,21 @@ class FineTuning:
         if "kokorochat" in (self._settings.dataset or "").casefold():
             logger.info("%s", WEIGHTS_LICENCE)
 
-    def _record_checkpoints(self, job: FineTuningJob, losses: Mapping[int, float]) -> None:
+    def _record_checkpoints(
+        self, listed: Iterable[FineTuningJobCheckpoint], losses: Mapping[int, float]
+    ) -> None:
         """Record the checkpoints with their losses, and tell if training went on for too long."""
         checkpoints = []
-        for told in self._endpoint.checkpoints(self._run.known("job_id")):
+        for told in listed:
+            row, model = _checkpoint_row(told), told.fine_tuned_model_checkpoint
             step = told.step_number
-            loss = _full_valid_loss(_dumped(getattr(told, "metrics", None)))
-            loss = losses.get(step) if loss is None else loss
-            if step is not None and loss is not None:
-                losses = {**losses, step: loss}
-            if told.fine_tuned_model_checkpoint:
-                model = told.fine_tuned_model_checkpoint
-                checkpoints.append(Checkpoint(model, told.id, step, loss))
+            loss = row.get("full_valid_loss", losses.get(step))
+            if model:
+                checkpoints.append(Checkpoint(model, told.id, step, loss, row))
                 self._endpoint.expect(model)
                 logger.info("チェックポイント: %s", checkpoints[-1])
         self._run.save(checkpoints=checkpoints)
-        hyperparameters = getattr(job, "hyperparameters", None)
-        if rise := _rise_line(losses, getattr(hyperparameters, "n_epochs", None)):
+        if rise := _rise_line(losses, self._run.hyperparameters.get("n_epochs")):
             logger.warning("%s", rise)
 
     def _save_metrics(self, rows: Sequence[Mapping[str, float]]) -> None:
@@ -8872,9 +8978,8 @@ class FineTuning:
         self._run.publish("training_metrics", ".csv", _to_csv(rows))
         # Validation has no value at most steps, so the last of each column counts.
         last = dict(collections.ChainMap(*map(dict, reversed(rows))))
-        # JSON has no way to write a loss that isn't a number; the table keeps it.
-        numbers = {name: x if math.isfinite(x) else None for name, x in last.items()}
-        self._run.save(final_metrics=numbers)
+        (numbers,) = _thinned([last])
+        self._run.save(final_metrics=numbers, metrics=_thinned(rows))
         valid = last.get("full_valid_loss", last.get("valid_loss"))
         losses = {"学習": last.get("train_loss"), "検証": valid}
         told = [f"{label} {loss:.4f}" for label, loss in losses.items() if loss is not None]
@@ -8899,6 +9004,35 @@ def _require_same_request(job_id: str, sent: Mapping[str, Any], request: Mapping
             f"別の設定で送信したジョブ {printable(job_id)} がサービスにあります。"
             "--job-id で見守るか、--cancel で取り消してから、もう一度作成してください。"
         )
+
+
+def _settled(job: FineTuningJob) -> Mapping[str, Any]:
+    """The hyperparameters and the seed of a job, as far as the service tells them."""
+    told = _dumped(getattr(job, "hyperparameters", None))
+    seed = getattr(job, "seed", None)
+    return {**told, "seed": seed} if type(seed) is int else told
+
+
+def _job_times(job: FineTuningJob, events: Iterable[JobEvent]) -> dict[str, str]:
+    """When a job was created, started and finished, as far as the service tells."""
+    started = [e.created_at for e in events if "job started" in e.message.casefold()]
+    times = {
+        "job_created_at": job.created_at,
+        "job_started_at": next(iter(started), None),
+        "job_finished_at": job.finished_at,
+    }
+    return {name: _time_text(moment) for name, moment in times.items() if moment is not None}
+
+
+def _checkpoint_row(checkpoint: FineTuningJobCheckpoint) -> dict[str, float]:
+    """The figures of a checkpoint, with its step."""
+    told = _dumped(getattr(checkpoint, "metrics", None))
+    row = {name: x for name, x in told.items() if _is_told_number(x)}
+    if (loss := _full_valid_loss(row)) is not None:
+        row["full_valid_loss"] = loss
+    if checkpoint.step_number is not None:
+        row["step"] = checkpoint.step_number
+    return row
 
 
 def _poll_delays(settings: Settings) -> Iterator[float]:
@@ -9437,7 +9571,7 @@ class Evaluation:
             "total_cases_evaluated": sum(counts),
         }
         for baseline in asked.models[1:]:
-            results["baseline"] = {"model_id": baseline, **parts[baseline]}
+            results["baseline"] = {"model_id": baseline, **_by_case(parts[baseline])}
             results["comparison"] = {"baseline_model": baseline} | {
                 name: compare_answers(
                     answers[asked.evaluated, name],
@@ -9516,9 +9650,15 @@ class Evaluation:
         self, asked: Asked, model: str, name: str, answers: Sequence[Answer]
     ) -> dict[str, Any]:
         """A model's answers to one split, with their figures."""
-        responses = self._responses[model, name]
+        figures, missing = self._task.make_figures([answers])
+        metrics, scores = measure_figures(figures), _case_scores(figures, len(answers))
+        responses = [
+            Response(**{**response, **case.about, "dialogue_id": case.dialogue_id, "scores": own})
+            for case, response, own in zip(
+                asked.cases[name], self._responses[model, name], scores, strict=True
+            )
+        ]
         answered = sum("error" not in response for response in responses)
-        metrics, missing = score_answers(answers, make=self._task.make_figures)
         if self._settings.task == "score":
             valid = sum(answer.fault is None for answer in answers)
             metrics["coverage"] = {"valid": valid, "asked": len(responses)}
@@ -9533,6 +9673,21 @@ class Evaluation:
             "metrics": metrics,
             "missing_metrics": missing,
         }
+
+
+def _by_case(parts: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapping[str, Any]]:
+    """The baseline's answers by case; what was asked stands with the evaluated model's."""
+    once = ("case_id", "input", "reference", *About.__annotations__, "dialogue_id")
+    return {
+        name: {
+            **part,
+            "responses": {
+                response["case_id"]: {k: v for k, v in response.items() if k not in once}
+                for response in part["responses"]
+            },
+        }
+        for name, part in parts.items()
+    }
 
 
 def _tell_missing(parts: Iterable[Mapping[str, Any]]) -> None:
@@ -9560,11 +9715,43 @@ def _answers(cases: Sequence[Case], responses: Sequence[Mapping[str, Any]]) -> l
     ]
 
 
+def _add_origin(results: EvaluationResults, run: Run, tuned: Run | None) -> None:
+    """Add which run this is, its estimate, the data that are asked, which the run that ``tuned``
+    the model may have written, and what of them is left out."""
+    results["run_id"], data = run.run_id, run.data
+    if tuned is not None and run.plan is not None and run.plan.split_of:
+        data = tuned.data
+    results["data"] = {
+        "dataset": run.settings.dataset,
+        "revision": run.settings.revision,
+        **{name: {"sha256": x.sha256, "examples": x.examples} for name, x in data.items()},
+    }
+    if run.estimate:
+        results["estimate"] = json.loads(_dump(run.estimate))  # plain, as it is read back
+    if run.left_out:
+        results["left_out"] = dict(run.left_out)
+
+
 def _add_training(
-    results: EvaluationResults, tuned: Run, checkpoints: Iterable[Checkpoint]
+    results: EvaluationResults, tuned: Run, checkpoints: Sequence[Checkpoint]
 ) -> None:
     """Add what is known of the training of the evaluated model, or of its checkpoint."""
     model = results["model_id"]
+    results["training"] = {
+        "run_id": tuned.run_id,
+        "job_id": tuned.job_id,
+        "base_model": tuned.settings.model,
+        "hyperparameters": tuned.hyperparameters,
+        "trained_tokens": tuned.trained_tokens,
+        "created_at": tuned.job_created_at,
+        "started_at": tuned.job_started_at,
+        "finished_at": tuned.job_finished_at,
+        "estimated_usd": (tuned.estimate or {}).get("training_usd"),
+        "actual_usd": tuned.cost.get("training_usd"),
+        "shutdown_date": tuned.shutdown_date,
+        "checkpoints": [asdict(checkpoint) for checkpoint in checkpoints],
+        "metrics": tuned.metrics,
+    }
     if tuned.fine_tuned_model == model and results["task"] != "score":
         results["summary"].update(_cross_entropies(tuned.final_metrics or {}))
     for checkpoint in checkpoints:
@@ -10873,10 +11060,9 @@ class OpenAISFT:
                 dollars = ledger.cost_of(journal.usage_by_model(), model_id)
                 cost = None if dollars is None else ledger.paid(evaluation_usd=dollars)
         tuned = run if model_id in run.models else self._runs.of_model(model_id)
+        _add_origin(results, run, tuned)
         if tuned is not None:
             _add_training(results, tuned, self._runs.checkpoints_of(tuned))
-        if run.left_out:
-            results["left_out"] = dict(run.left_out)
         _add_cost_and_note(results, cost, dollars, rehearsed=settings.rehearse)
         return results
 

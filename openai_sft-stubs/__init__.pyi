@@ -32,7 +32,7 @@ import functools
 import os
 
 __version__: str
-__all__ = ['GROUPS', 'PRICES', 'Answer', 'Asked', 'Asker', 'Asking', 'AskingOptions', 'BrokenAnswer', 'BudgetError', 'Case', 'CheckItem', 'Checkpoint', 'Compared', 'ConfigurationError', 'Conversation', 'CostEstimate', 'DataError', 'DataFile', 'DataSummary', 'Declined', 'Dialogue', 'Endpoint', 'Evaluation', 'EvaluationFailed', 'EvaluationResults', 'EventsRead', 'Example', 'Figure', 'FileFindings', 'Finding', 'FineTuning', 'Form', 'InstanceOptions', 'Intent', 'JobFailed', 'Journal', 'Judge', 'JudgeEstimate', 'Judgement', 'Ledger', 'Lines', 'Loaded', 'Measured', 'OpenAISFT', 'OpenAISFTError', 'OtherPurpose', 'Plan', 'Pool', 'Preparation', 'Prepared', 'Price', 'Question', 'Rates', 'Reading', 'ReadingOptions', 'Record', 'RecordFile', 'Response', 'Run', 'RunOptions', 'RunRow', 'RunSettings', 'Runs', 'Sample', 'Selection', 'SelectionOptions', 'Settings', 'Speakers', 'Splits', 'Spread', 'Step', 'SystemMonitor', 'Task', 'TokenCounter', 'TokenStats', 'Tokens', 'Training', 'TrainingNotAvailable', 'UnknownRole', 'Upload', 'Verdict', 'WaitTimeout', 'check_file', 'chi2_interval', 'choose_cases', 'compare_answers', 'compare_figures', 'constant_scores', 'count_judgements', 'detectable_difference', 'dialogue_row', 'estimate_cost', 'evaluate', 'example_line', 'explain_api_error', 'find_form', 'fix_file', 'holm', 'is_backchannel', 'is_farewell', 'is_transient', 'jackknife', 'judge_messages', 'load_vocabulary', 'make_constant_figures', 'make_response_figures', 'make_score_figures', 'measure_figure', 'measure_figures', 'measure_leakage', 'parse_dialogue', 'parse_result_file', 'parse_scores', 'percentile', 'price_of', 'printable', 'printable_lines', 'randomise', 'read_dialogues', 'read_examples', 'retry_delay', 'score_answers', 'score_predictions', 'select_dialogues', 'split_dialogues', 'split_long_example', 'student_t', 't_interval', 'to_example', 'to_score_example', 'token_stats', 'wilson_interval', 'with_user_first', 'write_new_file']
+__all__ = ['GROUPS', 'PRICES', 'About', 'Answer', 'Asked', 'Asker', 'Asking', 'AskingOptions', 'BrokenAnswer', 'BudgetError', 'Case', 'CheckItem', 'Checkpoint', 'Compared', 'ConfigurationError', 'Conversation', 'CostEstimate', 'DataError', 'DataFile', 'DataSummary', 'Declined', 'Dialogue', 'Endpoint', 'Evaluation', 'EvaluationFailed', 'EvaluationResults', 'EventsRead', 'Example', 'Figure', 'FileFindings', 'Finding', 'FineTuning', 'Form', 'InstanceOptions', 'Intent', 'JobEvent', 'JobFailed', 'Journal', 'Judge', 'JudgeEstimate', 'Judgement', 'Ledger', 'Lines', 'Loaded', 'Measured', 'OpenAISFT', 'OpenAISFTError', 'OtherPurpose', 'Plan', 'Pool', 'Preparation', 'Prepared', 'Price', 'Question', 'Rates', 'Reading', 'ReadingOptions', 'Record', 'RecordFile', 'Response', 'Run', 'RunOptions', 'RunRow', 'RunSettings', 'Runs', 'Sample', 'Selection', 'SelectionOptions', 'Settings', 'Speakers', 'Splits', 'Spread', 'Step', 'SystemMonitor', 'Task', 'TokenCounter', 'TokenStats', 'Tokens', 'Training', 'TrainingNotAvailable', 'UnknownRole', 'Upload', 'Verdict', 'WaitTimeout', 'check_file', 'chi2_interval', 'choose_cases', 'compare_answers', 'compare_figures', 'constant_scores', 'count_judgements', 'detectable_difference', 'dialogue_row', 'estimate_cost', 'evaluate', 'example_line', 'explain_api_error', 'find_form', 'fix_file', 'holm', 'is_backchannel', 'is_farewell', 'is_transient', 'jackknife', 'judge_messages', 'load_vocabulary', 'make_constant_figures', 'make_response_figures', 'make_score_figures', 'measure_figure', 'measure_figures', 'measure_leakage', 'parse_dialogue', 'parse_result_file', 'parse_scores', 'percentile', 'price_of', 'printable', 'printable_lines', 'randomise', 'read_dialogues', 'read_examples', 'retry_delay', 'score_answers', 'score_predictions', 'select_dialogues', 'split_dialogues', 'split_long_example', 'student_t', 't_interval', 'to_example', 'to_score_example', 'token_stats', 'wilson_interval', 'with_user_first', 'write_new_file']
 T = TypeVar('T')
 Q = TypeVar('Q')
 DEFAULT_OUTPUT_DIR: str
@@ -81,10 +81,14 @@ class EvaluationFailed(OpenAISFTError):
 class BrokenAnswer(OpenAISFTError):
     ...
 Message = dict[str, Any]
+class About(TypedDict, total=False):
+    topic: str
+    dialogue_score: float
 class Example(TypedDict):
     id: str
     messages: list[Message]
     group: NotRequired[str]
+    about: NotRequired[About]
     tools: NotRequired[list[Any]]
     parallel_tool_calls: NotRequired[bool]
 @dataclass(frozen=True, slots=True)
@@ -104,6 +108,8 @@ class Dialogue:
     def turns(self) -> tuple[tuple[Role, str], ...]: ...
     @property
     def score(self) -> float | None: ...
+    @property
+    def about(self) -> About: ...
     def group(self, by: Group) -> Hashable | None: ...
     def group_name(self, by: Group) -> str | None: ...
 class SelectionOptions(TypedDict, total=False):
@@ -269,6 +275,7 @@ class Case:
     reference: str
     tools: list[Any] | None = None
     group: str = ''
+    about: About = field(default_factory=About)
     def __post_init__(self) -> None: ...
 @dataclass(frozen=True)
 class Question:
@@ -294,6 +301,10 @@ class Response(TypedDict, total=False):
     latency_seconds: float
     reused_from: str
     refused_options: Mapping[str, str | None]
+    scores: Mapping[str, float]
+    dialogue_id: str
+    topic: str
+    dialogue_score: float
 @dataclass(frozen=True, slots=True)
 class RunRow:
     run_id: str | None
@@ -439,7 +450,13 @@ class Checkpoint:
     id: str | None = None
     step: int | None = None
     full_valid_loss: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
     def __str__(self) -> str: ...
+@dataclass(frozen=True)
+class JobEvent:
+    created_at: float | None
+    level: str
+    message: str
 class Loaded(NamedTuple):
     splits: Splits
     selection: Selection
@@ -641,6 +658,12 @@ class Run:
     job_error: Mapping[str, str | None] | None = None
     fine_tuned_model: str | None = None
     trained_tokens: int | None = None
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    job_created_at: str | None = None
+    job_started_at: str | None = None
+    job_finished_at: str | None = None
+    events: Sequence[JobEvent] = ...
+    metrics: Sequence[Mapping[str, float | None]] = ...
     result_files: Sequence[str] | None = None
     checkpoints: Sequence[Checkpoint] = ...
     final_metrics: Mapping[str, float | None] | None = None
@@ -767,6 +790,7 @@ class Lines:
     name: SplitName
     ids: list[str]
     groups: list[str]
+    abouts: list[About]
     encoded: list[bytes]
     tokens: list[Tokens]
     findings: list[Finding]

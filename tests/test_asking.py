@@ -384,9 +384,7 @@ def test_the_baseline_is_asked_the_same_in_the_same_way(make_at: MakeSFT) -> Non
         (r["temperature"], r["seed"], r["max_tokens"]) for r in theirs
     }
     assert results["baseline"]["model_id"] == results["comparison"]["baseline_model"] == BASE
-    assert [r["case_id"] for r in responses(results)] == [
-        r["case_id"] for r in responses(results["baseline"])
-    ]
+    assert [r["case_id"] for r in responses(results)] == [*responses(results["baseline"])]
     assert results["comparison"]["test"]["pairs"] == 10
 
 

@@ -71,7 +71,13 @@ def test_the_validation_loss_of_each_checkpoint_is_recorded_and_from_when_on_it_
     (rise,) = [line for line in log() if "過学習" in line]
 
     assert [Checkpoint(**facts) for facts in checkpoints_of(sft)] == [
-        Checkpoint(c.fine_tuned_model_checkpoint, c.id, c.step_number, c.metrics.full_valid_loss)
+        Checkpoint(
+            c.fine_tuned_model_checkpoint,
+            c.id,
+            c.step_number,
+            c.metrics.full_valid_loss,
+            c.metrics.model_dump(),
+        )
         for c in served
     ]
     assert min(losses, key=losses.__getitem__) == 8

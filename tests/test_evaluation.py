@@ -265,7 +265,7 @@ def test_a_response_says_what_was_sent_what_came_and_what_the_counsellor_said(
     for response, case, asked in zip(responses, cases, posts(endpoint, CHAT), strict=True):
         assert set(response) == {
             *("case_id", "input", "output", "reference", "usage", "latency_seconds"),
-            "finish_reason",
+            *("finish_reason", "dialogue_id", "scores"),
         }
         assert response["case_id"] == case.id
         assert response["input"] == case.input == asked.request["messages"]

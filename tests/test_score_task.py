@@ -1274,6 +1274,9 @@ def test_the_response_tasks_summary_has_the_jobs_last_cross_entropies_and_never_
 
 
 def test_an_empty_cell_is_no_cross_entropy(make_sft: MakeSFT, endpoint: Rehearsal) -> None:
+    endpoint.inject(Fault("404", "GET", "*/events", times=None))
+    endpoint.inject(Fault("404", "GET", "*/checkpoints", times=None))
+
     def bend(request: Request, forward: Forward) -> Reply:
         if not request.path.endswith("/content"):
             return forward(request)
@@ -1290,6 +1293,9 @@ def test_an_empty_cell_is_no_cross_entropy(make_sft: MakeSFT, endpoint: Rehearsa
 def test_the_loss_over_all_validation_data_is_taken_where_it_is_told(
     make_sft: MakeSFT, endpoint: Rehearsal
 ) -> None:
+    endpoint.inject(Fault("404", "GET", "*/events", times=None))
+    endpoint.inject(Fault("404", "GET", "*/checkpoints", times=None))
+
     def azure(request: Request, forward: Forward) -> Reply:
         content = b"step,train_loss,valid_loss,full_valid_loss\n1,2.5,1.75,1.8\n"
         result = request.path.endswith("/content")
