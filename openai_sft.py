@@ -6391,9 +6391,10 @@ def _merge_metrics(*tables: Iterable[Mapping[str, float]]) -> list[dict[str, flo
     have, the last counts. The loss on all of the validation data gets its usual name."""
     merged: dict[float, dict[str, float]] = {}
     for row in itertools.chain(*tables):
-        if "step" in row:
-            known = merged.setdefault(row["step"], {"step": row["step"]})
-            known.update(row)
+        if math.isfinite(row.get("step", math.nan)):
+            step = int(row["step"])
+            known = merged.setdefault(step, {"step": step})
+            known.update({**row, "step": step})
             if (loss := _full_valid_loss(row)) is not None:
                 known["full_valid_loss"] = loss
     return [merged[step] for step in sorted(merged)]

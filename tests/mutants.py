@@ -1762,9 +1762,27 @@ CHECKPOINTS = (
     ),
     Mutant(
         "what a checkpoint tells of itself is ignored",
-        "loss = losses.get(step) if loss is None else loss",
+        'loss = row.get("full_valid_loss", losses.get(step))',
         "loss = losses.get(step)",
         "test_checkpoints.py::test_losses_that_only_the_checkpoints_tell_are_enough",
+    ),
+    Mutant(
+        "the losses of the checkpoints aren't in the table",
+        "_merge_metrics(map(_checkpoint_row, checkpoints), heard, results)",
+        "_merge_metrics(heard, results)",
+        "test_checkpoints.py::test_losses_that_only_the_checkpoints_tell_are_enough",
+    ),
+    Mutant(
+        "the curve of a job that failed is lost",
+        "if rows := _merge_metrics(heard.rows, self._endpoint.result_rows(job)):",
+        "if rows := []:",
+        "test_record.py::test_the_curve_and_the_events_of_a_job_that_failed_are_kept",
+    ),
+    Mutant(
+        "the squared error of a case is called its root",
+        'np.sqrt(values) if measure == "rmse" else values',
+        "values",
+        "test_record.py::test_each_case_has_scores_that_make_the_figures",
     ),
     Mutant(
         "a rehearsed checkpoint answers as the model",

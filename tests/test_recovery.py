@@ -1080,6 +1080,9 @@ AZURE = (
 def test_the_columns_of_azure_are_kept_one_row_a_step(
     timed: MakeSFT, endpoint: Rehearsal, file: Path, content: bytes
 ) -> None:
+    endpoint.inject(Fault("404", "GET", "*/events", times=None))
+    endpoint.inject(Fault("404", "GET", "*/checkpoints", times=None))
+
     def azure(request: Request, forward: Forward) -> Reply:
         result = request.path.endswith("/content")
         return Reply(200, content, "application/octet-stream") if result else forward(request)
@@ -1092,7 +1095,7 @@ def test_the_columns_of_azure_are_kept_one_row_a_step(
         rows = list(csv.DictReader(table))
 
     assert re.fullmatch(r"training_metrics_\d{8}_\d{6}\.csv", path.name)
-    assert [row["step"] for row in rows] in (["1", "2"], ["1.0", "2.0"])
+    assert [row["step"] for row in rows] == ["1", "2"]
     assert float(rows[1]["full_valid_loss"]) == 1.8
     assert rows[0]["full_valid_loss"] == ""
     assert record_of(sft)["final_metrics"]["train_mean_token_accuracy"] == 0.5
