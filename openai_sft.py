@@ -20,7 +20,8 @@ Files written, all in ``output_dir`` with one ``YYYYmmdd_HHMMSS`` stamp a run:
 ``train_data_*.jsonl``, ``test_data_*.jsonl``, ``valid_data_*.jsonl``, ``run_*.json`` (the run
 record: settings, files, job, tuned model), ``training_metrics_*.csv``,
 ``evaluation_*.jsonl`` (the answers as they came), ``asked_*.json`` (the cases of an evaluation of
-given data), ``comprehensive_evaluation_*.json``.
+given data), ``comprehensive_evaluation_*.json`` (the results), ``answers_*.csv`` (the same for
+spreadsheets), ``report_*.html`` (and for people: ``openai_sft_report``).
 
 Errors::
 
@@ -6569,6 +6570,7 @@ class Run:
     files: Mapping[str, str] = field(default_factory=dict)
     data: Mapping[SplitName, DataFile] = field(default_factory=dict)
     exact_tokens: bool | None = None
+    leakage: Mapping[str, float] = field(default_factory=dict)
     estimate: Mapping[str, Any] | None = None
     uploads: Mapping[str, Upload] = field(default_factory=dict)
     job_intent: Intent | None = None
@@ -8552,6 +8554,7 @@ class Preparation:
             "files": {**files, "manifest": str(manifest_path)},
             "data": data,
             "exact_tokens": prepared.exact_tokens,
+            "leakage": prepared.loaded.leakage if prepared.loaded else {},
             "selection": prepared.loaded.selection if prepared.loaded else None,
         }
 
@@ -9043,10 +9046,10 @@ def _poll_delays(settings: Settings) -> Iterator[float]:
     return (interval / 2 ** max(0, 4 - n) for n in itertools.count())
 
 
-def _to_csv(rows: Sequence[Mapping[str, float]]) -> str:
+def _to_csv(rows: Sequence[Mapping[str, object]], **form: Any) -> str:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table = io.StringIO()
-    writer = csv.DictWriter(table, columns, lineterminator="\n")
+    writer = csv.DictWriter(table, columns, **{"lineterminator": "\n", **form})
     writer.writeheader()
     writer.writerows(rows)
     return table.getvalue()
@@ -9719,14 +9722,16 @@ def _answers(cases: Sequence[Case], responses: Sequence[Mapping[str, Any]]) -> l
 def _add_origin(results: EvaluationResults, run: Run, tuned: Run | None) -> None:
     """Add which run this is, its estimate, the data that are asked, which the run that ``tuned``
     the model may have written, and what of them is left out."""
-    results["run_id"], data = run.run_id, run.data
+    results["run_id"], split = run.run_id, run
     if tuned is not None and run.plan is not None and run.plan.split_of:
-        data = tuned.data
+        split = tuned
     results["data"] = {
         "dataset": run.settings.dataset,
         "revision": run.settings.revision,
-        **{name: {"sha256": x.sha256, "examples": x.examples} for name, x in data.items()},
+        **{name: {"sha256": x.sha256, "examples": x.examples} for name, x in split.data.items()},
     }
+    if split.leakage:
+        results["leakage"] = dict(split.leakage)
     if run.estimate:
         results["estimate"] = json.loads(_dump(run.estimate))  # plain, as it is read back
     if run.left_out:
@@ -10180,6 +10185,89 @@ def evaluate(asker: Asker, asked: Asked, judge_at: Endpoint, asked_at: str) -> E
         results["judge"] = judge.results()
         results["summary"]["judge_win_rate"] = results["judge"]["win_rate"]["score"]
     return results
+
+
+# ── What people look at ──────────────────────────────────────────────────────────────────────
+
+# What a spreadsheet would run as a formula, or not show as it is.
+FORMULA = re.compile(r"[\s\x00-\x1f]*[=+\-@＝＋－＠]|[\t\r\n]")
+
+
+def _inert(cell: object) -> object:
+    """A cell that a spreadsheet shows and never runs: a text gets an apostrophe before it."""
+    return f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell
+
+
+def _answers_table(results: Mapping[str, Any]) -> str:
+    """A row a case: what it is of, the real answer, those of the models, their scores."""
+    rows: list[dict[str, object]] = []
+    for split in SPLIT_LABELS:
+        rivals = results.get("baseline", {}).get(f"{split}_evaluation", {}).get("responses", {})
+        for mine in results[f"{split}_evaluation"]["responses"]:
+            said = [m for m in mine["input"] if m["role"] == "user"]
+            row = {
+                "split": split,
+                "dialogue_id": mine.get("dialogue_id"),
+                "turn": mine["case_id"].rpartition(":")[2],
+                "topic": mine.get("topic"),
+                "dialogue_score": mine.get("dialogue_score"),
+                "client": _text_of(said[-1].get("content")) if said else "",
+                "reference": mine.get("reference"),
+                "tuned": mine.get("output"),
+                "baseline": None,
+            }
+            rival = rivals.get(mine["case_id"], {})
+            row["baseline"] = rival.get("output")
+            for mark, response in (("", mine), ("baseline_", rival)):
+                usage = response.get("usage") or {}
+                row |= {f"{mark}{name}": x for name, x in response.get("scores", {}).items()}
+                row |= {
+                    f"{mark}prompt_tokens": usage.get("prompt_tokens"),
+                    f"{mark}completion_tokens": usage.get("completion_tokens"),
+                    f"{mark}latency_seconds": response.get("latency_seconds"),
+                    f"{mark}error": response.get("error") or response.get("invalid"),
+                }
+            rows.append({name: _inert(cell) for name, cell in row.items()})
+    return "\ufeff" + _to_csv(rows, lineterminator="\r\n", quoting=csv.QUOTE_NONNUMERIC)
+
+
+def _publish_page(run: Run, *, texts: bool = True) -> str:
+    """Write the page of a run, from what it has written so far; return its path."""
+    from openai_sft_report import render
+
+    written = {kind: run.file(kind) for kind in run.files if not kind.startswith("report")}
+    there = {kind: path for kind, path in written.items() if path.is_file()}
+    saved = there.get("comprehensive_evaluation")
+    page = render(
+        json.loads(run.path.read_text(encoding="utf-8")),
+        json.loads(saved.read_text(encoding="utf-8")) if saved else None,
+        files={path.name: _sha256_of(path) for path in there.values()},
+        texts=texts,
+    )
+    return run.publish("report" if texts else "report_without_texts", ".html", page)
+
+
+def _publish_results(run: Run, results: Mapping[str, Any], finished_at: str | None = None) -> str:
+    """Write an evaluation for programs, spreadsheets and people; return the first one's path.
+
+    What ends with it is ``finished_at``. Raises :class:`EvaluationFailed` where, in such, all that
+    was asked has failed.
+    """
+    path = run.publish("comprehensive_evaluation", ".json", _to_json(results))
+    run.publish("answers", ".csv", _answers_table(results))
+    run.save(evaluation={**run.evaluation, **results.get("summary", {})})
+    parts = [results[f"{name}_evaluation"] for name in SPLIT_LABELS]
+    answered = sum(part["evaluated_cases"] for part in parts)
+    failed = sum(part["failed_cases"] for part in parts)
+    if finished_at is not None and (answered or not failed):
+        run.save(finished_at=finished_at)
+    _publish_page(run)
+    if finished_at is not None and failed and not answered:
+        raise EvaluationFailed(
+            f"{failed}件すべての応答に失敗しました。理由は {path} の error を見てください。",
+            path,
+        )
+    return path
 
 
 # ── What a run needs ─────────────────────────────────────────────────────────────────────────
@@ -11073,28 +11161,26 @@ class OpenAISFT:
         settings = self.settings.working_as(run.settings)
         asked = _asked_by(plan, run, self._runs, splits, settings)
         results = self._evaluate(run, asked, plan.asking)
-        path = self._save_results(run, results)
-        parts = [results[f"{name}_evaluation"] for name in ("test", "valid")]
-        asked = sum(part["evaluated_cases"] + part["failed_cases"] for part in parts)
-        if asked and not results["summary"]["total_cases_evaluated"]:
-            raise EvaluationFailed(
-                f"{asked}件すべての応答に失敗しました。理由は {path} の error を見てください。",
-                path,
-            )
-        run.save(finished_at=_time_text(self._clock()))
+        _publish_results(run, results, _time_text(self._clock()))
         return results
 
     def save_results(self, results: Mapping[str, Any]) -> str:
-        """Write ``comprehensive_evaluation_STAMP.json``; return its path."""
+        """Write ``comprehensive_evaluation_STAMP.json``, the table and the page of an evaluation;
+        return the path of the first."""
         run = self._current()
         if "comprehensive_evaluation" in run.files:
             run = self._succeed(run)
-        return self._save_results(run, results)
+        return _publish_results(run, results)
 
-    def _save_results(self, run: Run, results: Mapping[str, Any]) -> str:
-        path = run.publish("comprehensive_evaluation", ".json", _to_json(results))
-        run.save(evaluation={**run.evaluation, **results.get("summary", {})})
-        return path
+    def write_report(self, run: str | None = None, *, texts: bool = True) -> str:
+        """Write the page of a run (the current or the newest, or ``run_STAMP``) from its files,
+        also of one that failed or wasn't evaluated; return its path.
+
+        Without ``texts`` it holds no dialogues and answers, and has a name of its own.
+        """
+        found = _run_to_show(run, self._run, self._runs)
+        with _held(found, self._run) as held:
+            return _publish_page(held, texts=texts)
 
     # Shared --------------------------------------------------------------------------------
 
@@ -11173,6 +11259,30 @@ class OpenAISFT:
             self._run.release()
         self._run = run
         return run
+
+
+@contextlib.contextmanager
+def _held(run: Run, current: Run | None) -> Iterator[Run]:
+    """A run under its lock, which the ``current`` one keeps."""
+    if current is not None and current.path == run.path:
+        run = current
+    run.lock()
+    try:
+        yield run
+    finally:
+        if run is not current:
+            run.release()
+
+
+def _run_to_show(name: str | None, current: Run | None, runs: Runs) -> Run:
+    """The run that a page is asked for of. Raises :class:`ConfigurationError` where none is."""
+    if name is not None:
+        return runs.named(name)
+    known: Iterator[Run] = itertools.chain([current] if current else [], runs)
+    for run in known:
+        if run.job_id is not None or "comprehensive_evaluation" in run.files:
+            return run
+    raise ConfigurationError("学習か評価をした実行の記録が、保存先にありません。")
 
 
 def _refuse_rehearsal(settings: Settings, deed: str) -> None:

@@ -223,15 +223,33 @@ def add_mode(parser: argparse.ArgumentParser) -> None:
         help="JSONLファイルの問題をすべて挙げる（キー不要）",
     )
     only.add_argument(
+        "--report",
+        type=filled,
+        nargs="?",
+        const=True,
+        metavar="RUN",
+        help="実行のページ（report_*.html）を、保存したファイルから作り直す（既定: 最新のもの）",
+    )
+    only.add_argument(
         "--export",
         type=filled,
         metavar="DIR",
         help="--local で学習したモデルを、アダプターを統合してフォルダーに書き出す",
     )
+    add_details(group)
+
+
+def add_details(group: argparse._ArgumentGroup) -> None:
+    """What goes with some of these."""
     group.add_argument(
         "--fix",
         action="store_true",
         help="--check-file で、直したファイルと直せない行のファイルも作る",
+    )
+    group.add_argument(
+        "--report-without-texts",
+        action="store_true",
+        help="--report で、対話と応答の文章を含まないページを作る",
     )
     group.add_argument(
         "--json", action="store_true", help="--check、--check-file、--list をJSONで表示する"
@@ -575,6 +593,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             "--evaluate-only か --export",
         ),
         (options.fix, "--fix", options.check_file, "--check-file"),
+        (options.report_without_texts, "--report-without-texts", options.report, "--report"),
         (
             options.json,
             "--json",
@@ -628,7 +647,7 @@ def connect(options: argparse.Namespace) -> OpenAISFT:
         output_dir=options.output_dir,
         poll_interval=options.poll_interval,
         offline=options.data_only,
-        allow_no_key=bool(options.check or options.list or options.export),
+        allow_no_key=bool(options.check or options.list or options.export or options.report),
         rehearse=options.rehearse,
         local=options.local,
         local_launcher=options.local_launcher,
@@ -671,6 +690,10 @@ def run(sft: OpenAISFT, options: argparse.Namespace) -> int:
         return list_runs(sft, options)
     if options.cancel:
         return cancel(sft, options)
+    if options.report:
+        named = None if options.report is True else options.report
+        show([f"report: {sft.write_report(named, texts=not options.report_without_texts)}"])
+        return 0
     if options.export:
         show([f"export: {sft.export_weights(options.export, options.model_id)}"])
         return 0
