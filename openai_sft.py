@@ -126,8 +126,15 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 __all__ = [
+    "ERRORS",
+    "FIGURE_LABELS",
     "GROUPS",
+    "KOKOROCHAT_LICENCE",
+    "NEUTRAL_FIGURES",
     "PRICES",
+    "SCORE_ITEMS",
+    "SPLIT_LABELS",
+    "VERDICT_LABELS",
     "About",
     "Answer",
     "Asked",
@@ -423,7 +430,7 @@ NO_KEY = (
     "OpenAISFT(api_key=...) で渡してください。キーなしで試すにはリハーサル（rehearse=True、"
     "--rehearse）を使えます。"
 )
-SPLIT_LABELS = {"test": "テスト", "valid": "検証"}
+SPLIT_LABELS: dict[str, str] = {"test": "テスト", "valid": "検証"}
 ENOUGH_CASES = 200  # of a split: fewer seldom show a difference that is there
 
 
@@ -6249,7 +6256,7 @@ class EvaluationResults(dict[str, Any]):
 
 
 JUDGE_FIGURE = "judge"  # the main figure where a judge is asked
-FIGURE_LABELS = {
+FIGURE_LABELS: dict[str, str] = {
     JUDGE_FIGURE: "審査の勝率",
     "chrf": "chrF",
     "bleu_char": "BLEU（文字）",
@@ -6270,7 +6277,8 @@ FIGURE_LABELS = {
     "spearman": "順位相関",
     "pearson": "相関",
 }
-VERDICT_LABELS = {
+NEUTRAL_FIGURES = ("length_ratio", "backchannel_share")  # neither direction is good by itself
+VERDICT_LABELS: dict[str, str] = {
     "better": "良い",
     "worse": "悪い",
     "higher": "高い",
