@@ -187,13 +187,14 @@ class Page(TypedDict):
 def _facts(record: Json, results: Json) -> Pairs:
     """What was tuned on what, when, for how much, where."""
     settings, data = record.get("settings", {}), record.get("data", {})
+    training = _training(record, results)
     tuned = results.get("model_id") or record.get("fine_tuned_model")
     counts = [
         f"{label} {data[name]['examples']:,}件"
         for name, label in (("train", "学習"), ("test", "テスト"), ("valid", "検証"))
         if name in data
     ]
-    told = _told_hyperparameters(record)
+    told = _told_hyperparameters(record, training)
     baseline = results.get("baseline", {}).get("model_id")
     facts = (
         ("元のモデル", settings.get("local") or settings.get("model")),
@@ -206,7 +207,7 @@ def _facts(record: Json, results: Json) -> Pairs:
         ("接続先", _endpoint_of(record)),
         ("料金", _cost_line(record)),
         ("実行", record.get("run_id")),
-        ("ジョブ", record.get("job_id")),
+        ("ジョブ", training.get("job_id")),
     )
     return [(label, str(value)) for label, value in facts if value]
 
@@ -227,10 +228,10 @@ def _endpoint_of(record: Json) -> str:
     return str(settings.get("base_url") or "")
 
 
-def _told_hyperparameters(record: Json) -> Pairs:
+def _told_hyperparameters(record: Json, training: Json) -> Pairs:
     """The hyperparameters as the service settled them, else as they were asked for."""
     asked = (record.get("plan") or {}).get("training") or {}
-    settled = record.get("hyperparameters") or {}
+    settled = training.get("hyperparameters") or {}
     names = {
         "エポック": ("n_epochs", "epochs"),
         "バッチサイズ": ("batch_size", "batch_size"),
@@ -241,6 +242,16 @@ def _told_hyperparameters(record: Json) -> Pairs:
     return [(label, str(value)) for label, value in found if value is not None]
 
 
+def _training(record: Json, results: Json) -> Json:
+    """What is known of the training of the evaluated model, else of this run's."""
+    if "training" in results:
+        return {**results["training"], "status": "succeeded"}
+    names = {"created_at": "job_created_at", "started_at": "job_started_at"}
+    names |= {"finished_at": "job_finished_at", "status": "job_status"}
+    own = ("job_id", "hyperparameters", "trained_tokens", "shutdown_date", "checkpoints", "metrics")
+    return {name: record.get(names.get(name, name)) for name in (*own, *names)}
+
+
 def _moment(text: object) -> datetime | None:
     try:
         return datetime.fromisoformat(str(text))
@@ -248,10 +259,10 @@ def _moment(text: object) -> datetime | None:
         return None
 
 
-def _seconds(record: Json) -> float | None:
+def _seconds(training: Json) -> float | None:
     """How long the job took."""
-    began = _moment(record.get("job_started_at") or record.get("job_created_at"))
-    ended = _moment(record.get("job_finished_at"))
+    began = _moment(training.get("started_at") or training.get("created_at"))
+    ended = _moment(training.get("finished_at"))
     return (ended - began).total_seconds() if began and ended else None
 
 
@@ -346,7 +357,7 @@ def _notes(record: Json, results: Json, curve: Curve | None) -> Iterator[str]:
     yield from _case_notes(record, results)
     if record.get("exact_tokens") is False:
         yield "トークン数は推定です（語彙を取得できませんでした）。"
-    if shutdown := record.get("shutdown_date"):
+    if shutdown := _training(record, results).get("shutdown_date"):
         yield f"学習済みモデルは {shutdown} に停止します。"
     if "kokorochat" in str(record.get("settings", {}).get("dataset") or "").casefold():
         yield KOKOROCHAT_LICENCE
@@ -410,8 +421,9 @@ def _tiles(record: Json, results: Json, curve: Curve | None) -> Iterator[Tile]:
             detail = f"全{part['total_test_cases']:,}対話のうち"
             label = f"有効な応答（{SPLIT_LABELS[split]}）"
             yield Tile(label=label, value=f"{valid:,} / {asked:,}件", detail=detail)
-    if (seconds := _seconds(record)) is not None:
-        tokens = record.get("trained_tokens")
+    training = _training(record, results)
+    if (seconds := _seconds(training)) is not None:
+        tokens = training.get("trained_tokens")
         detail = f"{tokens:,}トークン" if tokens else ""
         yield Tile(label="学習の時間", value=_duration(seconds), detail=detail)
     estimate, cost = record.get("estimate") or {}, record.get("cost") or {}
@@ -463,11 +475,12 @@ def _curve(record: Json, results: Json) -> Curve | None:
     """The losses of the run that trained; checkpoints tell theirs where the rows don't."""
     columns = ("train_loss", "valid_loss", "full_valid_loss")
     by_step: dict[float, list[float | None]] = {}
-    for row in record.get("metrics") or ():
+    training = _training(record, results)
+    for row in training.get("metrics") or ():
         if isinstance(step := row.get("step"), int | float):
             by_step[step] = [_finite(row.get(name)) for name in columns]
     marks = []
-    for told in record.get("checkpoints") or ():
+    for told in training.get("checkpoints") or ():
         if (step := told.get("step")) is None:
             continue
         loss = _finite(told.get("full_valid_loss"))
@@ -478,9 +491,9 @@ def _curve(record: Json, results: Json) -> Curve | None:
     rows = [[step, *by_step[step]] for step in sorted(by_step)]
     if not any(loss is not None for row in rows for loss in row[1:]):
         return None
-    epochs = (record.get("hyperparameters") or {}).get("n_epochs")
-    epochs = epochs or ((record.get("plan") or {}).get("training") or {}).get("epochs")
-    whole = epochs if isinstance(epochs, int) and record.get("job_status") == "succeeded" else None
+    epochs = (training.get("hyperparameters") or {}).get("n_epochs")
+    # The last step of a job that stopped before its end isn't that of its last epoch.
+    whole = epochs if isinstance(epochs, int) and training["status"] == "succeeded" else None
     return Curve(rows=rows, checkpoints=sorted(marks, key=lambda m: m["step"]), epochs=whole)
 
 
@@ -648,15 +661,19 @@ def _cases(results: Json, *, texts: bool) -> Cases:
     )
 
 
-def _by_case(part: Json) -> dict[str, Json]:
-    return {response["case_id"]: response for response in part.get("responses", ())}
+def _by_case(part: Json) -> Json:
+    """The answers of a part by case: the baseline's already stand so."""
+    responses = part.get("responses", {})
+    if isinstance(responses, Mapping):
+        return responses
+    return {response["case_id"]: response for response in responses}
 
 
 def _case_figures(results: Json) -> list[str]:
     """The figures that a case has a value of, the main one first."""
     sides = [part for _, part in _parts(results)]
     found = dict.fromkeys(
-        name for part in sides for one in part["responses"] for name in one.get("scores") or ()
+        name for part in sides for one in _by_case(part).values() for name in one.get("scores") or ()
     )
     main = results.get("settings", {}).get("main_figure")
     return sorted(found, key=lambda name: name != main)
@@ -703,7 +720,7 @@ def _settings(record: Json, results: Json) -> Iterator[Section]:
         ("接続先とデータ", record.get("settings")),
         ("対話の選び方", record.get("selection")),
         ("学習（頼んだもの）", plan.get("training")),
-        ("学習（サービスが決めたもの）", record.get("hyperparameters")),
+        ("学習（サービスが決めたもの）", _training(record, results).get("hyperparameters")),
         ("評価", results.get("settings") or plan.get("asking")),
         ("版", record.get("versions")),
     )
