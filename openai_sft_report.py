@@ -418,7 +418,7 @@ def _tiles(record: Json, results: Json, curve: Curve | None) -> Iterator[Tile]:
         part = results.get(f"{split}_evaluation")
         if part and (asked := part["evaluated_cases"] + part["failed_cases"]):
             valid = part["evaluated_cases"] - part["invalid_cases"]
-            detail = f"全{part['total_test_cases']:,}対話のうち"
+            detail = f"{SPLIT_LABELS[split]}データ {part['total_test_cases']:,}件から"
             label = f"有効な応答（{SPLIT_LABELS[split]}）"
             yield Tile(label=label, value=f"{valid:,} / {asked:,}件", detail=detail)
     training = _training(record, results)
@@ -443,7 +443,7 @@ def _main_tiles(results: Json) -> Iterator[Tile]:
     test = results.get("comparison", {}).get("test", {})
     if main in test.get("figures", {}):
         figure = test["figures"][main]
-        detail = f"{_interval(figure)}、p={figure['p_value']:.3g}"
+        detail = f"{_interval(figure, '+')}、p={figure['p_value']:.3g}"
         yield Tile(label="基準との差", value=_short(figure["difference"], "+"), detail=detail)
         if figure["wins"] is not None:
             counts = "–".join(str(figure[name]) for name in ("wins", "losses", "ties"))
@@ -451,10 +451,10 @@ def _main_tiles(results: Json) -> Iterator[Tile]:
             yield Tile(label="勝ち–負け–引き分け", value=counts, detail=detail)
 
 
-def _interval(figure: Json) -> str:
+def _interval(figure: Json, sign: str = "") -> str:
     if figure["low"] is None:
         return "95%区間: 対話が少なすぎます"
-    return f"95%区間 {_short(figure['low'])}〜{_short(figure['high'])}"
+    return f"95%区間 {_short(figure['low'], sign)}〜{_short(figure['high'], sign)}"
 
 
 def _short(value: float, sign: str = "") -> str:
@@ -489,6 +489,9 @@ def _curve(record: Json, results: Json) -> Curve | None:
         evaluated = told["model"] == results.get("model_id")
         marks.append(Mark(step=step, model=told["model"], loss=loss, evaluated=evaluated))
     rows = [[step, *by_step[step]] for step in sorted(by_step)]
+    if rows and "training" in results and not any(mark["evaluated"] for mark in marks):
+        last = rows[-1]
+        marks.append(Mark(step=last[0], model=results["model_id"], loss=last[3], evaluated=True))
     if not any(loss is not None for row in rows for loss in row[1:]):
         return None
     epochs = (training.get("hyperparameters") or {}).get("n_epochs")
@@ -835,7 +838,8 @@ def _page(
     names = {row["name"] for table in figures for row in table["rows"]}
     names |= {figure["name"] for part in comparisons for figure in part["figures"]}
     model = record.get("settings", {}).get("local") or record.get("settings", {}).get("model")
-    dataset = _dataset_of(record)
+    # Of a path its last part, of a name on the Hub all.
+    dataset = re.sub(r"^(?:[./\\]|[A-Za-z]:).*[/\\](?=[^/\\]+)", "", _dataset_of(record))
     return Page(
         title=f"{model} を {dataset} で学習" if dataset else str(model),
         facts=_facts(record, results),
@@ -952,9 +956,8 @@ h3 { font-size: .95rem; margin: 1.25rem 0 .35rem; }
 p { margin: .35rem 0; }
 a { color: var(--accent); }
 .soft, figcaption, .hint { color: var(--soft); font-size: .85rem; }
-dl.facts {
-  display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: 0; font-size: .9rem;
-}
+dl.facts { display: grid; grid-template-columns: 1fr 1fr; gap: .1rem 1.5rem; margin: 0; font-size: .9rem; }
+dl.facts div { display: grid; grid-template-columns: 7rem 1fr; }
 dt { color: var(--soft); }
 dd { margin: 0; }
 .verdict {
@@ -970,7 +973,7 @@ dd { margin: 0; }
   background: var(--note); color: var(--note-ink); border-left: 4px solid var(--note-line);
   padding: .35rem .75rem; border-radius: 4px; font-size: .9rem;
 }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: .6rem; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(148px, 1fr)); gap: .6rem; }
 .tile { background: var(--paper); border: 1px solid var(--line); border-radius: 6px; padding: .6rem .8rem; }
 .tile b { display: block; font-size: 1.35rem; line-height: 1.3; }
 .tile span { display: block; color: var(--soft); font-size: .8rem; }
@@ -1002,7 +1005,7 @@ svg text { fill: var(--soft); font-size: 12px; }
 .mark { fill: var(--soft); }
 .mark.evaluated { fill: var(--ink); }
 .cross { stroke: var(--soft); stroke-dasharray: 3 3; }
-text.told { fill: var(--ink); }
+text.told { fill: var(--ink); paint-order: stroke; stroke: var(--paper); stroke-width: 4px; }
 .good-side { fill: var(--good-side); }
 .whisker { stroke: var(--soft); stroke-width: 2; }
 .point { fill: var(--soft); }
@@ -1036,6 +1039,7 @@ button { cursor: pointer; }
 .delta { padding: 0 .4rem; border-radius: 4px; font-weight: 650; }
 .delta.better { color: var(--better); background: var(--better-ground); }
 .delta.worse { color: var(--worse); background: var(--worse-ground); }
+section > details > summary, .settings summary { cursor: pointer; color: var(--soft); margin: .5rem 0; }
 .case details { margin: .35rem 0; font-size: .88rem; }
 .case summary { cursor: pointer; color: var(--soft); }
 .said { margin: .3rem 0 .3rem .75rem; padding-left: .6rem; border-left: 3px solid var(--line); white-space: pre-wrap; }
@@ -1053,8 +1057,7 @@ code { font-size: .85em; }
 .only-print { display: none; }
 @media (max-width: 560px) {
   main { padding: 1rem .75rem 3rem; }
-  dl.facts { grid-template-columns: 1fr; gap: 0; }
-  dd { margin-bottom: .35rem; }
+  dl.facts { grid-template-columns: 1fr; }
   .tiles { grid-template-columns: 1fr 1fr; }
   .tools { position: static; }
   .case { scroll-margin-top: .5rem; }
@@ -1089,9 +1092,11 @@ code { font-size: .85em; }
 </section>
 <section id="comparisons" hidden>
   <h2>比較</h2>
-  <p class="soft">棒は差の95%区間、点は差、縦線は0です。目盛りは指標ごとで、薄い緑が良くなる側です。
-  主指標（★）のpは補正せず、ほかはホルムの方法で補正しています。区間は補正していないため、0を
-  含まなくても「区別できない」ことがあります。勝敗は件数で、検定には使っていません。</p>
+  <p class="soft">棒は差の95%区間、点は差、縦線は0です。
+  目盛りは指標ごとで、薄い緑が良くなる側です。
+  pは対話を単位とする並べ替え検定のもので、主指標（★）は補正せず、ほかはHolmの方法で補正しています。
+  区間は補正していないため、0を含まなくても「区別できない」ことがあります。
+  勝ち–負け–引き分けは件数で、検定には使っていません。</p>
 </section>
 <section id="judge" hidden><h2></h2></section>
 <section id="figures" hidden><h2>指標</h2></section>
@@ -1104,7 +1109,8 @@ code { font-size: .85em; }
 </section>
 <section id="cases" hidden>
   <h2>応答</h2>
-  <p class="hint">j / k で次 / 前、o で文脈、/ で検索。ブラウザーの検索は画面に出た応答だけを探すため、
+  <p class="hint">j / k で次 / 前、o で文脈、/ で検索。
+  ブラウザーの検索は画面に出た応答だけを探します。
   すべてから探すには下の欄を使ってください。</p>
   <div class="tools" role="search">
     <label>並び <select id="order"></select></label>
@@ -1166,7 +1172,7 @@ function table(head, rows, kinds = []) {
 // The top ------------------------------------------------------------------------------------
 
 for (const [label, value] of page.facts)
-  at("facts").append(el("dt", {}, label), el("dd", {}, value));
+  at("facts").append(el("div", {}, el("dt", {}, label), el("dd", {}, value)));
 at("verdict").classList.add(page.verdict.tone);
 at("verdict").append(...page.verdict.lines.map((line) => el("p", {}, line)));
 at("notes").append(...page.notes.map((note) => el("li", {}, note)));
@@ -1185,8 +1191,9 @@ function ticks(low, high, wanted) {
 
 function decades(low, high) {
   const found = [];
+  const steps = high / low < 30 ? [1, 1.5, 2, 3, 4, 5, 7] : [1, 2, 5];
   for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power++)
-    for (const n of [1, 2, 5]) found.push(n * 10 ** power);
+    for (const n of steps) found.push(n * 10 ** power);
   return found.filter((value) => value >= low && value <= high);
 }
 
@@ -1265,7 +1272,8 @@ function drawCurve(curve) {
       plot.append(shape("circle", { class: "ring", cx: place, cy: y(best[1]), r: 7 }),
         shape("text", { class: "told", x: place + (isRight ? -12 : 12), y: Math.max(top + 10, y(best[1]) - 10), "text-anchor": isRight ? "end" : "start" }, `最小 ${best[1].toFixed(4)}`));
     }
-    plot.append(shape("path", { class: "cross", id: "cross" }));
+    plot.append(shape("path", { class: "cross", id: "cross" }),
+      shape("text", { x: left + 6, y: top + 10 }, isLog ? "損失（対数）" : "損失"));
     at("curve-plot").replaceChildren(plot);
     at("curve-scale").textContent = isLog ? "縦軸を等間隔にする（いまは対数）" : "縦軸を対数にする";
     at("curve-scale").hidden = lowest <= 0;
@@ -1321,15 +1329,25 @@ function intervalBar(figure) {
   return bar;
 }
 const span = (figure, sign = "") => figure.low === null
-  ? "対話が少なすぎます" : `${short(figure.low, sign)}〜${short(figure.high, sign)}`;
+  ? "-" : `${short(figure.low, sign)}〜${short(figure.high, sign)}`;
+
+const FEW = "対話が少なすぎるため、95%区間は計算していません。";
+
+// The test data's tables stand open; those of the validation data are opened.
+function place(section, split, title, ...content) {
+  at(section).hidden = false;
+  at(section).append(split === "test" ? el("div", {}, el("h3", {}, title), ...content)
+    : el("details", {}, el("summary", {}, title), ...content));
+}
 
 for (const part of page.comparisons) {
+  const known = part.figures.some((figure) => figure.low !== null);
   const rows = part.figures.map((figure) => {
     const isMain = figure.name === part.main, name = naming(figure.name);
     const row = [
       (isMain ? "★ " : "") + name.label + (name.better < 0 ? " ↓" : ""),
       short(figure.tuned), short(figure.baseline), short(figure.difference, "+"),
-      el("td", { class: "bar" }, intervalBar(figure)), span(figure, "+"),
+      ...(known ? [el("td", { class: "bar" }, figure.low === null ? "" : intervalBar(figure)), span(figure, "+")] : []),
       figure.wins === null ? "-" : `${figure.wins}–${figure.losses}–${figure.ties}`,
       few(isMain ? figure.p_value : figure.p_adjusted, 2),
       el("span", { class: `verdict-word ${figure.verdict}` }, page.verdicts[figure.verdict] || figure.verdict),
@@ -1339,10 +1357,9 @@ for (const part of page.comparisons) {
   });
   const left = [part.failed ? `うち応答なし・無効 ${part.failed}組` : "", part.left_out ? `除いた組 ${part.left_out}` : ""];
   const counts = [`${part.pairs}組`, `${part.dialogues}対話`, ...left].filter((text) => text).join("、");
-  at("comparisons").append(
-    el("h3", {}, `${SPLITS[part.split]}: 学習後と${part.rival}（${counts}）`),
-    el("div", { class: "sheet" }, table(["指標（↓は小さいほど良い）", "学習後", part.rival, "差", "差の95%区間", "", "勝–負–分", "p", "判定"], rows)));
-  at("comparisons").hidden = false;
+  const head = ["指標（↓は小さいほど良い）", "学習後", part.rival, "差", ...(known ? ["差の95%区間", ""] : []), "勝–負–分", "p", "判定"];
+  place("comparisons", part.split, `${SPLITS[part.split]}: 学習後と${part.rival}（${counts}）`,
+    el("div", { class: "sheet" }, table(head, rows)), known ? null : el("p", { class: "soft" }, FEW));
 }
 
 if (page.judge) {
@@ -1353,22 +1370,23 @@ if (page.judge) {
 
 for (const part of page.figures) {
   const has = (side) => part.rows.some((row) => row[side] !== null);
-  const cells = (figure) => !figure || figure.score === null ? ["-", "-"] : [short(figure.score), span(figure)];
-  const head = ["指標", "学習後", "95%区間"];
-  if (has("baseline")) head.push("基準", "95%区間");
+  const known = part.rows.some((row) => row.tuned && row.tuned.low !== null);
+  const spans = (figure) => !known ? [] : [figure && figure.score !== null ? span(figure) : "-"];
+  const cells = (figure) => [short(figure && figure.score), ...spans(figure)];
+  const head = ["指標", "学習後", ...(known ? ["95%区間"] : [])];
+  if (has("baseline")) head.push("基準", ...(known ? ["95%区間"] : []));
   if (has("constant")) head.push("定数予測");
   const rows = part.rows.map((row) => [naming(row.name).label, ...cells(row.tuned),
     ...(has("baseline") ? cells(row.baseline) : []), ...(has("constant") ? [short(row.constant)] : [])]);
   const items = part.rows.length > 30;
   const whole = rows.filter((_, n) => !items || /^(overall|total)\./.test(part.rows[n].name));
-  at("figures").append(el("h3", {}, `${SPLITS[part.split]}（有効な応答 ${part.answered}）`),
-    el("div", { class: "sheet" }, table(head, whole)));
-  if (items) at("figures").append(itemTable(part));
-  at("figures").hidden = false;
+  place("figures", part.split, `${SPLITS[part.split]}（有効な応答 ${part.answered}）`,
+    el("div", { class: "sheet" }, table(head, whole)), items ? itemTable(part, known) : null,
+    known ? null : el("p", { class: "soft" }, FEW));
 }
 
 // The score task: an item a row, its measures side by side.
-function itemTable(part) {
+function itemTable(part, known) {
   const found = new Map(part.rows.map((row) => [row.name, row]));
   const value = (item, measure, side) => {
     const row = found.get(`${item}.${measure}`);
@@ -1376,12 +1394,12 @@ function itemTable(part) {
   };
   const rows = page.cases.items.map((item) => {
     const mse = found.get(`${item}.mse`);
-    return [item, value(item, "mse", "tuned"), mse && mse.tuned ? span(mse.tuned) : "-", value(item, "mse", "baseline"),
+    return [item, value(item, "mse", "tuned"), ...(known ? [mse && mse.tuned ? span(mse.tuned) : "-"] : []), value(item, "mse", "baseline"),
       mse ? short(mse.constant) : "-", value(item, "mae", "tuned"), value(item, "accuracy", "tuned"),
       value(item, "accuracy_within_1", "tuned"), value(item, "spearman", "tuned")];
   });
   return el("div", { class: "sheet" }, table(
-    ["項目", "MSE", "95%区間", "基準のMSE", "定数予測のMSE", "MAE", "一致率", "1点差以内", "順位相関"], rows));
+    ["項目", "MSE", ...(known ? ["95%区間"] : []), "基準のMSE", "定数予測のMSE", "MAE", "一致率", "1点差以内", "順位相関"], rows));
 }
 
 function drawTotals(rows) {
