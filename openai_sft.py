@@ -10262,9 +10262,12 @@ def _publish_results(run: Run, results: Mapping[str, Any], finished_at: str | No
     was asked has failed.
     """
     path = run.publish("comprehensive_evaluation", ".json", _to_json(results))
-    run.publish("answers", ".csv", _answers_table(results))
     run.save(evaluation={**run.evaluation, **results.get("summary", {})})
-    parts = [results[f"{name}_evaluation"] for name in SPLIT_LABELS]
+    names = (f"{name}_evaluation" for name in SPLIT_LABELS)
+    parts = [results[name] for name in names if name in results]
+    if not parts:  # what somebody else has put together
+        return path
+    run.publish("answers", ".csv", _answers_table(results))
     answered = sum(part["evaluated_cases"] for part in parts)
     failed = sum(part["failed_cases"] for part in parts)
     if finished_at is not None and (answered or not failed):

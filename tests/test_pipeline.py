@@ -39,7 +39,7 @@ JOBS = "/fine_tuning/jobs"
 CHAT = "/chat/completions"
 STAMPED = (
     r"(train_data|test_data|valid_data|manifest|run|training_metrics|evaluation"
-    r"|comprehensive_evaluation)_(\d{8}_\d{6})\.(jsonl|json|csv)"
+    r"|comprehensive_evaluation|answers|report)_(\d{8}_\d{6})\.(jsonl|json|csv|html)"
 )
 
 
