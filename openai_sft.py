@@ -552,6 +552,15 @@ def _time_text(seconds: float) -> str:
     return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
 
 
+def _span_text(seconds: float) -> str:
+    """A length of time in Japanese."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}時間{minutes:02}分"
+    return f"{minutes}分{rest:02}秒" if minutes else f"{rest}秒"
+
+
 # ── Errors ───────────────────────────────────────────────────────────────────────────────────
 
 
@@ -6430,22 +6439,34 @@ def _losses_by_step(rows: Iterable[Mapping[str, object]]) -> dict[int, float]:
     return dict(sorted(losses.items()))
 
 
-def _rise_line(losses: Mapping[int, float], epochs: object) -> str:
-    """From when on the validation loss rose above its least, in Japanese; nothing if it didn't.
+def _rises(losses: Mapping[int, float]) -> bool:
+    """Whether the last validation loss is above the least."""
+    return bool(losses) and losses[max(losses)] > min(losses.values())
+
+
+def _loss_line(losses: Mapping[int, float], epochs: object) -> str:
+    """Where the validation loss was lowest and from when on it rose, in Japanese; nothing where it
+    wasn't measured.
 
     ``epochs`` are those of the job, of as many steps each.
     """
     steps = sorted(losses)
-    if not steps or losses[steps[-1]] <= (least := min(losses.values())):
+    if not steps:
         return ""
+    least = min(losses.values())
     best = max(step for step in steps if losses[step] == least)
-    first = steps[steps.index(best) + 1]
 
     def place(step: int) -> str:
         whole = isinstance(epochs, int) and steps[-1] > 0 and step * epochs % steps[-1] == 0
         epoch = f"エポック{step * cast('int', epochs) // steps[-1]}、" if whole else ""
         return f"{epoch}step {step}"
 
+    if not _rises(losses):
+        return (
+            f"検証の損失は最後（{place(best)}）の{least:.4f}が最も低く、途中から上がっては"
+            "いません。"
+        )
+    first = steps[steps.index(best) + 1]
     return (
         f"検証の損失は途中から上がりました（{place(first)}から）。最も低いのは{place(best)}の"
         f"{least:.4f}、最後は{losses[steps[-1]]:.4f}です。学習しすぎ（過学習）かもしれません。"
@@ -7097,13 +7118,16 @@ def _versions() -> dict[str, str]:
 
 
 class SystemMonitor:
-    """A thread that logs CPU, memory and disk at once and then every ``interval`` seconds.
+    """A thread that reads CPU, memory and disk at once and then every ``interval`` seconds, and
+    logs them at first, when one passes 90 %, and every ten minutes.
 
     A context manager. ``sampler`` gives a :class:`Sample`; by default psutil reads this machine
-    and the disk of ``folder``. A reading that fails is logged and the thread goes on.
+    and the disk of ``folder``. ``latest`` is the last reading. One that fails is logged, as
+    seldom, and the thread goes on.
     """
 
     WARN_PERCENT = 90.0
+    TELL_SECONDS = 600.0
 
     def __init__(
         self,
@@ -7114,6 +7138,8 @@ class SystemMonitor:
     ) -> None:
         self._folder, self._interval = folder, interval
         self._sampler = sampler or self._read_machine
+        self.latest: Sample | None = None
+        self._told: dict[str, float] = {}  # when each thing was last logged
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="openai-sft-monitor", daemon=True)
 
@@ -7128,9 +7154,11 @@ class SystemMonitor:
     def _run(self) -> None:
         while True:
             try:
-                self._report(self._sampler())
+                self.latest = self._sampler()
+                self._report(self.latest)
             except Exception as error:  # noqa: BLE001  # a reading must never end a paid wait
-                logger.warning("[監視] 読み取れません: %s", printable(repr(error)))
+                if self._is_due("failure"):
+                    logger.warning("[監視] 読み取れません: %s", printable(repr(error)))
             if self._stopped.wait(self._interval):
                 return
 
@@ -7148,7 +7176,23 @@ class SystemMonitor:
             disk_percent=psutil.disk_usage(os.fspath(self._folder)).percent,
         )
 
+    def _is_due(self, what: str) -> bool:
+        """Whether something wasn't logged in the last ten minutes; if so it is now."""
+        now = time.monotonic()
+        if now - self._told.get(what, -math.inf) < self.TELL_SECONDS:
+            return False
+        self._told[what] = now
+        return True
+
     def _report(self, sample: Sample) -> None:
+        percents = {
+            "CPU": sample.cpu_percent,
+            "メモリ": sample.memory_percent,
+            "ディスク": sample.disk_percent,
+        }
+        high = [n for n, x in percents.items() if x > self.WARN_PERCENT and self._is_due(n)]
+        if not (self._is_due("line") or high):
+            return
         logger.info(
             "[監視] CPU: %.1f%% | メモリ: %.1f%% (%.1f/%.1fGB) | ディスク: %.1f%%",
             sample.cpu_percent,
@@ -7157,13 +7201,8 @@ class SystemMonitor:
             sample.memory_total / 2**30,
             sample.disk_percent,
         )
-        for name, percent in (
-            ("CPU", sample.cpu_percent),
-            ("メモリ", sample.memory_percent),
-            ("ディスク", sample.disk_percent),
-        ):
-            if percent > self.WARN_PERCENT:
-                logger.warning("⚠️ %s使用率が高いです: %.1f%%", name, percent)
+        for name in high:
+            logger.warning("⚠️ %s使用率が高いです: %.1f%%", name, percents[name])
 
 
 class _StderrHandler(logging.Handler):
@@ -7172,8 +7211,12 @@ class _StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
+        line = self.format(record)
         try:
-            tqdm.write(self.format(record), file=sys.stderr)
+            try:
+                tqdm.write(line, file=sys.stderr)
+            except AttributeError:  # of a bar that another thread is still making
+                sys.stderr.write(f"{line}\n")
         except (OSError, ValueError):
             self.handleError(record)
 
@@ -7185,14 +7228,28 @@ def _announce(message: str, *args: object, verbose: bool) -> None:
     logger.log(logging.INFO if shown or not verbose else logging.WARNING, message, *args)
 
 
-class _TrainingBar:
-    """A tqdm bar on training steps, made when the first metrics event tells how many."""
+class _TrainingProgress:
+    """What is heard of a job: a line at the end of each epoch, and on a terminal a tqdm bar on
+    the steps, made when the first metrics event tells how many, with the ``monitor``'s reading."""
 
-    def __init__(self, *, enabled: bool) -> None:
-        self._enabled = enabled
+    def __init__(self, monitor: SystemMonitor, *, enabled: bool) -> None:
+        self._monitor, self._enabled = monitor, enabled
         self._bar: Any = None
+        self._epochs: int | None = None
+        self._finish_told = False
+        self._parts_told = 0  # of the job, how many epochs
         self.rows: list[dict[str, float]] = []  # the metrics of each step, for the record
         self.events: list[JobEvent] = []  # all others
+
+    def note(self, job: FineTuningJob) -> None:
+        """Learn how many epochs there will be, and say until figures come when the service
+        expects the end."""
+        epochs = getattr(getattr(job, "hyperparameters", None), "n_epochs", None)
+        self._epochs = epochs if type(epochs) is int and epochs > 0 else None
+        if job.estimated_finish is not None and not (self.rows or self._finish_told):
+            self._finish_told = True
+            finish = datetime.fromtimestamp(job.estimated_finish).astimezone()
+            logger.info("学習が終わる見込み（サービスの推定）: %s", f"{finish:%Y-%m-%d %H:%M}")
 
     def show(self, event: FineTuningJobEvent) -> None:
         """Move to the step of a metrics event, or log any other event's message."""
@@ -7200,27 +7257,64 @@ class _TrainingBar:
         step, total = data.get("step"), data.get("total_steps")
         if event.type != "metrics" or not isinstance(step, int):
             logger.info("[イベント] %s", printable(event.message))
-            told = JobEvent(event.created_at, printable(event.level), printable(event.message))
-            self.events.append(told)
+            moment, level = (getattr(event, name, None) for name in ("created_at", "level"))
+            self.events.append(JobEvent(moment, printable(level), printable(event.message)))
             return
         logger.debug("[イベント] %s", printable(event.message))
         numbers = {k: v for k, v in data.items() if isinstance(v, int | float)}
         row = {k: v for k, v in numbers.items() if k != "total_steps"}
-        if event.created_at is not None:  # which an endpoint may leave out
-            row["created_at"] = event.created_at
+        if (moment := getattr(event, "created_at", None)) is not None:
+            row["created_at"] = moment
         self.rows.append(row)
+        total = total if type(total) is int and total > 0 else None
+        self._move(step, total, numbers)
+        self._tell_epoch(step, total)
+
+    def _move(self, step: int, total: int | None, numbers: Mapping[str, float]) -> None:
         if self._bar is None and self._enabled:
             from tqdm.auto import tqdm
 
             self._bar = tqdm(total=total, desc="学習", unit="step", disable=None)
         if self._bar is not None:
-            losses = {
-                label: f"{data[key]:.3f}"
-                for label, key in (("損失", "train_loss"), ("検証", "valid_loss"))
-                if isinstance(data.get(key), int | float)
-            }
-            self._bar.set_postfix(losses, refresh=False)
+            named = (("損失", "train_loss"), ("検証", "valid_loss"))
+            shown = {label: f"{numbers[key]:.3f}" for label, key in named if key in numbers}
+            if (sample := self._monitor.latest) is not None:
+                shown |= {"CPU": f"{sample.cpu_percent:.0f}%"}
+                shown |= {"メモリ": f"{sample.memory_percent:.0f}%"}
+            self._bar.set_postfix(shown, refresh=False)
             self._bar.update(max(0, step - self._bar.n))  # not back, for what was read late
+
+    def _tell_epoch(self, step: int, total: int | None) -> None:
+        """A line when an epoch is over; where it isn't known how many there are, a tenth."""
+        if total is None:
+            return
+        parts = self._epochs or 10
+        if (done := step * parts // total) <= self._parts_told:
+            return
+        self._parts_told = done
+        place = f"エポック {done}/{parts}" if self._epochs else f"{done}0%"
+        told = [*self._losses(), *self._times(step, total)]
+        logger.info("[学習] %s（step %d/%d）: %s", place, step, total, "、".join(told))
+
+    def _losses(self) -> Iterator[str]:
+        """The last training loss, and the last validation loss, of all data where it is told."""
+        row = self.rows[-1]
+        valid = _full_valid_loss(row)
+        known = (past["valid_loss"] for past in reversed(self.rows) if "valid_loss" in past)
+        valid = next(known, None) if valid is None else valid
+        for label, loss in (("学習", row.get("train_loss")), ("検証", valid)):
+            if loss is not None:
+                yield f"{label}の損失 {loss:.4f}"
+
+    def _times(self, step: int, total: int) -> Iterator[str]:
+        """For how long the job has trained and still will, by the times of its events."""
+        moments = {row["step"]: row["created_at"] for row in self.rows if "created_at" in row}
+        if step not in moments or (first := min(moments)) == step:
+            return
+        elapsed = moments[step] - moments[first]
+        yield f"経過 {_span_text(elapsed)}"
+        if total > step:
+            yield f"残り約{_span_text(elapsed / (step - first) * (total - step))}"
 
     def close(self) -> None:
         if self._bar is not None:
@@ -8868,8 +8962,9 @@ class FineTuning:
         until = math.inf if timeout is None else self._timer() + timeout
         read = EventsRead()
         status = ""
-        bar = _TrainingBar(enabled=self._settings.verbose)
-        with SystemMonitor(self._runs.folder), contextlib.closing(bar):
+        monitor = SystemMonitor(self._runs.folder)
+        bar = _TrainingProgress(monitor, enabled=self._settings.verbose)
+        with monitor, contextlib.closing(bar):
             for delay in _poll_delays(self._settings):
                 try:
                     job, events = self._endpoint.poll(job_id, read, until=until)
@@ -8878,6 +8973,7 @@ class FineTuning:
                         raise
                     self._sleep(max(0.0, until - self._timer()))
                     raise WaitTimeout(job_id, status, timeout) from error
+                bar.note(job)
                 for event in events:
                     bar.show(event)
                 if job.status != status:
@@ -8909,7 +9005,7 @@ class FineTuning:
                 f"{printable(self._run.job_id)}）。重みはチェックポイントのファイルにあるかもしれません。"
             )
 
-    def _record_outcome(self, job: FineTuningJob, heard: _TrainingBar) -> None:
+    def _record_outcome(self, job: FineTuningJob, heard: _TrainingProgress) -> None:
         code, message = _job_error(job)
         self._run.save(
             job_status=job.status,
@@ -8979,8 +9075,8 @@ class FineTuning:
                 self._endpoint.expect(model)
                 logger.info("チェックポイント: %s", checkpoints[-1])
         self._run.save(checkpoints=checkpoints)
-        if rise := _rise_line(losses, self._run.hyperparameters.get("n_epochs")):
-            logger.warning("%s", rise)
+        if line := _loss_line(losses, self._run.hyperparameters.get("n_epochs")):
+            logger.log(logging.WARNING if _rises(losses) else logging.INFO, "%s", line)
 
     def _save_metrics(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Write the rows of a job to ``training_metrics_*.csv``."""
@@ -9029,9 +9125,9 @@ def _job_times(job: FineTuningJob, events: Iterable[JobEvent]) -> dict[str, str]
     """When a job was created, started and finished, as far as the service tells."""
     started = [e.created_at for e in events if "job started" in e.message.casefold()]
     times = {
-        "job_created_at": job.created_at,
+        "job_created_at": getattr(job, "created_at", None),
         "job_started_at": next(iter(started), None),
-        "job_finished_at": job.finished_at,
+        "job_finished_at": getattr(job, "finished_at", None),
     }
     return {name: _time_text(moment) for name, moment in times.items() if moment is not None}
 
@@ -9765,6 +9861,9 @@ def _add_training(
         "shutdown_date": tuned.shutdown_date,
         "checkpoints": [asdict(checkpoint) for checkpoint in checkpoints],
         "metrics": tuned.metrics,
+        "loss_sentence": _loss_line(
+            _losses_by_step(tuned.metrics), tuned.hyperparameters.get("n_epochs")
+        ),
     }
     if tuned.fine_tuned_model == model and results["task"] != "score":
         results["summary"].update(_cross_entropies(tuned.final_metrics or {}))

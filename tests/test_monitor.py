@@ -174,3 +174,42 @@ def test_a_monitor_never_keeps_the_program_from_ending(use: str) -> None:
     done = subprocess.run([sys.executable, "-c", code + use], cwd=PROJECT, timeout=5)
 
     assert done.returncode == 0
+
+
+def test_what_stays_as_it_is_is_logged_once_in_ten_minutes(log: Callable[[], list[str]]) -> None:
+    high, failure = CALM._replace(cpu_percent=91.0), OSError("no /proc")
+    watch(CALM, CALM, high, high, CALM, high, failure, failure, CALM)
+
+    assert [line.partition(":")[0] for line in log()] == [
+        "[監視] CPU",
+        "[監視] CPU",
+        "⚠️ CPU使用率が高いです",
+        "[監視] 読み取れません",
+    ]
+    assert SystemMonitor.TELL_SECONDS == 600
+
+
+BAR_BEING_MADE = """
+import sys, threading, tqdm, openai_sft
+sft = openai_sft.OpenAISFT(offline=True)  # which shows the log
+bar, read = tqdm.tqdm(total=1), threading.Event()
+def half_made(*_, **__):  # as tqdm's bar of notebooks between two of its statements
+    raise AttributeError("'tqdm_notebook' object has no attribute 'container'")
+bar.refresh = half_made
+def sample():
+    read.set()
+    return openai_sft.Sample(95.0, 1.0, 1, 1, 1.0)
+with openai_sft.SystemMonitor(sampler=sample):
+    assert read.wait(5)
+"""
+
+
+def test_the_monitor_is_heard_and_prints_no_traceback_while_another_thread_makes_a_bar() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BAR_BEING_MADE], cwd=PROJECT, timeout=20, capture_output=True
+    )
+    told = done.stderr.decode()
+
+    assert "[監視] CPU: 95.0%" in told
+    assert "⚠️ CPU" in told
+    assert "Traceback" not in told
