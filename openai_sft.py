@@ -126,11 +126,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 __all__ = [
+    "DEFAULT_OUTPUT_DIR",
     "ERRORS",
     "FIGURE_LABELS",
     "GROUPS",
     "KOKOROCHAT_LICENCE",
     "NEUTRAL_FIGURES",
+    "OPENAI_BASE_URL",
     "PRICES",
     "SCORE_ITEMS",
     "SPLIT_LABELS",
@@ -9827,6 +9829,7 @@ def _add_origin(results: EvaluationResults, run: Run, tuned: Run | None) -> None
     """Add which run this is, its estimate, the data that are asked, which the run that ``tuned``
     the model may have written, and what of them is left out."""
     results["run_id"], split = run.run_id, run
+    results["base_url"] = run.settings.base_url
     if tuned is not None and run.plan is not None and run.plan.split_of:
         split = tuned
     results["data"] = {
@@ -9840,6 +9843,24 @@ def _add_origin(results: EvaluationResults, run: Run, tuned: Run | None) -> None
         results["estimate"] = json.loads(_dump(run.estimate))  # plain, as it is read back
     if run.left_out:
         results["left_out"] = dict(run.left_out)
+
+
+def _add_all_cases(results: EvaluationResults, ledger: Ledger, base: str) -> None:
+    """Add what it costs to ask the tuned model and a baseline a turn of every dialogue, where that
+    hasn't been done."""
+    model = results["model_id"]
+    rival = results.get("baseline", {}).get("model_id", base)
+    parts = [results[f"{name}_evaluation"] for name in SPLIT_LABELS]
+    usages = [r["usage"] for part in parts for r in part["responses"] if "usage" in r]
+    count = sum(part["total_test_cases"] for part in parts)
+    is_done = "baseline" in results and sum(len(part["responses"]) for part in parts) >= count
+    rates = [ledger.rates(name, model) for name in (model, rival)]
+    if is_done or not usages or rival == model or None in rates:
+        return
+    tokens = map(sum, zip(*map(_billed, usages), strict=True))
+    asked, answered, _ = (each / len(usages) * count for each in tokens)
+    dollars = sum(known.usd(round(asked), round(answered)) for known in rates if known)
+    results["all_cases"] = {"cases": count, "baseline": rival, "usd": dollars}
 
 
 def _add_training(
@@ -11260,6 +11281,7 @@ class OpenAISFT:
                 cost = None if dollars is None else ledger.paid(evaluation_usd=dollars)
         tuned = run if model_id in run.models else self._runs.of_model(model_id)
         _add_origin(results, run, tuned)
+        _add_all_cases(results, ledger, settings.model)
         if tuned is not None:
             _add_training(results, tuned, self._runs.checkpoints_of(tuned))
         _add_cost_and_note(results, cost, dollars, rehearsed=settings.rehearse)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -17,15 +18,18 @@ import re
 import shlex
 import shutil
 import signal
+import statistics
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from openai_sft import (
+    DEFAULT_OUTPUT_DIR,
     GROUPS,
+    OPENAI_BASE_URL,
     CheckItem,
     ConfigurationError,
     CostEstimate,
@@ -68,26 +72,34 @@ EXAMPLES = """\
 終了コード: 0 完了、1 サービスの失敗、2 入力・設定・予算、130/143 中断"""
 
 
+SPLITS = (("test", "テスト"), ("valid", "検証"))
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM, brought to the same place as Ctrl-C."""
 
 
 # What a line is broken between: ASCII words, katakana words, and single characters that keep
 # what may not begin a line.
-WORDS = r"[!-~]+ ?|[ァ-ヺー]+[）、。」]*|.[ぁぃぅぇぉっゃゅょ）、。」]*"
+WORDS = r"[!-~]+[）、。」]* ?|[ァ-ヺー]+[）、。」]*|.[ぁぃぅぇぉっゃゅょ）、。」]*"
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Wraps by what a terminal shows: a full-width character takes two columns."""
 
     def _split_lines(self, text: str, width: int) -> list[str]:
-        lines, line = [], ""
-        for word in re.findall(WORDS, text):
-            if line and columns(line + word.rstrip()) > width:
-                lines.append(line.rstrip())
-                line = ""
-            line += word
-        return [*lines, line.rstrip()]
+        return wrapped(text, width)
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """``text`` in lines of at most so many columns."""
+    lines, line = [], ""
+    for word in re.findall(WORDS, text):
+        if line and columns(line + word.rstrip()) > width:
+            lines.append(line.rstrip())
+            line = ""
+        line += word
+    return [*lines, line.rstrip()]
 
 
 def columns(text: str) -> int:
@@ -576,6 +588,11 @@ def add_place(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="ジョブを見に行く間隔（既定: 10）",
     )
+    group.add_argument(
+        "--tables",
+        action="store_true",
+        help="評価の最後に、指標と比較の表、ファイルの一覧も表示する",
+    )
     loudness = group.add_mutually_exclusive_group()
     loudness.add_argument("--quiet", action="store_true", help="警告と結果だけを表示する")
     loudness.add_argument("--verbose", action="store_true", help="詳しい記録も表示する")
@@ -699,12 +716,18 @@ def run(sft: OpenAISFT, options: argparse.Namespace) -> int:
         return 0
     names = {"max_samples", "seed", "max_test_cases"} | RunOptions.__annotations__.keys()
     sample = {name: value for name, value in vars(options).items() if name in names}
-    code = 0
     if options.data_only:
         show(sft.prepare_data(options.epochs, **sample).lines())
-    else:
-        code = show_outcome(train_or_evaluate(sft, options, sample))
-    show(f"{kind}: {path}" for kind, path in sft.files.items())
+        show_files(sft)
+        return 0
+    outcome = train_or_evaluate(sft, options, sample)
+    if isinstance(outcome, EvaluationResults) and not options.tables:
+        show(screen(sft, outcome))
+        return 0
+    code = show_outcome(outcome)
+    show_files(sft)
+    if isinstance(outcome, EvaluationResults):
+        show(what_now(sft, outcome))
     return code
 
 
@@ -936,10 +959,15 @@ def price_from(options: argparse.Namespace) -> Price | None:
     return Price(*prices, *base)
 
 
+def show_files(sft: OpenAISFT) -> None:
+    """What was written."""
+    show(f"{kind}: {path}" for kind, path in sft.files.items())
+
+
 def show_results(results: EvaluationResults) -> None:
-    """What an evaluation found; the file holds the answers."""
+    """What an evaluation found, figure by figure; the file holds the answers."""
     show([f"モデル: {printable(results['model_id'])}"])
-    for name, label in (("test", "テスト"), ("valid", "検証")):
+    for name, label in SPLITS:
         part = results[f"{name}_evaluation"]
         void = f"、うち{part['invalid_cases']}件は無効" if part["invalid_cases"] else ""
         if part["cut_cases"]:
@@ -957,6 +985,146 @@ def show_results(results: EvaluationResults) -> None:
         show([f"実費: ${results['cost']['total_usd']:,.4f}"])
     if results.get("rehearsal"):
         show([f"注意: {results['note']}"])
+
+
+# What an evaluation ends with: it fits SCREEN lines, with one for the next prompt.
+SCREEN = 24
+SPARKS = "▁▂▃▄▅▆▇█"
+
+
+def screen(sft: OpenAISFT, results: EvaluationResults) -> Iterator[str]:
+    """The losses, the verdict, two answers side by side and what now, on one screen."""
+    width = min(shutil.get_terminal_size().columns, 100)
+    head = list(itertools.chain(*(wrapped(line, width) for line in headlines(results))))
+    now = list(what_now(sft, results))  # to be copied: the terminal itself breaks its lines
+    taken = len(head) + sum(-(-columns(line) // width) for line in now)
+    yield from head
+    if shown := list(sample_answers(results, width, SCREEN - 3 - taken)):
+        yield from ("", *shown)
+    yield from ("", *now)
+
+
+def headlines(results: EvaluationResults) -> Iterator[str]:
+    """What was found, in few lines."""
+    yield f"モデル: {printable(results['model_id'])}"
+    yield from loss_lines(results.get("training", {}))
+    counts = []
+    for name, label in SPLITS:
+        part = results[f"{name}_evaluation"]
+        asked = part["evaluated_cases"] + part["failed_cases"]
+        kinds = (("失敗", "failed"), ("無効", "invalid"), ("途中で切れた応答", "cut"))
+        faults = [f"{kind}{part[f'{key}_cases']}件" for kind, key in kinds if part[f"{key}_cases"]]
+        told = f"（{'、'.join(faults)}）" if faults else ""
+        counts.append(f"{label} {part['evaluated_cases']}/{asked}件{told}")
+    cost = f"、実費 ${results['cost']['total_usd']:,.4f}" if "cost" in results else ""
+    yield f"応答: {'、'.join(counts)}{cost}"
+    sentences = results.sentences()
+    yield from (f"判定（テスト）: {sentence}" for sentence in sentences)
+    if not sentences:
+        yield "判定: 比べる相手がないため、していません（--baseline で元のモデルと比べます）。"
+    if results.get("rehearsal"):
+        yield f"注意: {results['note']}"
+
+
+def loss_lines(training: Mapping[str, Any]) -> Iterator[str]:
+    """How the losses went, and where that of validation was lowest."""
+    rows = training.get("metrics") or ()
+    full = any(row.get("full_valid_loss") is not None for row in rows)
+    valid = "full_valid_loss" if full else "valid_loss"
+    for label, name in (("学習", "train_loss"), ("検証", valid)):
+        losses = [row[name] for row in rows if row.get(name) is not None]
+        if losses:
+            yield f"{label}の損失 {sparkline(losses)} {losses[0]:.4f} → {losses[-1]:.4f}"
+    if told := training.get("loss_sentence"):
+        yield told
+
+
+def sparkline(values: Sequence[float], width: int = 24) -> str:
+    """The values as bars of eight heights, means of neighbours where there are many."""
+    count = min(width, len(values))
+    edges = [n * len(values) // count for n in range(count + 1)]
+    means = [statistics.fmean(values[a:b]) for a, b in itertools.pairwise(edges)]
+    low, high = min(means), max(means)
+    return "".join(SPARKS[round(7 * (x - low) / (high - low or 1))] for x in means)
+
+
+def sample_answers(results: EvaluationResults, width: int, room: int) -> Iterator[str]:
+    """As many answers as there is ``room`` for, two at most: the tuned model's beside the
+    baseline's, or beside the real one; the middle one by the main figure, then the worst."""
+    if results.get("task") == "score":
+        return
+    said = [r for r in results["test_evaluation"]["responses"] if "output" in r]
+    main = results["settings"]["main_figure"]
+    said.sort(key=lambda response: response["scores"].get(main, 0.0))
+    rivals = results.get("baseline", {}).get("test_evaluation", {}).get("responses", {})
+    column = (width - 3) // 2
+    chosen = {id(r): r for r in (said[len(said) // 2], said[0])} if said else {}
+    for number, mine in enumerate(chosen.values()):
+        lines = min(3, (room - number * 5) - 2)
+        if lines < 1:
+            return
+        heads = ("学習後", "基準のモデル" if rivals else "実際の応答")
+        other = (
+            rivals.get(mine["case_id"], {}).get("output", "（応答なし）")
+            if rivals
+            else mine["reference"]
+        )
+        asked = printable(str(mine["input"][-1].get("content") or ""))
+        which = ("中ほどの例", "最も低い例")[number]
+        yield shortened(f"{which}（{mine['case_id']}）クライアント: {asked}", width)
+        sides = [fitted_text(printable(text), column, lines) for text in (mine["output"], other)]
+        for left, right in itertools.zip_longest(
+            [heads[0], *sides[0]], [heads[1], *sides[1]], fillvalue=""
+        ):
+            yield f"{left}{' ' * (column - columns(left))} │ {right}"
+
+
+def fitted_text(text: str, width: int, lines: int) -> list[str]:
+    """``text`` in at most so many lines, its end cut where it doesn't fit."""
+    found = wrapped(text, width)
+    if len(found) > lines:
+        found = [*found[: lines - 1], shortened(found[lines - 1] + "……", width)]
+    return found
+
+
+def what_now(sft: OpenAISFT, results: EvaluationResults) -> Iterator[str]:
+    """Where the page is, how to use the model, and the next command."""
+    if "report" in sft.files:
+        yield f"ページ: {sft.files['report']}"
+    if results.get("rehearsal"):
+        yield f"次は、本番の件数と料金を確かめる（キー不要）: {command('--data-only')}"
+        return
+    if "weights" in sft.files:
+        yield f"重み: {sft.files['weights']}"
+    elif results.get("task") != "score":
+        url = printable(results.get("base_url") or "")
+        url = "" if url in ("", OPENAI_BASE_URL) else f'base_url="{url}"'
+        yield "このモデルを使うには:"
+        yield 'from openai import OpenAI; said = [{"role": "user", "content": "眠れません"}]'
+        yield f'model = "{printable(results["model_id"])}"'
+        create = f"OpenAI({url}).chat.completions.create"
+        yield f"{create}(model=model, messages=said).choices[0].message"
+    yield from next_step(sft, results)
+
+
+def next_step(sft: OpenAISFT, results: EvaluationResults) -> Iterator[str]:
+    """To ask all cases, with what that costs; else to hand the page on."""
+    is_usual = str(sft.output_dir) == DEFAULT_OUTPUT_DIR
+    place = () if is_usual else ("--output-dir", str(sft.output_dir))
+    more = results.get("all_cases")
+    if more is None:
+        yield "次は、対話と応答の文章を含まない、人に渡せるページを作る:"
+        yield command("--report", "--report-without-texts", *place)
+        return
+    training = results.get("training", {})
+    spent = training.get("actual_usd")
+    share = f"、学習の{more['usd'] / spent:.1%}" if spent else ""
+    price = f"約${more['usd']:,.2f}{share}" if more["usd"] else "無料"
+    is_newest = training.get("run_id") == results["run_id"]
+    model = () if is_newest else ("--model-id", results["model_id"])
+    flags = ("--evaluate-only", *model, "--baseline", "--max-test-cases", "0")
+    yield f"次は、全{more['cases']:,}件を {printable(more['baseline'])} と比べる（{price}）:"
+    yield command(*flags, *shlex.split(sft.settings.flags), *place)
 
 
 def show(lines: Sequence[str] | Iterator[str]) -> None:

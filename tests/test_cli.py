@@ -226,7 +226,7 @@ def test_a_rehearsal_runs_in_a_fresh_process_without_a_key_a_warning_or_a_termin
 def test_a_whole_run_shows_its_results_on_stdout(
     cli: Callable[..., Ended], online: tuple[str, ...], endpoint: Rehearsal
 ) -> None:
-    ended = cli(*online, "--suffix", "kokoro", "--seed", "7")
+    ended = cli(*online, "--suffix", "kokoro", "--seed", "7", "--tables")
     (saved,) = Path("out").glob("comprehensive_evaluation_*.json")
     created = posts(endpoint, JOBS)[0].request
 

@@ -1362,7 +1362,9 @@ def test_the_command_line_ends_with_the_table_of_twenty_items(
     cli: Callable[..., Ended], clean_environment: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "300")
-    ended = cli("--rehearse", "--task", "score", "--epochs", "1", "--max-test-cases", "0")
+    ended = cli(
+        "--rehearse", "--task", "score", "--epochs", "1", "--max-test-cases", "0", "--tables"
+    )
     (saved,) = (clean_environment / "openai_sft_outputs").glob("comprehensive_evaluation_*.json")
     results = strict_json(saved)
     lines = ended.out.splitlines()
