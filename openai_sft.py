@@ -490,6 +490,34 @@ def _to_json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n"
 
 
+def _html_table(table: Sequence[Sequence[object]]) -> str:
+    """Rows of text, the first of them the head, as HTML."""
+    head, *rows = table
+    cells = "".join(f"<th>{html.escape(str(cell))}</th>" for cell in head)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>"
+        for row in rows
+    )
+    return f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>"
+
+
+class _Table(list[T]):
+    """A list that a notebook shows as a table: ``cells`` gives for each item a text a ``head``."""
+
+    def __init__(
+        self, items: Iterable[T], heads: Sequence[str], cells: Callable[[T], Sequence[object]]
+    ) -> None:
+        super().__init__(items)
+        self._heads, self._cells = heads, cells
+
+    def __repr__(self) -> str:
+        rows = ("  ".join(printable(cell) for cell in self._cells(item)) for item in self)
+        return "\n".join(row.rstrip() for row in rows) or "[]"
+
+    def _repr_html_(self) -> str:
+        return _html_table([self._heads, *map(self._cells, self)])
+
+
 def write_new_file(path: Path, lines: str | Sequence[bytes]) -> None:
     """Write ``path`` whole or not at all; an existing file raises ``FileExistsError``.
 
@@ -1240,7 +1268,7 @@ def _leakage_line(leakage: Mapping[str, float]) -> str:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class DataSummary:
     """What the data stages made: the examples and tokens of each split, the files, the price."""
 
@@ -1250,6 +1278,22 @@ class DataSummary:
     estimate: CostEstimate
     removed: Mapping[str, int]
     leakage: Mapping[str, float]
+
+    def __repr__(self) -> str:
+        return "\n".join(self.lines())
+
+    def _repr_html_(self) -> str:
+        labels = {"train": "学習", "test": "テスト", "valid": "検証"}
+        rows: list[Sequence[object]] = [
+            ("分割", "件数", "トークン", "1件の中央", "1件の95%", "1件の最大", "ファイル")
+        ]
+        for name in SPLIT_NAMES:
+            told = self.tokens[name]
+            counts = (self.examples[name], told.total, told.p50, told.p95, told.max)
+            numbers = (f"{count:,}" for count in counts)
+            rows.append((labels[name], *numbers, self.files.get(name, "")))
+        price = "".join(f"<li>{html.escape(line)}</li>" for line in self.estimate.lines())
+        return f"{_html_table(rows)}<ul>{price}</ul>"
 
     def lines(self) -> list[str]:
         """The summary as lines of Japanese text."""
@@ -1369,9 +1413,14 @@ class CheckItem:
     text: str
     remedy: str = ""
 
+    @property
+    def mark(self) -> str:
+        """The level as one character."""
+        return {"ok": "✓", "warn": "⚠", "fail": "✗"}[self.level]
+
     def __str__(self) -> str:
-        mark = {"ok": "✓", "warn": "⚠", "fail": "✗"}[self.level]
-        return f"{mark} {self.name}: {self.text}" + (f" → {self.remedy}" if self.remedy else "")
+        text = f"{self.mark} {self.name}: {self.text}"
+        return text + (f" → {self.remedy}" if self.remedy else "")
 
 
 class Sample(NamedTuple):
@@ -6146,7 +6195,13 @@ TASKS: dict[TaskName, Task] = {
 
 
 class EvaluationResults(dict[str, Any]):
-    """The results of an evaluation: a plain dict that a notebook shows as a table."""
+    """The results of an evaluation: a plain dict that a notebook shows as tables, and whose own
+    text is short."""
+
+    def __repr__(self) -> str:
+        said = [f"{label} {self._coverage(name)}" for name, label in SPLIT_LABELS.items()]
+        lines = (f"モデル {printable(self['model_id'])}（{'、'.join(said)}）", *self.sentences())
+        return f"<EvaluationResults {' '.join(lines)}>"
 
     def tables(self) -> list[list[list[str]]]:
         """Rows of text, the first of each table its head: the figures, then the comparisons.
@@ -6256,14 +6311,7 @@ class EvaluationResults(dict[str, Any]):
         if self.get("rehearsal"):
             parts.append(f"<p><strong>{html.escape(self['note'])}</strong></p>")
         parts += [f"<p>判定（テスト）: {html.escape(told)}</p>" for told in self.sentences()]
-        for head, *rows in self.tables():
-            cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-            body = "".join(
-                "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-                for row in rows
-            )
-            parts.append(f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>")
-        return "".join(parts)
+        return "".join([*parts, *map(_html_table, self.tables())])
 
 
 JUDGE_FIGURE = "judge"  # the main figure where a judge is asked
@@ -7208,11 +7256,14 @@ class SystemMonitor:
 
 
 class _StderrHandler(logging.Handler):
-    """Writes log lines to stderr above a progress bar, looked up anew for notebooks."""
+    """Writes log lines to stderr above a progress bar, looked up anew for notebooks, until the
+    application sets up logging itself."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
+        if logging.getLogger().handlers:
+            return  # which write it
         line = self.format(record)
         try:
             try:
@@ -10404,6 +10455,24 @@ def _publish_results(run: Run, results: Mapping[str, Any], finished_at: str | No
 # ── What a run needs ─────────────────────────────────────────────────────────────────────────
 
 
+def _check_all(settings: Settings, endpoint: Endpoint, runs: Runs, now: float) -> list[CheckItem]:
+    items = (
+        *_check_local(settings, runs, now),
+        _check_key(settings, endpoint),
+        *_check_endpoint(settings, endpoint, now),
+        *_check_machine(settings),
+        *_check_data(settings),
+        _check_vocabulary(),
+        _check_extra(),
+        _check_versions(),
+    )
+    return _Table(items, ("", "項目", "結果", "対処"), _check_cells)
+
+
+def _check_cells(item: CheckItem) -> Sequence[object]:
+    return (item.mark, item.name, item.text, item.remedy)
+
+
 def _check_local(settings: Settings, runs: Runs, now: float) -> Iterator[CheckItem]:
     """What can be told without asking anyone: the folder, the disk, the dates, the price."""
     try:
@@ -10682,6 +10751,7 @@ class OpenAISFT:
         self._loads: list[Loaded] = []
         self._train_data: Sequence[Example] | None = None
         _log_to_stderr(enabled=verbose)
+        _show_jobs_in_notebooks()
 
     def __repr__(self) -> str:
         return (
@@ -10909,16 +10979,7 @@ class OpenAISFT:
         Nothing is paid. What an endpoint doesn't offer is a warning, never a failure.
         """
         settings, endpoint = self.settings, self._endpoint_of(self.settings)
-        return [
-            *_check_local(settings, self._runs, self._clock()),
-            _check_key(settings, endpoint),
-            *_check_endpoint(settings, endpoint, self._clock()),
-            *_check_machine(settings),
-            *_check_data(settings),
-            _check_vocabulary(),
-            _check_extra(),
-            _check_versions(),
-        ]
+        return _check_all(settings, endpoint, self._runs, self._clock())
 
     def _require_ready(self, settings: Settings) -> None:
         """The cheap part of :meth:`check`; raises ConfigurationError where a run can't work."""
@@ -11918,7 +11979,14 @@ def _rows(runs: Iterable[Run], jobs: Mapping[str, FineTuningJob] | None) -> list
     rows = [_run_row(run, jobs) for run in runs]
     known = {row.job_id for row in rows}
     rows += [_job_row(job) for job in (jobs or {}).values() if job.id not in known]
-    return sorted(rows, key=lambda row: row.started_at or "", reverse=True)
+    rows.sort(key=lambda row: row.started_at or "", reverse=True)
+    return _Table(rows, ("実行", "ジョブ", "状態", "モデル", "開始", "備考"), _run_cells)
+
+
+def _run_cells(row: RunRow) -> Sequence[object]:
+    note = {None: "", "no record": "記録なし", "no job": "ジョブなし"}[row.orphan]
+    told = (row.run_id, row.job_id, row.status, row.model, row.started_at)
+    return (*("-" if cell is None else cell for cell in told), note)
 
 
 def _run_row(run: Run, jobs: Mapping[str, FineTuningJob] | None) -> RunRow:
@@ -11945,6 +12013,42 @@ def _job_row(job: FineTuningJob) -> RunRow:
         started_at=_time_text(job.created_at or 0),
         orphan="no record",
     )
+
+
+def _job_cells(job: FineTuningJob) -> list[Sequence[object]]:
+    code, message = _job_error(job)
+    times = (job.created_at, job.finished_at)
+    created, finished = (None if moment is None else _time_text(moment) for moment in times)
+    told = {
+        "ジョブ": job.id,
+        "状態": job.status,
+        "モデル": job.fine_tuned_model,
+        "元のモデル": job.model,
+        "学習したトークン": job.trained_tokens,
+        "作成": created,
+        "終了": finished,
+        "エラー": ": ".join(filter(None, (code, message))) or None,
+    }
+    return [(name, value) for name, value in told.items() if value is not None]
+
+
+def _show_jobs_in_notebooks() -> None:
+    """Let a notebook show the SDK's own jobs as tables, with a short text."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    if shell is None:
+        return
+
+    def write(job: FineTuningJob, printer: Any, _cycle: bool) -> None:
+        printer.text("\n".join(f"{name}: {printable(value)}" for name, value in _job_cells(job)))
+
+    kind = ("openai.types.fine_tuning.fine_tuning_job", "FineTuningJob")
+    shown = {
+        "text/plain": write,
+        "text/html": lambda job: _html_table([("項目", "値"), *_job_cells(job)]),
+    }
+    for form, show in shown.items():
+        shell.display_formatter.formatters[form].for_type_by_name(*kind, show)
 
 
 def _log_to_stderr(*, enabled: bool) -> None:

@@ -262,7 +262,7 @@ class CostEstimate:
     @property
     def price_flags(self) -> str: ...
     def lines(self) -> list[str]: ...
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class DataSummary:
     examples: Mapping[str, int]
     tokens: Mapping[SplitName, TokenStats]
@@ -270,6 +270,7 @@ class DataSummary:
     estimate: CostEstimate
     removed: Mapping[str, int]
     leakage: Mapping[str, float]
+    def __repr__(self) -> str: ...
     def lines(self) -> list[str]: ...
 @dataclass(frozen=True, slots=True)
 class Case:
@@ -323,6 +324,8 @@ class CheckItem:
     level: Literal['ok', 'warn', 'fail']
     text: str
     remedy: str = ''
+    @property
+    def mark(self) -> str: ...
     def __str__(self) -> str: ...
 class Sample(NamedTuple):
     cpu_percent: float
@@ -632,6 +635,7 @@ class Task:
     main_figures: tuple[str, ...]
     def main_figure(self, asking: Asking) -> str: ...
 class EvaluationResults(dict[str, Any]):
+    def __repr__(self) -> str: ...
     def tables(self) -> list[list[list[str]]]: ...
     def sentences(self) -> list[str]: ...
 FIGURE_LABELS: dict[str, str]
