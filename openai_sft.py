@@ -55,6 +55,7 @@ import gc
 import gzip
 import hashlib
 import html
+import importlib.util
 import inspect
 import io
 import itertools
@@ -136,6 +137,7 @@ __all__ = [
     "PRICES",
     "SCORE_ITEMS",
     "SPLIT_LABELS",
+    "TRACKERS",
     "VERDICT_LABELS",
     "About",
     "Answer",
@@ -306,6 +308,8 @@ ROLES: dict[str, str] = {
 
 TURN_BREAK = "\ud800"  # half a character: a text that holds one is refused
 CHAT_ROLES = frozenset({"system", "user", "assistant", "tool"})
+TRACKERS = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "tensorboardX"}  # packages
+Tracker = Literal["wandb", "trackio", "tensorboard"]
 GROUPS = ("counselor", "client", "pair")
 Group = Literal["counselor", "client", "pair"]
 TaskName = Literal["response", "score"]
@@ -814,7 +818,8 @@ class InstanceOptions(ReadingOptions, total=False):
     ``accelerate launch`` with their options). ``local_full`` trains all weights instead of LoRA.
     ``local_serve_url`` is a vLLM server that answers for the tuned models.
     ``export_for="user-first"`` also writes the data for trainers other than this one, as
-    :func:`with_user_first` has them.
+    :func:`with_user_first` has them. ``report_to`` names the tracker (the extra of that name)
+    that losses, figures and the page without its texts are sent to in the end.
     """
 
     local: str | None
@@ -822,6 +827,7 @@ class InstanceOptions(ReadingOptions, total=False):
     local_full: bool
     local_serve_url: str | None
     export_for: Literal["user-first"] | None
+    report_to: Tracker | None
 
 
 class AskingOptions(TypedDict, total=False):
@@ -1493,6 +1499,7 @@ class Settings(RunSettings):
     api_key_source: str = ""
     judge_api_key: str | None = field(default=None, repr=False)
     export_for: Literal["user-first"] | None = None
+    report_to: Tracker | None = None
     organization: str | None = None
     project: str | None = None
     given: frozenset[str] = frozenset()
@@ -1536,9 +1543,35 @@ class Settings(RunSettings):
             )
         forms = (None, "user-first")
         _require_range("export_for", self.export_for, self.export_for in forms, "user-first")
+        self._require_tracker()
         ways = get_args(LongExamples)
         is_way = self.long_examples in ways
         _require_range("long_examples", self.long_examples, is_way, f"{'、'.join(ways)} のどれか")
+
+    def _require_tracker(self) -> None:
+        """Raise :class:`ConfigurationError` where ``report_to`` can't be used."""
+        if self.report_to is None:
+            return
+        is_known = self.report_to in TRACKERS
+        _require_range("report_to", self.report_to, is_known, f"{'、'.join(TRACKERS)} のどれか")
+        if importlib.util.find_spec(TRACKERS[self.report_to]) is None:
+            raise ConfigurationError(
+                f"report_to={self.report_to} に使うパッケージがありません。"
+                f"pip install 'openai-sft[{self.report_to}]' を実行してください。"
+            )
+        if (
+            self.rehearse
+            and self.report_to == "wandb"
+            and os.environ.get("WANDB_MODE")
+            not in (
+                "offline",
+                "disabled",
+            )
+        ):
+            raise ConfigurationError(
+                "リハーサルは外部へ何も送信しません。WANDB_MODE=offline にするか、report_to を"
+                "外してください。"
+            )
 
     @property
     def recorded(self) -> RunSettings:
@@ -7255,6 +7288,19 @@ class SystemMonitor:
             logger.warning("⚠️ %s使用率が高いです: %.1f%%", name, percents[name])
 
 
+def _tqdm() -> Any:
+    """The bar that suits a terminal, or a notebook; without ipywidgets there it is text, which is
+    nothing to warn of."""
+    import warnings
+
+    from tqdm import TqdmWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TqdmWarning)
+        from tqdm.auto import tqdm
+    return tqdm
+
+
 class _StderrHandler(logging.Handler):
     """Writes log lines to stderr above a progress bar, looked up anew for notebooks, until the
     application sets up logging itself."""
@@ -7325,8 +7371,7 @@ class _TrainingProgress:
 
     def _move(self, step: int, total: int | None, numbers: Mapping[str, float]) -> None:
         if self._bar is None and self._enabled:
-            from tqdm.auto import tqdm
-
+            tqdm = _tqdm()
             self._bar = tqdm(total=total, desc="学習", unit="step", disable=None)
         if self._bar is not None:
             named = (("損失", "train_loss"), ("検証", "valid_loss"))
@@ -7379,8 +7424,7 @@ class _ProgressReader(io.FileIO):
 
     def __init__(self, path: Path, size: int, *, enabled: bool) -> None:
         super().__init__(path)
-        from tqdm.auto import tqdm
-
+        tqdm = _tqdm()
         self._bar = tqdm(
             total=size,
             desc="アップロード",
@@ -9544,8 +9588,7 @@ class Asker:
         self, missing: Sequence[_Item], responses: dict[str, Response], evaluated: str
     ) -> None:
         """Add the responses to what is missing; ``evaluated`` is the model that is evaluated."""
-        from tqdm.auto import tqdm
-
+        tqdm = _tqdm()
         failed = 0
         bar = tqdm(
             total=len(responses) + len(missing),
@@ -10426,11 +10469,59 @@ def _publish_page(run: Run, *, texts: bool = True) -> str:
     return run.publish("report" if texts else "report_without_texts", ".html", page)
 
 
-def _publish_results(run: Run, results: Mapping[str, Any], finished_at: str | None = None) -> str:
+def _final_figures(results: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of each split as a tracker names them; in the score task those of all items."""
+    found: dict[str, float | None] = {}
+    for split in SPLIT_LABELS:
+        for name, value in results[f"{split}_evaluation"]["metrics"].items():
+            group = {name: value} if "score" in value else {}
+            if name in ("overall", "total"):
+                group = {f"{name}.{measure}": own for measure, own in value.items()}
+            found |= {f"{split}/{n}": x["score"] for n, x in group.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _track(tracker: Tracker, run: Run, results: Mapping[str, Any]) -> None:
+    """Send the losses of the training, the final figures and the page without its texts."""
+    rows = results.get("training", {}).get("metrics", ())
+    figures, page = _final_figures(results), _publish_page(run, texts=False)
+    told = [
+        (int(row["step"]), {f"train/{k}": x for k, x in row.items() if x is not None})
+        for row in rows
+    ]
+    if tracker == "tensorboard":
+        from tensorboardX import SummaryWriter
+
+        folder = run.path.parent / "tensorboard" / run.run_id
+        with contextlib.closing(SummaryWriter(str(folder))) as writer:
+            for step, losses in told:
+                for name, loss in losses.items():
+                    writer.add_scalar(name, loss, step, losses.get("train/created_at"))
+            for name, figure in figures.items():
+                writer.add_scalar(name, figure, told[-1][0] if told else 0)
+            writer.add_text("report", page)
+        logger.info("TensorBoardに記録しました: tensorboard --logdir %s", folder.parent)
+        return
+    package = importlib.import_module(TRACKERS[tracker])
+    config = {
+        "model": results["model_id"],
+        **results.get("training", {}).get("hyperparameters", {}),
+    }
+    package.init(project="openai-sft", name=run.run_id, config=config)
+    for step, losses in told:
+        package.log(losses, step=step)
+    package.log({**figures, "report": package.Html(Path(page).read_text(encoding="utf-8"))})
+    package.finish()
+    logger.info("%s に送りました: %s", tracker, run.run_id)
+
+
+def _publish_results(
+    run: Run, results: Mapping[str, Any], tracker: Tracker | None, finished_at: str | None = None
+) -> str:
     """Write an evaluation for programs, spreadsheets and people; return the first one's path.
 
     What ends with it is ``finished_at``. Raises :class:`EvaluationFailed` where, in such, all that
-    was asked has failed.
+    was asked has failed. A ``tracker`` is told last, when all is kept.
     """
     path = run.publish("comprehensive_evaluation", ".json", _to_json(results))
     run.save(evaluation={**run.evaluation, **results.get("summary", {})})
@@ -10449,6 +10540,9 @@ def _publish_results(run: Run, results: Mapping[str, Any], finished_at: str | No
             f"{failed}件すべての応答に失敗しました。理由は {path} の error を見てください。",
             path,
         )
+    if tracker is not None:
+        with contextlib.redirect_stdout(sys.stderr):  # where they speak of themselves
+            _track(tracker, run, results)
     return path
 
 
@@ -10750,8 +10844,7 @@ class OpenAISFT:
         self._run: Run | None = None
         self._loads: list[Loaded] = []
         self._train_data: Sequence[Example] | None = None
-        _log_to_stderr(enabled=verbose)
-        _show_jobs_in_notebooks()
+        _show(log=verbose)
 
     def __repr__(self) -> str:
         return (
@@ -11354,7 +11447,7 @@ class OpenAISFT:
         settings = self.settings.working_as(run.settings)
         asked = _asked_by(plan, run, self._runs, splits, settings)
         results = self._evaluate(run, asked, plan.asking)
-        _publish_results(run, results, _time_text(self._clock()))
+        _publish_results(run, results, settings.report_to, _time_text(self._clock()))
         return results
 
     def save_results(self, results: Mapping[str, Any]) -> str:
@@ -11363,7 +11456,7 @@ class OpenAISFT:
         run = self._current()
         if "comprehensive_evaluation" in run.files:
             run = self._succeed(run)
-        return _publish_results(run, results)
+        return _publish_results(run, results, self.settings.report_to)
 
     def write_report(self, run: str | None = None, *, texts: bool = True) -> str:
         """Write the page of a run (the current or the newest, or ``run_STAMP``) from its files,
@@ -12049,6 +12142,12 @@ def _show_jobs_in_notebooks() -> None:
     }
     for form, show in shown.items():
         shell.display_formatter.formatters[form].for_type_by_name(*kind, show)
+
+
+def _show(*, log: bool) -> None:
+    """Let the user see what happens, and in a notebook what comes of it."""
+    _show_jobs_in_notebooks()
+    _log_to_stderr(enabled=log)
 
 
 def _log_to_stderr(*, enabled: bool) -> None:

@@ -593,6 +593,12 @@ def add_place(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="評価の最後に、指標と比較の表、ファイルの一覧も表示する",
     )
+    group.add_argument(
+        "--report-to",
+        choices=("wandb", "trackio", "tensorboard"),
+        metavar="WHERE",
+        help="損失、指標、ページ（文章なし）を wandb、trackio、tensorboard のどれかにも記録する",
+    )
     loudness = group.add_mutually_exclusive_group()
     loudness.add_argument("--quiet", action="store_true", help="警告と結果だけを表示する")
     loudness.add_argument("--verbose", action="store_true", help="詳しい記録も表示する")
@@ -671,6 +677,7 @@ def connect(options: argparse.Namespace) -> OpenAISFT:
         local_full=options.local_full,
         local_serve_url=options.local_serve_url,
         export_for=options.export_for,
+        report_to=options.report_to,
         verbose=not options.quiet,
         task=options.task,
         revision=options.revision,

@@ -32,13 +32,15 @@ import functools
 import os
 
 __version__: str
-__all__ = ['DEFAULT_OUTPUT_DIR', 'ERRORS', 'FIGURE_LABELS', 'GROUPS', 'KOKOROCHAT_LICENCE', 'NEUTRAL_FIGURES', 'OPENAI_BASE_URL', 'PRICES', 'SCORE_ITEMS', 'SPLIT_LABELS', 'VERDICT_LABELS', 'About', 'Answer', 'Asked', 'Asker', 'Asking', 'AskingOptions', 'BrokenAnswer', 'BudgetError', 'Case', 'CheckItem', 'Checkpoint', 'Compared', 'ConfigurationError', 'Conversation', 'CostEstimate', 'DataError', 'DataFile', 'DataSummary', 'Declined', 'Dialogue', 'Endpoint', 'Evaluation', 'EvaluationFailed', 'EvaluationResults', 'EventsRead', 'Example', 'Figure', 'FileFindings', 'Finding', 'FineTuning', 'Form', 'InstanceOptions', 'Intent', 'JobEvent', 'JobFailed', 'Journal', 'Judge', 'JudgeEstimate', 'Judgement', 'Ledger', 'Lines', 'Loaded', 'Measured', 'OpenAISFT', 'OpenAISFTError', 'OtherPurpose', 'Plan', 'Pool', 'Preparation', 'Prepared', 'Price', 'Question', 'Rates', 'Reading', 'ReadingOptions', 'Record', 'RecordFile', 'Response', 'Run', 'RunOptions', 'RunRow', 'RunSettings', 'Runs', 'Sample', 'Selection', 'SelectionOptions', 'Settings', 'Speakers', 'Splits', 'Spread', 'Step', 'SystemMonitor', 'Task', 'TokenCounter', 'TokenStats', 'Tokens', 'Training', 'TrainingNotAvailable', 'UnknownRole', 'Upload', 'Verdict', 'WaitTimeout', 'check_file', 'chi2_interval', 'choose_cases', 'compare_answers', 'compare_figures', 'constant_scores', 'count_judgements', 'detectable_difference', 'dialogue_row', 'estimate_cost', 'evaluate', 'example_line', 'explain_api_error', 'find_form', 'fix_file', 'holm', 'is_backchannel', 'is_farewell', 'is_transient', 'jackknife', 'judge_messages', 'load_vocabulary', 'make_constant_figures', 'make_response_figures', 'make_score_figures', 'measure_figure', 'measure_figures', 'measure_leakage', 'parse_dialogue', 'parse_result_file', 'parse_scores', 'percentile', 'price_of', 'printable', 'printable_lines', 'randomise', 'read_dialogues', 'read_examples', 'retry_delay', 'score_answers', 'score_predictions', 'select_dialogues', 'split_dialogues', 'split_long_example', 'student_t', 't_interval', 'to_example', 'to_score_example', 'token_stats', 'wilson_interval', 'with_user_first', 'write_new_file']
+__all__ = ['DEFAULT_OUTPUT_DIR', 'ERRORS', 'FIGURE_LABELS', 'GROUPS', 'KOKOROCHAT_LICENCE', 'NEUTRAL_FIGURES', 'OPENAI_BASE_URL', 'PRICES', 'TRACKERS', 'SCORE_ITEMS', 'SPLIT_LABELS', 'VERDICT_LABELS', 'About', 'Answer', 'Asked', 'Asker', 'Asking', 'AskingOptions', 'BrokenAnswer', 'BudgetError', 'Case', 'CheckItem', 'Checkpoint', 'Compared', 'ConfigurationError', 'Conversation', 'CostEstimate', 'DataError', 'DataFile', 'DataSummary', 'Declined', 'Dialogue', 'Endpoint', 'Evaluation', 'EvaluationFailed', 'EvaluationResults', 'EventsRead', 'Example', 'Figure', 'FileFindings', 'Finding', 'FineTuning', 'Form', 'InstanceOptions', 'Intent', 'JobEvent', 'JobFailed', 'Journal', 'Judge', 'JudgeEstimate', 'Judgement', 'Ledger', 'Lines', 'Loaded', 'Measured', 'OpenAISFT', 'OpenAISFTError', 'OtherPurpose', 'Plan', 'Pool', 'Preparation', 'Prepared', 'Price', 'Question', 'Rates', 'Reading', 'ReadingOptions', 'Record', 'RecordFile', 'Response', 'Run', 'RunOptions', 'RunRow', 'RunSettings', 'Runs', 'Sample', 'Selection', 'SelectionOptions', 'Settings', 'Speakers', 'Splits', 'Spread', 'Step', 'SystemMonitor', 'Task', 'TokenCounter', 'TokenStats', 'Tokens', 'Training', 'TrainingNotAvailable', 'UnknownRole', 'Upload', 'Verdict', 'WaitTimeout', 'check_file', 'chi2_interval', 'choose_cases', 'compare_answers', 'compare_figures', 'constant_scores', 'count_judgements', 'detectable_difference', 'dialogue_row', 'estimate_cost', 'evaluate', 'example_line', 'explain_api_error', 'find_form', 'fix_file', 'holm', 'is_backchannel', 'is_farewell', 'is_transient', 'jackknife', 'judge_messages', 'load_vocabulary', 'make_constant_figures', 'make_response_figures', 'make_score_figures', 'measure_figure', 'measure_figures', 'measure_leakage', 'parse_dialogue', 'parse_result_file', 'parse_scores', 'percentile', 'price_of', 'printable', 'printable_lines', 'randomise', 'read_dialogues', 'read_examples', 'retry_delay', 'score_answers', 'score_predictions', 'select_dialogues', 'split_dialogues', 'split_long_example', 'student_t', 't_interval', 'to_example', 'to_score_example', 'token_stats', 'wilson_interval', 'with_user_first', 'write_new_file']
 T = TypeVar('T')
 Q = TypeVar('Q')
 OPENAI_BASE_URL: Any
 DEFAULT_OUTPUT_DIR: str
 SplitName = Literal['train', 'test', 'valid']
 Role = Literal['assistant', 'user']
+TRACKERS: Any
+Tracker = Literal['wandb', 'trackio', 'tensorboard']
 GROUPS: tuple[str, str, str]
 Group = Literal['counselor', 'client', 'pair']
 TaskName = Literal['response', 'score']
@@ -135,6 +137,7 @@ class InstanceOptions(ReadingOptions, total=False):
     local_full: bool
     local_serve_url: str | None
     export_for: Literal['user-first'] | None
+    report_to: Tracker | None
 class AskingOptions(TypedDict, total=False):
     eval_turns: EvalTurns
     baseline: str | bool | None
@@ -370,6 +373,7 @@ class Settings(RunSettings):
     api_key_source: str = ''
     judge_api_key: str | None = field(default=None, repr=False)
     export_for: Literal['user-first'] | None = None
+    report_to: Tracker | None = None
     organization: str | None = None
     project: str | None = None
     given: frozenset[str] = frozenset()
