@@ -67,10 +67,13 @@ class Mark(TypedDict):
     evaluated: bool
 
 
-class Curve(TypedDict):
-    """Losses by step: training, validation on a batch, on all of the validation data."""
+LossRow = tuple[float, float | None, float | None, float | None]
 
-    rows: list[list[float | None]]
+
+class Curve(TypedDict):
+    """By step the losses: training, validation on a batch, on all of the validation data."""
+
+    rows: list[LossRow]
     checkpoints: list[Mark]
     epochs: float | None
 
@@ -365,7 +368,7 @@ def _notes(record: Json, results: Json, curve: Curve | None) -> Iterator[str]:
 
 def _rise(curve: Curve) -> str:
     """Whether the loss on all of the validation data rose after its least."""
-    full = [(row[0], row[3]) for row in curve["rows"] if row[3] is not None]
+    full = _losses(curve)[0]
     if not full or full[-1][1] <= (least := min(loss for _, loss in full)):
         return ""
     best = max(step for step, loss in full if loss == least)
@@ -386,10 +389,12 @@ def _case_notes(record: Json, results: Json) -> Iterator[str]:
             ("長さの上限で切れた応答", part["cut_cases"]),
         )
         if told := "、".join(f"{label} {count:,}件" for label, count in counts if count):
-            yield f"{model}（{SPLIT_LABELS[part['dataset_type']]}）: {told}。誤りとして数えています。"
+            where = f"{model}（{SPLIT_LABELS[part['dataset_type']]}）"
+            yield f"{where}: {told}。応答なしと無効は誤りとして数えています。"
         missing |= dict.fromkeys(part.get("missing_metrics", ()))
     if missing:
-        yield f"計算していない指標: {'、'.join(map(_label, missing))}（openai-sft[eval] で計算できます）。"
+        named = "、".join(map(_label, missing))
+        yield f"計算していない指標: {named}（openai-sft[eval] で計算できます）。"
     left_out = record.get("left_out") or results.get("left_out") or {}
     if any(left_out.values()):
         told = "、".join(f"{SPLIT_LABELS.get(k, k)} {n:,}件" for k, n in left_out.items() if n)
@@ -407,10 +412,9 @@ def _parts(results: Json) -> Iterator[tuple[str, Json]]:
 def _tiles(record: Json, results: Json, curve: Curve | None) -> Iterator[Tile]:
     yield from _main_tiles(results)
     if curve is not None:
-        full = [(row[0], row[3]) for row in curve["rows"] if row[3] is not None]
-        batch = [(row[0], row[2]) for row in curve["rows"] if row[2] is not None]
+        full, batch = _losses(curve)
         if losses := full or batch:
-            step, least = min(losses, key=lambda pair: pair[1])
+            least, step = min((loss, step) for step, loss in losses)
             kind = "全件" if full else "バッチ"
             detail = f"step {step:g}（最後は {losses[-1][1]:.4f}）"
             yield Tile(label=f"検証の損失の最小（{kind}）", value=f"{least:.4f}", detail=detail)
@@ -474,30 +478,38 @@ def _label(name: str) -> str:
 def _curve(record: Json, results: Json) -> Curve | None:
     """The losses of the run that trained; checkpoints tell theirs where the rows don't."""
     columns = ("train_loss", "valid_loss", "full_valid_loss")
-    by_step: dict[float, list[float | None]] = {}
+    by_step: dict[float, tuple[float | None, float | None, float | None]] = {}
     training = _training(record, results)
     for row in training.get("metrics") or ():
         if isinstance(step := row.get("step"), int | float):
-            by_step[step] = [_finite(row.get(name)) for name in columns]
+            train, batch, full = (_finite(row.get(name)) for name in columns)
+            by_step[step] = train, batch, full
     marks = []
     for told in training.get("checkpoints") or ():
         if (step := told.get("step")) is None:
             continue
         loss = _finite(told.get("full_valid_loss"))
-        row = by_step.setdefault(step, [None, None, None])
-        row[2] = loss if row[2] is None else row[2]
+        train, batch, full = by_step.get(step, (None, None, None))
+        by_step[step] = train, batch, loss if full is None else full
         evaluated = told["model"] == results.get("model_id")
         marks.append(Mark(step=step, model=told["model"], loss=loss, evaluated=evaluated))
-    rows = [[step, *by_step[step]] for step in sorted(by_step)]
+    rows: list[LossRow] = [(step, *by_step[step]) for step in sorted(by_step)]
     if rows and "training" in results and not any(mark["evaluated"] for mark in marks):
-        last = rows[-1]
-        marks.append(Mark(step=last[0], model=results["model_id"], loss=last[3], evaluated=True))
+        last = max(by_step)
+        loss = by_step[last][2]
+        marks.append(Mark(step=last, model=results["model_id"], loss=loss, evaluated=True))
     if not any(loss is not None for row in rows for loss in row[1:]):
         return None
     epochs = (training.get("hyperparameters") or {}).get("n_epochs")
     # The last step of a job that stopped before its end isn't that of its last epoch.
     whole = epochs if isinstance(epochs, int) and training["status"] == "succeeded" else None
     return Curve(rows=rows, checkpoints=sorted(marks, key=lambda m: m["step"]), epochs=whole)
+
+
+def _losses(curve: Curve) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    """Steps and validation losses: on all of the data, on a batch."""
+    full = [(step, loss) for step, _, _, loss in curve["rows"] if loss is not None]
+    return full, [(step, loss) for step, _, loss, _ in curve["rows"] if loss is not None]
 
 
 def _finite(value: object) -> float | None:
@@ -628,28 +640,19 @@ def _part_text(part: object) -> str:
 
 
 def _cases(results: Json, *, texts: bool) -> Cases:
-    said, rows = _Messages(), []
-    figures = _case_figures(results)
+    figures, said = _case_figures(results), _Messages()
     judged = {one["case_id"]: one for one in results.get("judge", {}).get("judgements", ())}
-    score_task = results.get("task") == "score"
+    is_score = results.get("task") == "score"
+    rows = []
     for split in SPLIT_LABELS:
         rival = _by_case(results.get("baseline", {}).get(f"{split}_evaluation", {}))
         for response in results.get(f"{split}_evaluation", {}).get("responses", ()):
             case_id = response["case_id"]
-            row = CaseRow(id=case_id, split=split, tuned=_said(response, figures, score_task, texts))
-            row["dialogue"] = response.get("dialogue_id") or case_id.rpartition(":")[0]
-            if response.get("topic"):
-                row["topic"] = response["topic"]
-            if response.get("dialogue_score") is not None:
-                row["score"] = response["dialogue_score"]
+            row = _case_row(response, split)
+            row["tuned"] = _said(response, figures, is_score, texts)
             if case_id in rival:
-                row["baseline"] = _said(rival[case_id], figures, score_task, texts)
-            if score_task and not isinstance(real := parse_scores(response["reference"]), str):
-                row["total"] = sum(real.values())
-                if texts:
-                    row["items"] = list(real.values())
-            elif texts:
-                row["reference"] = response["reference"]
+                row["baseline"] = _said(rival[case_id], figures, is_score, texts)
+            _add_reference(row, response["reference"], is_score, texts)
             if texts:
                 row["context"] = said.places(response["input"])
             if split == "test" and case_id in judged:
@@ -658,10 +661,32 @@ def _cases(results: Json, *, texts: bool) -> Cases:
     return Cases(
         figures=figures,
         main=results.get("settings", {}).get("main_figure"),
-        items=list(SCORE_ITEMS) if score_task else [],
+        items=list(SCORE_ITEMS) if is_score else [],
         messages=list(said.said),
         rows=rows,
     )
+
+
+def _case_row(response: Json, split: str) -> CaseRow:
+    case_id = response["case_id"]
+    dialogue = response.get("dialogue_id") or case_id.rpartition(":")[0]
+    row = CaseRow(id=case_id, split=split, dialogue=dialogue)
+    if response.get("topic"):
+        row["topic"] = response["topic"]
+    if response.get("dialogue_score") is not None:
+        row["score"] = response["dialogue_score"]
+    return row
+
+
+def _add_reference(row: CaseRow, reference: str, is_score: bool, texts: bool) -> None:
+    """The real answer: in the score task its items, of which their sum is no text."""
+    real = parse_scores(reference) if is_score else ""
+    if not isinstance(real, str):
+        row["total"] = sum(real.values())
+        if texts:
+            row["items"] = list(real.values())
+    elif texts:
+        row["reference"] = reference
 
 
 def _by_case(part: Json) -> Json:
@@ -676,20 +701,23 @@ def _case_figures(results: Json) -> list[str]:
     """The figures that a case has a value of, the main one first."""
     sides = [part for _, part in _parts(results)]
     found = dict.fromkeys(
-        name for part in sides for one in _by_case(part).values() for name in one.get("scores") or ()
+        name
+        for part in sides
+        for one in _by_case(part).values()
+        for name in one.get("scores") or ()
     )
     main = results.get("settings", {}).get("main_figure")
     return sorted(found, key=lambda name: name != main)
 
 
-def _said(response: Json, figures: Sequence[str], score_task: bool, texts: bool) -> Said:
+def _said(response: Json, figures: Sequence[str], is_score: bool, texts: bool) -> Said:
     scores = response.get("scores") or {}
     said = Said(scores=[_finite(scores.get(name)) for name in figures])
     output = response.get("output", "")
     fault = response.get("error") or response.get("invalid")
     if fault:  # it may quote what was asked
         said["fault"] = fault if texts else "応答なし" if response.get("error") else "無効"
-    parsed = parse_scores(output) if score_task else ""
+    parsed = parse_scores(output) if is_score else ""
     if not isinstance(parsed, str):
         said["total"] = sum(parsed.values())
         if texts:
@@ -828,9 +856,7 @@ def _command(record: Json) -> str:
 # ── The page ─────────────────────────────────────────────────────────────────────────────────
 
 
-def _page(
-    record: Json, found: Json | None, files: Mapping[str, str], *, texts: bool
-) -> Page:
+def _page(record: Json, found: Json | None, files: Mapping[str, str], *, texts: bool) -> Page:
     results = EvaluationResults(found or {})
     curve = _curve(record, results)
     figures, comparisons = list(_figure_tables(results)), list(_comparisons(results))
@@ -866,18 +892,15 @@ def _page(
 def _embedded(value: object) -> str:
     """JSON that can stand in a page's script element: no markup, no lone half of a character."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return re.sub(
-        "[<>&\u2028\u2029\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text
-    )
+    return re.sub("[<>&\u2028\u2029\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _policy() -> str:
     """Nothing but the template's own style and script: by their hashes."""
 
     def source(tag: str) -> str:
-        found = re.search(rf"<{tag}>(.*?)</{tag}>", TEMPLATE, re.DOTALL)
-        assert found is not None
-        digest = hashlib.sha256(found[1].encode()).digest()
+        (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", TEMPLATE, re.DOTALL)
+        digest = hashlib.sha256(text.encode()).digest()
         return f"'sha256-{base64.b64encode(digest).decode()}'"
 
     return (
@@ -956,7 +979,9 @@ h3 { font-size: .95rem; margin: 1.25rem 0 .35rem; }
 p { margin: .35rem 0; }
 a { color: var(--accent); }
 .soft, figcaption, .hint { color: var(--soft); font-size: .85rem; }
-dl.facts { display: grid; grid-template-columns: 1fr 1fr; gap: .1rem 1.5rem; margin: 0; font-size: .9rem; }
+dl.facts {
+  display: grid; grid-template-columns: 1fr 1fr; gap: .1rem 1.5rem; margin: 0; font-size: .9rem;
+}
 dl.facts div { display: grid; grid-template-columns: 7rem 1fr; }
 dt { color: var(--soft); }
 dd { margin: 0; }
@@ -974,7 +999,9 @@ dd { margin: 0; }
   padding: .35rem .75rem; border-radius: 4px; font-size: .9rem;
 }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(148px, 1fr)); gap: .6rem; }
-.tile { background: var(--paper); border: 1px solid var(--line); border-radius: 6px; padding: .6rem .8rem; }
+.tile {
+  background: var(--paper); border: 1px solid var(--line); border-radius: 6px; padding: .6rem .8rem;
+}
 .tile b { display: block; font-size: 1.35rem; line-height: 1.3; }
 .tile span { display: block; color: var(--soft); font-size: .8rem; }
 .sheet {
@@ -983,7 +1010,10 @@ dd { margin: 0; }
 }
 figure { margin: 0; }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; }
-th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td {
+  padding: .3rem .6rem; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid var(--line);
+}
 th { color: var(--soft); font-weight: 500; }
 th:first-child, td:first-child { text-align: left; }
 th:first-child, td:first-child { white-space: normal; min-width: 7rem; }
@@ -1013,7 +1043,9 @@ text.told { fill: var(--ink); paint-order: stroke; stroke: var(--paper); stroke-
 .worse .whisker { stroke: var(--worse); } .worse .point { fill: var(--worse); }
 .base-dot { fill: none; stroke: var(--valid); stroke-width: 1.5; }
 .tuned-dot { fill: var(--train); opacity: .75; }
-.legend { display: flex; flex-wrap: wrap; gap: .25rem 1.1rem; font-size: .85rem; color: var(--soft); }
+.legend {
+  display: flex; flex-wrap: wrap; gap: .25rem 1.1rem; font-size: .85rem; color: var(--soft);
+}
 .legend svg { display: inline-block; vertical-align: middle; margin-right: .35rem; }
 .reading { min-height: 1.6em; font-size: .85rem; }
 button, select, input {
@@ -1024,33 +1056,46 @@ button { cursor: pointer; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
 .tools {
   position: sticky; top: 0; z-index: 1; background: var(--ground); padding: .6rem 0;
-  border-bottom: 1px solid var(--line); display: flex; flex-wrap: wrap; gap: .4rem .7rem; align-items: center;
+  border-bottom: 1px solid var(--line); display: flex; flex-wrap: wrap; gap: .4rem .7rem;
+  align-items: center;
 }
-.tools label { font-size: .85rem; color: var(--soft); display: inline-flex; gap: .3rem; align-items: center; }
+.tools label {
+  font-size: .85rem; color: var(--soft); display: inline-flex; gap: .3rem; align-items: center;
+}
 .tools input[type=search] { min-width: 12rem; flex: 1; }
 .tools input[type=number] { width: 4.5rem; }
 .case {
   background: var(--paper); border: 1px solid var(--line); border-radius: 6px; margin: .7rem 0;
   padding: .6rem .8rem; scroll-margin-top: 4.5rem; contain: content;
 }
-.case header { display: flex; flex-wrap: wrap; gap: .15rem .9rem; align-items: baseline; font-size: .85rem; }
+.case header {
+  display: flex; flex-wrap: wrap; gap: .15rem .9rem; align-items: baseline; font-size: .85rem;
+}
 .case header .id { font-weight: 650; text-decoration: none; }
 .case header .scores { margin-left: auto; }
 .delta { padding: 0 .4rem; border-radius: 4px; font-weight: 650; }
 .delta.better { color: var(--better); background: var(--better-ground); }
 .delta.worse { color: var(--worse); background: var(--worse-ground); }
-section > details > summary, .settings summary { cursor: pointer; color: var(--soft); margin: .5rem 0; }
+section > details > summary { cursor: pointer; color: var(--soft); margin: .5rem 0; }
 .case details { margin: .35rem 0; font-size: .88rem; }
 .case summary { cursor: pointer; color: var(--soft); }
-.said { margin: .3rem 0 .3rem .75rem; padding-left: .6rem; border-left: 3px solid var(--line); white-space: pre-wrap; }
+.said {
+  margin: .3rem 0 .3rem .75rem; padding-left: .6rem; border-left: 3px solid var(--line);
+  white-space: pre-wrap;
+}
 .said.assistant { border-left-color: var(--train); }
 .said small { display: block; color: var(--soft); }
-.answers { display: grid; gap: .5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); }
+.answers {
+  display: grid; gap: .5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr));
+}
 .answer { white-space: pre-wrap; min-width: 0; }
 .answer h4 { margin: 0; font-size: .8rem; font-weight: 600; color: var(--soft); }
 .answer .fault { color: var(--worse); }
 .answer small { color: var(--soft); }
-pre { white-space: pre-wrap; background: var(--ground); border: 1px solid var(--line); border-radius: 5px; padding: .5rem .7rem; margin: .35rem 0; font-size: .85rem; }
+pre {
+  white-space: pre-wrap; background: var(--paper); border: 1px solid var(--line);
+  border-radius: 5px; padding: .5rem .7rem; margin: .35rem 0; font-size: .85rem;
+}
 .settings td { text-align: left; white-space: normal; vertical-align: top; }
 .settings td:first-child { white-space: nowrap; color: var(--soft); width: 1%; }
 code { font-size: .85em; }
@@ -1088,13 +1133,17 @@ code { font-size: .85em; }
     <div class="reading soft" id="curve-reading" aria-live="polite"></div>
     <button id="curve-scale" type="button"></button>
   </figure>
-  <details><summary class="soft">値の表</summary><div class="sheet" id="curve-table"></div></details>
+  <details>
+    <summary>値の表</summary>
+    <div class="sheet" id="curve-table"></div>
+  </details>
 </section>
 <section id="comparisons" hidden>
   <h2>比較</h2>
   <p class="soft">棒は差の95%区間、点は差、縦線は0です。
   目盛りは指標ごとで、薄い緑が良くなる側です。
-  pは対話を単位とする並べ替え検定のもので、主指標（★）は補正せず、ほかはHolmの方法で補正しています。
+  pは対話（か組）を単位とする無作為化検定のものです。
+  主指標（★）のpは補正せず、ほかはHolmの方法で補正しています。
   区間は補正していないため、0を含まなくても「区別できない」ことがあります。
   勝ち–負け–引き分けは件数で、検定には使っていません。</p>
 </section>
@@ -1118,16 +1167,20 @@ code { font-size: .85em; }
     <label>分割 <select id="split"></select></label>
     <label id="topic-label">話題 <select id="topic"></select></label>
     <label id="outcome-label">結果 <select id="outcome"></select></label>
-    <label id="score-label">評価点 <input id="least" type="number" aria-label="評価点の下限">〜<input
-      id="most" type="number" aria-label="評価点の上限"></label>
-    <input id="words" type="search" placeholder="本文、ID、話題から探す" aria-label="本文、ID、話題から探す">
+    <label id="score-label">評価点
+      <input id="least" type="number" aria-label="評価点の下限">〜
+      <input id="most" type="number" aria-label="評価点の上限">
+    </label>
+    <input id="words" type="search" placeholder="本文、ID、話題" aria-label="文を探す">
     <span class="soft" id="count" aria-live="polite"></span>
   </div>
   <p class="only-print" id="printed"></p>
   <div id="list"></div>
 </section>
 <section id="settings"><h2>設定と再現</h2></section>
-<noscript><p>この結果を見るには、ブラウザーのJavaScriptを有効にしてください（通信はしません）。</p></noscript>
+<noscript>
+  <p>見るには、ブラウザーのJavaScriptを有効にしてください（通信はしません）。</p>
+</noscript>
 </main>
 <script id="data" type="application/json">{{data}}</script>
 <script>
@@ -1162,8 +1215,10 @@ const tone = (name, difference) => {
 };
 
 function table(head, rows, kinds = []) {
-  const cells = (row, tag) => row.map((cell, n) =>
-    cell instanceof Node && cell.nodeName === "TD" ? cell : el(tag, kinds[n] || {}, cell));
+  const cells = (row, tag) =>
+    row.map((cell, n) =>
+      cell instanceof Node && cell.nodeName === "TD" ? cell : el(tag, kinds[n] || {}, cell),
+    );
   const body = rows.map((row) => el("tr", row.attributes || {}, ...cells(row, "td")));
   const top = head ? el("thead", {}, el("tr", {}, ...cells(head, "th"))) : null;
   return el("table", {}, top, el("tbody", {}, ...body));
@@ -1176,16 +1231,27 @@ for (const [label, value] of page.facts)
 at("verdict").classList.add(page.verdict.tone);
 at("verdict").append(...page.verdict.lines.map((line) => el("p", {}, line)));
 at("notes").append(...page.notes.map((note) => el("li", {}, note)));
-at("tiles").append(...page.tiles.map((tile) => el("div", { class: "tile" },
-  el("span", {}, tile.label), el("b", {}, tile.value), el("span", {}, tile.detail))));
+at("tiles").append(
+  ...page.tiles.map((tile) =>
+    el(
+      "div",
+      { class: "tile" },
+      el("span", {}, tile.label),
+      el("b", {}, tile.value),
+      el("span", {}, tile.detail),
+    ),
+  ),
+);
 
 // The loss curve -----------------------------------------------------------------------------
 
 function ticks(low, high, wanted) {
-  const rough = (high - low || 1) / wanted, power = 10 ** Math.floor(Math.log10(rough));
+  const rough = (high - low || 1) / wanted,
+    power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((n) => n * power).find((n) => n >= rough * 0.999);
   const found = [];
-  for (let n = Math.ceil(low / step - 1e-9); n * step <= high + step * 1e-9; n++) found.push(n * step);
+  for (let n = Math.ceil(low / step - 1e-9); n * step <= high + step * 1e-9; n++)
+    found.push(n * step);
   return found;
 }
 
@@ -1211,69 +1277,150 @@ function drawCurve(curve) {
   const column = (n) => curve.rows.filter((row) => row[n] !== null).map((row) => [row[0], row[n]]);
   const [train, batch, full] = [column(1), column(2), column(3)];
   const losses = [...train, ...batch, ...full].map((point) => point[1]);
-  const lowest = Math.min(...losses), highest = Math.max(...losses);
-  const last = curve.rows[curve.rows.length - 1][0], first = Math.min(curve.rows[0][0], 1);
-  const epochOf = (step) => curve.epochs ? step * curve.epochs / last : null;
+  const lowest = Math.min(...losses),
+    highest = Math.max(...losses);
+  const last = curve.rows[curve.rows.length - 1][0],
+    first = Math.min(curve.rows[0][0], 1);
+  const epochOf = (step) => (curve.epochs ? (step * curve.epochs) / last : null);
   const measured = full.length ? full : batch;
   const best = measured.reduce((a, b) => (a && a[1] <= b[1] ? a : b), null);
   const mean = smoothed(train);
   let isLog = lowest > 0 && highest / lowest > 8;
 
-  const line = (kind, drawing) => shape("svg", { width: 26, height: 12 }, drawing || shape("path", { class: kind, d: "M0 6H26" }));
+  const line = (kind, drawing) =>
+    shape(
+      "svg",
+      { width: 26, height: 12 },
+      drawing || shape("path", { class: kind, d: "M0 6H26" }),
+    );
   const legend = (drawing, text) => el("span", {}, drawing, text);
-  if (train.length) at("curve-legend").append(legend(line(mean ? "train raw" : "train"), "学習（バッチ）"));
-  if (mean) at("curve-legend").append(legend(line("train"), `その移動平均（${2 * Math.floor(train.length / 100) + 1}点）`));
+  if (train.length)
+    at("curve-legend").append(legend(line(mean ? "train raw" : "train"), "学習（バッチ）"));
+  if (mean)
+    at("curve-legend").append(
+      legend(line("train"), `その移動平均（${2 * Math.floor(train.length / 100) + 1}点）`),
+    );
   if (batch.length) at("curve-legend").append(legend(line("valid"), "検証（バッチ）"));
-  if (full.length) at("curve-legend").append(legend(
-    shape("svg", { width: 26, height: 12 }, shape("path", { class: "full", d: "M0 6H26" }), shape("circle", { class: "dot", cx: 13, cy: 6, r: 3.5 })), "検証（全件）"));
-  if (best) at("curve-legend").append(legend(line("", shape("circle", { class: "ring", cx: 13, cy: 6, r: 5 })), "検証の最小"));
-  if (curve.checkpoints.length) at("curve-legend").append(legend(line("", shape("path", { class: "mark evaluated", d: "M13 1l6 10h-12z" })), "チェックポイント（濃いものを評価）"));
+  if (full.length)
+    at("curve-legend").append(
+      legend(
+        shape(
+          "svg",
+          { width: 26, height: 12 },
+          shape("path", { class: "full", d: "M0 6H26" }),
+          shape("circle", { class: "dot", cx: 13, cy: 6, r: 3.5 }),
+        ),
+        "検証（全件）",
+      ),
+    );
+  if (best)
+    at("curve-legend").append(
+      legend(line("", shape("circle", { class: "ring", cx: 13, cy: 6, r: 5 })), "検証の最小"),
+    );
+  if (curve.checkpoints.length)
+    at("curve-legend").append(
+      legend(
+        line("", shape("path", { class: "mark evaluated", d: "M13 1l6 10h-12z" })),
+        "チェックポイント（濃いものを評価）",
+      ),
+    );
 
   let x, y;
   function draw() {
-    const width = Math.max(280, at("curve-plot").clientWidth), height = 320;
-    const left = 46, right = 14, top = 10, bottom = 52;
+    const width = Math.max(280, at("curve-plot").clientWidth),
+      height = 320;
+    const left = 46,
+      right = 14,
+      top = 10,
+      bottom = 52;
     const pad = isLog ? 1 : (highest - lowest) * 0.06 || 0.5;
-    const low = isLog ? lowest / 1.12 : Math.max(0, lowest - pad), high = isLog ? highest * 1.12 : highest + pad;
+    const low = isLog ? lowest / 1.12 : Math.max(0, lowest - pad),
+      high = isLog ? highest * 1.12 : highest + pad;
     const scale = isLog ? Math.log : (value) => value;
-    x = (step) => left + (width - left - right) * (last === first ? 0.5 : (step - first) / (last - first));
-    y = (loss) => top + (height - top - bottom) * (1 - (scale(loss) - scale(low)) / (scale(high) - scale(low)));
-    const path = (points) => "M" + points.map(([step, loss]) => `${x(step).toFixed(1)} ${y(loss).toFixed(1)}`).join("L");
+    x = (step) =>
+      left + (width - left - right) * (last === first ? 0.5 : (step - first) / (last - first));
+    y = (loss) =>
+      top + (height - top - bottom) * (1 - (scale(loss) - scale(low)) / (scale(high) - scale(low)));
+    const path = (points) =>
+      "M" + points.map(([step, loss]) => `${x(step).toFixed(1)} ${y(loss).toFixed(1)}`).join("L");
     const plot = shape("svg", { width, height, role: "img", "aria-label": "損失の曲線" });
     for (const value of isLog ? decades(low, high) : ticks(low, high, 6))
-      plot.append(shape("path", { class: "grid", d: `M${left} ${y(value)}H${width - right}` }),
-        shape("text", { x: left - 6, y: y(value) + 4, "text-anchor": "end" }, few(value, 3)));
+      plot.append(
+        shape("path", { class: "grid", d: `M${left} ${y(value)}H${width - right}` }),
+        shape("text", { x: left - 6, y: y(value) + 4, "text-anchor": "end" }, few(value, 3)),
+      );
     const base = height - bottom;
-    for (const step of ticks(first, last, Math.min(8, width / 90)).filter((n) => Number.isInteger(n)))
-      plot.append(shape("path", { class: "grid", d: `M${x(step)} ${base}v5` }),
-        shape("text", { x: x(step), y: base + 18, "text-anchor": "middle" }, String(step)));
+    for (const step of ticks(first, last, Math.min(8, width / 90)).filter((n) =>
+      Number.isInteger(n),
+    ))
+      plot.append(
+        shape("path", { class: "grid", d: `M${x(step)} ${base}v5` }),
+        shape("text", { x: x(step), y: base + 18, "text-anchor": "middle" }, String(step)),
+      );
     plot.append(shape("text", { x: 4, y: base + 18 }, "step"));
     if (curve.epochs) {
       plot.append(shape("text", { x: 4, y: base + 36 }, "エポック"));
       const every = Math.ceil(curve.epochs / (width / 50));
       for (let n = 1; n <= curve.epochs; n++) {
-        const place = x(n * last / curve.epochs);
+        const place = x((n * last) / curve.epochs);
         if (place < left + 10) continue;
-        plot.append(shape("path", { class: "grid", d: `M${place} ${top}V${base}`, "stroke-dasharray": "1 4" }));
-        if (n % every === 0) plot.append(shape("text", { x: place, y: base + 36, "text-anchor": "middle" }, String(n)));
+        plot.append(
+          shape("path", {
+            class: "grid",
+            d: `M${place} ${top}V${base}`,
+            "stroke-dasharray": "1 4",
+          }),
+        );
+        if (n % every === 0)
+          plot.append(
+            shape("text", { x: place, y: base + 36, "text-anchor": "middle" }, String(n)),
+          );
       }
     }
     plot.append(shape("path", { class: "grid", d: `M${left} ${base}H${width - right}` }));
-    if (train.length) plot.append(shape("path", { class: mean ? "train raw" : "train", d: path(train) }));
+    if (train.length)
+      plot.append(shape("path", { class: mean ? "train raw" : "train", d: path(train) }));
     if (batch.length) plot.append(shape("path", { class: "valid", d: path(batch) }));
     if (mean) plot.append(shape("path", { class: "train", d: path(mean) }));
-    if (full.length) plot.append(shape("path", { class: "full", d: path(full) }),
-      ...(full.length > 60 ? [] : full).map(([step, loss]) => shape("circle", { class: "dot", cx: x(step), cy: y(loss), r: 3.5 })));
+    if (full.length)
+      plot.append(
+        shape("path", { class: "full", d: path(full) }),
+        ...(full.length > 60 ? [] : full).map(([step, loss]) =>
+          shape("circle", { class: "dot", cx: x(step), cy: y(loss), r: 3.5 }),
+        ),
+      );
     for (const mark of curve.checkpoints)
-      plot.append(shape("path", { class: "mark" + (mark.evaluated ? " evaluated" : ""), d: `M${x(mark.step)} ${base - 11}l6 10h-12z` },
-        shape("title", {}, `${mark.model}（step ${mark.step}）`)));
+      plot.append(
+        shape(
+          "path",
+          {
+            class: "mark" + (mark.evaluated ? " evaluated" : ""),
+            d: `M${x(mark.step)} ${base - 11}l6 10h-12z`,
+          },
+          shape("title", {}, `${mark.model}（step ${mark.step}）`),
+        ),
+      );
     if (best) {
-      const place = x(best[0]), isRight = place > width - 150;
-      plot.append(shape("circle", { class: "ring", cx: place, cy: y(best[1]), r: 7 }),
-        shape("text", { class: "told", x: place + (isRight ? -12 : 12), y: Math.max(top + 10, y(best[1]) - 10), "text-anchor": isRight ? "end" : "start" }, `最小 ${best[1].toFixed(4)}`));
+      const place = x(best[0]),
+        isRight = place > width - 150;
+      plot.append(
+        shape("circle", { class: "ring", cx: place, cy: y(best[1]), r: 7 }),
+        shape(
+          "text",
+          {
+            class: "told",
+            x: place + (isRight ? -12 : 12),
+            y: Math.max(top + 10, y(best[1]) - 10),
+            "text-anchor": isRight ? "end" : "start",
+          },
+          `最小 ${best[1].toFixed(4)}`,
+        ),
+      );
     }
-    plot.append(shape("path", { class: "cross", id: "cross" }),
-      shape("text", { x: left + 6, y: top + 10 }, isLog ? "損失（対数）" : "損失"));
+    plot.append(
+      shape("path", { class: "cross", id: "cross" }),
+      shape("text", { x: left + 6, y: top + 10 }, isLog ? "損失（対数）" : "損失"),
+    );
     at("curve-plot").replaceChildren(plot);
     at("curve-scale").textContent = isLog ? "縦軸を等間隔にする（いまは対数）" : "縦軸を対数にする";
     at("curve-scale").hidden = lowest <= 0;
@@ -1284,27 +1431,47 @@ function drawCurve(curve) {
     place = Math.max(0, Math.min(curve.rows.length - 1, index));
     const [step, ...values] = curve.rows[place];
     const epoch = epochOf(step);
-    const told = ["学習", "検証（バッチ）", "検証（全件）"].flatMap((label, n) => values[n] === null ? [] : [`${label} ${values[n].toFixed(4)}`]);
-    at("curve-reading").textContent = `step ${step}${epoch === null ? "" : `（エポック ${epoch.toFixed(2)}）`}: ${told.join("、")}`;
+    const told = ["学習", "検証（バッチ）", "検証（全件）"].flatMap((label, n) =>
+      values[n] === null ? [] : [`${label} ${values[n].toFixed(4)}`],
+    );
+    at("curve-reading").textContent =
+      `step ${step}${epoch === null ? "" : `（エポック ${epoch.toFixed(2)}）`}: ${told.join("、")}`;
     at("cross").setAttribute("d", `M${x(step)} 10V268`);
   }
   at("curve-plot").addEventListener("pointermove", (event) => {
     const from = event.clientX - at("curve-plot").getBoundingClientRect().left;
     let nearest = 0;
-    curve.rows.forEach((row, n) => { if (Math.abs(x(row[0]) - from) < Math.abs(x(curve.rows[nearest][0]) - from)) nearest = n; });
+    curve.rows.forEach((row, n) => {
+      if (Math.abs(x(row[0]) - from) < Math.abs(x(curve.rows[nearest][0]) - from)) nearest = n;
+    });
     read(nearest);
   });
   at("curve-plot").addEventListener("keydown", (event) => {
     const move = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    if (move) { read(place + move); event.preventDefault(); }
+    if (move) {
+      read(place + move);
+      event.preventDefault();
+    }
   });
-  at("curve-scale").addEventListener("click", () => { isLog = !isLog; draw(); });
+  at("curve-scale").addEventListener("click", () => {
+    isLog = !isLog;
+    draw();
+  });
   at("curve-table").parentNode.addEventListener("toggle", () => {
     if (at("curve-table").firstChild) return;
-    const cell = (value) => value === null ? "-" : value.toFixed(4);
+    const cell = (value) => (value === null ? "-" : value.toFixed(4));
     const models = new Map(curve.checkpoints.map((mark) => [mark.step, mark.model]));
-    at("curve-table").append(table(["step", "エポック", "学習", "検証（バッチ）", "検証（全件）", "チェックポイント"],
-      curve.rows.map(([step, ...values]) => [String(step), epochOf(step) === null ? "-" : epochOf(step).toFixed(2), ...values.map(cell), models.get(step) || ""])));
+    at("curve-table").append(
+      table(
+        ["step", "エポック", "学習", "検証（バッチ）", "検証（全件）", "チェックポイント"],
+        curve.rows.map(([step, ...values]) => [
+          String(step),
+          epochOf(step) === null ? "-" : epochOf(step).toFixed(2),
+          ...values.map(cell),
+          models.get(step) || "",
+        ]),
+      ),
+    );
   });
   at("curve").hidden = false;
   draw();
@@ -1315,51 +1482,108 @@ if (page.curve) drawCurve(page.curve);
 // Figures and comparisons --------------------------------------------------------------------
 
 function intervalBar(figure) {
-  const width = 190, height = 30, middle = width / 2;
-  const reach = 1.1 * Math.max(...[figure.low, figure.high, figure.difference].map((n) => Math.abs(n || 0))) || 1;
-  const x = (value) => middle + value / reach * (middle - 6);
+  const width = 190,
+    height = 30,
+    middle = width / 2;
+  const reach =
+    1.1 * Math.max(...[figure.low, figure.high, figure.difference].map((n) => Math.abs(n || 0))) ||
+    1;
+  const x = (value) => middle + (value / reach) * (middle - 6);
   const better = naming(figure.name).better;
-  const bar = shape("svg", { width, height, class: figure.verdict, role: "img",
-    "aria-label": `差 ${short(figure.difference, "+")}` });
-  if (better) bar.append(shape("rect", { class: "good-side", x: better > 0 ? middle : 0, y: 0, width: middle, height }));
+  const bar = shape("svg", {
+    width,
+    height,
+    class: figure.verdict,
+    role: "img",
+    "aria-label": `差 ${short(figure.difference, "+")}`,
+  });
+  if (better)
+    bar.append(
+      shape("rect", {
+        class: "good-side",
+        x: better > 0 ? middle : 0,
+        y: 0,
+        width: middle,
+        height,
+      }),
+    );
   bar.append(shape("path", { class: "grid", d: `M${middle} 0V${height}`, "stroke-width": 1.5 }));
-  if (figure.low !== null) bar.append(shape("path", { class: "whisker",
-    d: `M${x(figure.low)} 15H${x(figure.high)}M${x(figure.low)} 10v10M${x(figure.high)} 10v10` }));
+  if (figure.low !== null)
+    bar.append(
+      shape("path", {
+        class: "whisker",
+        d: `M${x(figure.low)} 15H${x(figure.high)}M${x(figure.low)} 10v10M${x(figure.high)} 10v10`,
+      }),
+    );
   bar.append(shape("circle", { class: "point", cx: x(figure.difference), cy: 15, r: 4.5 }));
   return bar;
 }
-const span = (figure, sign = "") => figure.low === null
-  ? "-" : `${short(figure.low, sign)}〜${short(figure.high, sign)}`;
+const span = (figure, sign = "") =>
+  figure.low === null ? "-" : `${short(figure.low, sign)}〜${short(figure.high, sign)}`;
 
 const FEW = "対話が少なすぎるため、95%区間は計算していません。";
 
 // The test data's tables stand open; those of the validation data are opened.
 function place(section, split, title, ...content) {
   at(section).hidden = false;
-  at(section).append(split === "test" ? el("div", {}, el("h3", {}, title), ...content)
-    : el("details", {}, el("summary", {}, title), ...content));
+  at(section).append(
+    split === "test"
+      ? el("div", {}, el("h3", {}, title), ...content)
+      : el("details", {}, el("summary", {}, title), ...content),
+  );
 }
 
 for (const part of page.comparisons) {
   const known = part.figures.some((figure) => figure.low !== null);
   const rows = part.figures.map((figure) => {
-    const isMain = figure.name === part.main, name = naming(figure.name);
+    const isMain = figure.name === part.main,
+      name = naming(figure.name);
     const row = [
       (isMain ? "★ " : "") + name.label + (name.better < 0 ? " ↓" : ""),
-      short(figure.tuned), short(figure.baseline), short(figure.difference, "+"),
-      ...(known ? [el("td", { class: "bar" }, figure.low === null ? "" : intervalBar(figure)), span(figure, "+")] : []),
+      short(figure.tuned),
+      short(figure.baseline),
+      short(figure.difference, "+"),
+      ...(known
+        ? [
+            el("td", { class: "bar" }, figure.low === null ? "" : intervalBar(figure)),
+            span(figure, "+"),
+          ]
+        : []),
       figure.wins === null ? "-" : `${figure.wins}–${figure.losses}–${figure.ties}`,
       few(isMain ? figure.p_value : figure.p_adjusted, 2),
-      el("span", { class: `verdict-word ${figure.verdict}` }, page.verdicts[figure.verdict] || figure.verdict),
+      el(
+        "span",
+        { class: `verdict-word ${figure.verdict}` },
+        page.verdicts[figure.verdict] || figure.verdict,
+      ),
     ];
     row.attributes = isMain ? { class: "main" } : {};
     return row;
   });
-  const left = [part.failed ? `うち応答なし・無効 ${part.failed}組` : "", part.left_out ? `除いた組 ${part.left_out}` : ""];
-  const counts = [`${part.pairs}組`, `${part.dialogues}対話`, ...left].filter((text) => text).join("、");
-  const head = ["指標（↓は小さいほど良い）", "学習後", part.rival, "差", ...(known ? ["差の95%区間", ""] : []), "勝–負–分", "p", "判定"];
-  place("comparisons", part.split, `${SPLITS[part.split]}: 学習後と${part.rival}（${counts}）`,
-    el("div", { class: "sheet" }, table(head, rows)), known ? null : el("p", { class: "soft" }, FEW));
+  const left = [
+    part.failed ? `うち応答なし・無効 ${part.failed}組` : "",
+    part.left_out ? `除いた組 ${part.left_out}` : "",
+  ];
+  const counts = [`${part.pairs}組`, `${part.dialogues}対話`, ...left]
+    .filter((text) => text)
+    .join("、");
+  const head = [
+    "指標（↓は小さいほど良い）",
+    "学習後",
+    part.rival,
+    "差",
+    ...(known ? ["差の95%区間", ""] : []),
+    "勝–負–分",
+    "p",
+    "判定",
+  ];
+  place(
+    "comparisons",
+    part.split,
+    `${SPLITS[part.split]}: 学習後と${part.rival}（${counts}）`,
+    el("div", { class: "sheet" }, table(head, rows)),
+    known ? null : el("p", { class: "soft" }, FEW),
+  );
 }
 
 if (page.judge) {
@@ -1371,18 +1595,27 @@ if (page.judge) {
 for (const part of page.figures) {
   const has = (side) => part.rows.some((row) => row[side] !== null);
   const known = part.rows.some((row) => row.tuned && row.tuned.low !== null);
-  const spans = (figure) => !known ? [] : [figure && figure.score !== null ? span(figure) : "-"];
+  const spans = (figure) => (!known ? [] : [figure && figure.score !== null ? span(figure) : "-"]);
   const cells = (figure) => [short(figure && figure.score), ...spans(figure)];
   const head = ["指標", "学習後", ...(known ? ["95%区間"] : [])];
   if (has("baseline")) head.push("基準", ...(known ? ["95%区間"] : []));
   if (has("constant")) head.push("定数予測");
-  const rows = part.rows.map((row) => [naming(row.name).label, ...cells(row.tuned),
-    ...(has("baseline") ? cells(row.baseline) : []), ...(has("constant") ? [short(row.constant)] : [])]);
+  const rows = part.rows.map((row) => [
+    naming(row.name).label,
+    ...cells(row.tuned),
+    ...(has("baseline") ? cells(row.baseline) : []),
+    ...(has("constant") ? [short(row.constant)] : []),
+  ]);
   const items = part.rows.length > 30;
   const whole = rows.filter((_, n) => !items || /^(overall|total)\./.test(part.rows[n].name));
-  place("figures", part.split, `${SPLITS[part.split]}（有効な応答 ${part.answered}）`,
-    el("div", { class: "sheet" }, table(head, whole)), items ? itemTable(part, known) : null,
-    known ? null : el("p", { class: "soft" }, FEW));
+  place(
+    "figures",
+    part.split,
+    `${SPLITS[part.split]}（有効な応答 ${part.answered}）`,
+    el("div", { class: "sheet" }, table(head, whole)),
+    items ? itemTable(part, known) : null,
+    known ? null : el("p", { class: "soft" }, FEW),
+  );
 }
 
 // The score task: an item a row, its measures side by side.
@@ -1394,37 +1627,90 @@ function itemTable(part, known) {
   };
   const rows = page.cases.items.map((item) => {
     const mse = found.get(`${item}.mse`);
-    return [item, value(item, "mse", "tuned"), ...(known ? [mse && mse.tuned ? span(mse.tuned) : "-"] : []), value(item, "mse", "baseline"),
-      mse ? short(mse.constant) : "-", value(item, "mae", "tuned"), value(item, "accuracy", "tuned"),
-      value(item, "accuracy_within_1", "tuned"), value(item, "spearman", "tuned")];
+    return [
+      item,
+      value(item, "mse", "tuned"),
+      ...(known ? [mse && mse.tuned ? span(mse.tuned) : "-"] : []),
+      value(item, "mse", "baseline"),
+      mse ? short(mse.constant) : "-",
+      value(item, "mae", "tuned"),
+      value(item, "accuracy", "tuned"),
+      value(item, "accuracy_within_1", "tuned"),
+      value(item, "spearman", "tuned"),
+    ];
   });
-  return el("div", { class: "sheet" }, table(
-    ["項目", "MSE", ...(known ? ["95%区間"] : []), "基準のMSE", "定数予測のMSE", "MAE", "一致率", "1点差以内", "順位相関"], rows));
+  return el(
+    "div",
+    { class: "sheet" },
+    table(
+      [
+        "項目",
+        "MSE",
+        ...(known ? ["95%区間"] : []),
+        "基準のMSE",
+        "定数予測のMSE",
+        "MAE",
+        "一致率",
+        "1点差以内",
+        "順位相関",
+      ],
+      rows,
+    ),
+  );
 }
 
 function drawTotals(rows) {
-  const size = Math.min(420, Math.max(280, at("totals-plot").clientWidth)), left = 40, bottom = 40;
-  const x = (value) => left + (size - left - 10) * value / 100, y = (value) => size - bottom - (size - bottom - 10) * value / 100;
-  const plot = shape("svg", { width: size, height: size, role: "img", "aria-label": "予測した合計点と実際の合計点" });
+  const size = Math.min(420, Math.max(280, at("totals-plot").clientWidth)),
+    left = 40,
+    bottom = 40;
+  const x = (value) => left + ((size - left - 10) * value) / 100,
+    y = (value) => size - bottom - ((size - bottom - 10) * value) / 100;
+  const plot = shape("svg", {
+    width: size,
+    height: size,
+    role: "img",
+    "aria-label": "予測した合計点と実際の合計点",
+  });
   for (let value = 0; value <= 100; value += 20)
-    plot.append(shape("path", { class: "grid", d: `M${x(value)} ${y(0)}V${y(100)}M${x(0)} ${y(value)}H${x(100)}` }),
+    plot.append(
+      shape("path", {
+        class: "grid",
+        d: `M${x(value)} ${y(0)}V${y(100)}M${x(0)} ${y(value)}H${x(100)}`,
+      }),
       shape("text", { x: x(value), y: y(0) + 16, "text-anchor": "middle" }, String(value)),
-      shape("text", { x: left - 6, y: y(value) + 4, "text-anchor": "end" }, String(value)));
-  plot.append(shape("path", { class: "cross", d: `M${x(0)} ${y(0)}L${x(100)} ${y(100)}` }),
-    shape("text", { x: x(50), y: size - 6, "text-anchor": "middle" }, "実際（横）と予測（縦）。点線は一致"));
+      shape("text", { x: left - 6, y: y(value) + 4, "text-anchor": "end" }, String(value)),
+    );
+  plot.append(
+    shape("path", { class: "cross", d: `M${x(0)} ${y(0)}L${x(100)} ${y(100)}` }),
+    shape(
+      "text",
+      { x: x(50), y: size - 6, "text-anchor": "middle" },
+      "実際（横）と予測（縦）。点線は一致",
+    ),
+  );
   for (const row of rows)
-    for (const [side, kind] of [["baseline", "base-dot"], ["tuned", "tuned-dot"]])
+    for (const [side, kind] of [
+      ["baseline", "base-dot"],
+      ["tuned", "tuned-dot"],
+    ])
       if (row[side] && row[side].total !== undefined)
-        plot.append(shape("circle", { class: kind, cx: x(row.total), cy: y(row[side].total), r: 4 },
-          shape("title", {}, `${row.id}: 実際 ${row.total}、予測 ${row[side].total}`)));
+        plot.append(
+          shape(
+            "circle",
+            { class: kind, cx: x(row.total), cy: y(row[side].total), r: 4 },
+            shape("title", {}, `${row.id}: 実際 ${row.total}、予測 ${row[side].total}`),
+          ),
+        );
   at("totals-plot").append(plot);
 }
 const withTotals = page.cases.rows.filter((row) => row.total !== undefined);
 if (withTotals.length) {
   at("totals").hidden = false;
-  const dot = (kind) => shape("svg", { width: 12, height: 12 }, shape("circle", { class: kind, cx: 6, cy: 6, r: 4 }));
+  const dot = (kind) =>
+    shape("svg", { width: 12, height: 12 }, shape("circle", { class: kind, cx: 6, cy: 6, r: 4 }));
   at("totals-legend").append(el("span", {}, dot("tuned-dot"), "学習後"));
-  if (withTotals.some((row) => row.baseline)) at("totals-legend").append(el("span", {}, dot("base-dot"), "基準"));
+  if (withTotals.some((row) => row.baseline))
+    at("totals-legend").append(el("span", {}, dot("base-dot"), "基準"));
   drawTotals(withTotals);
 }
 
@@ -1432,9 +1718,13 @@ if (withTotals.length) {
 
 const { rows: all, messages, figures } = page.cases;
 const hasRival = all.some((row) => row.baseline);
-let shown = [], boxes = [], current = -1, figure = 0;
+let shown = [],
+  boxes = [],
+  current = -1,
+  figure = 0;
 
-const pointOf = (row, side) => row[side] && row[side].scores ? row[side].scores[figure] ?? null : null;
+const pointOf = (row, side) =>
+  row[side] && row[side].scores ? (row[side].scores[figure] ?? null) : null;
 function difference(row) {
   const [a, b] = [pointOf(row, "tuned"), pointOf(row, "baseline")];
   return a === null || b === null ? null : a - b;
@@ -1454,7 +1744,10 @@ const OUTCOMES = {
   worse: ["悪くなった", (row) => sign() * difference(row) < 0],
   better: ["良くなった", (row) => sign() * difference(row) > 0],
   same: ["同じ", (row) => difference(row) === 0],
-  fault: ["応答なし・無効・途中で切れた", (row) => ["tuned", "baseline"].some((side) => row[side] && (row[side].fault || row[side].cut))],
+  fault: [
+    "応答なし・無効・途中で切れた",
+    (row) => ["tuned", "baseline"].some((side) => row[side] && (row[side].fault || row[side].cut)),
+  ],
 };
 
 function options(select, pairs) {
@@ -1465,19 +1758,32 @@ let haystacks = null;
 function haystack(row, n) {
   haystacks ??= messages.map(([, text]) => folded(text));
   const own = [row.id, row.topic, row.reference, row.tuned.text, row.baseline && row.baseline.text];
-  return own.some((text) => text && folded(text).includes(n)) || (row.context || []).some((place) => haystacks[place].includes(n));
+  return (
+    own.some((text) => text && folded(text).includes(n)) ||
+    (row.context || []).some((place) => haystacks[place].includes(n))
+  );
 }
 
 function chosen() {
   const [split, topic, outcome] = ["split", "topic", "outcome"].map((id) => at(id).value);
-  const least = at("least").value, most = at("most").value, words = folded(at("words").value).split(/\s+/).filter(Boolean);
-  const found = all.filter((row) => (!split || row.split === split) && (!topic || row.topic === topic)
-    && (!outcome || OUTCOMES[outcome][1](row))
-    && (least === "" || row.score >= Number(least)) && (most === "" || row.score <= Number(most))
-    && words.every((word) => haystack(row, word)));
+  const least = at("least").value,
+    most = at("most").value,
+    words = folded(at("words").value).split(/\s+/).filter(Boolean);
+  const found = all.filter(
+    (row) =>
+      (!split || row.split === split) &&
+      (!topic || row.topic === topic) &&
+      (!outcome || OUTCOMES[outcome][1](row)) &&
+      (least === "" || row.score >= Number(least)) &&
+      (most === "" || row.score <= Number(most)) &&
+      words.every((word) => haystack(row, word)),
+  );
   const compare = ORDERS[at("order").value][1];
   // What has no value to sort by stands at the end.
-  return found.sort((a, b) => { const order = compare(a, b); return Number.isNaN(order) ? missing(a) - missing(b) : order; });
+  return found.sort((a, b) => {
+    const order = compare(a, b);
+    return Number.isNaN(order) ? missing(a) - missing(b) : order;
+  });
 }
 function missing(row) {
   const value = at("order").value === "score" ? row.score : badness(row);
@@ -1486,12 +1792,19 @@ function missing(row) {
 
 const link = (id) => "#case=" + encodeURIComponent(id);
 function guessedHeight(row) {
-  const length = Math.max(...[row.reference, row.tuned.text, row.baseline && row.baseline.text].map((text) => (text || "").length));
+  const length = Math.max(
+    ...[row.reference, row.tuned.text, row.baseline && row.baseline.text].map(
+      (text) => (text || "").length,
+    ),
+  );
   return page.cases.items.length ? 60 : 84 + 25 * Math.ceil(length / 22);
 }
-const watcher = new IntersectionObserver((entries) => {
-  for (const entry of entries) if (entry.isIntersecting) fillBox(entry.target);
-}, { rootMargin: "1500px" });
+const watcher = new IntersectionObserver(
+  (entries) => {
+    for (const entry of entries) if (entry.isIntersecting) fillBox(entry.target);
+  },
+  { rootMargin: "1500px" },
+);
 
 function list() {
   shown = chosen();
@@ -1516,64 +1829,121 @@ function fillBox(box) {
 }
 
 function drawCase(row) {
-  const parts = [el("a", { class: "id", href: link(row.id) }, row.id), el("span", { class: "soft" }, SPLITS[row.split])];
+  const parts = [
+    el("a", { class: "id", href: link(row.id) }, row.id),
+    el("span", { class: "soft" }, SPLITS[row.split]),
+  ];
   if (row.topic) parts.push(el("span", {}, row.topic));
   if (row.score !== undefined) parts.push(el("span", { class: "soft" }, `評価点 ${row.score}`));
   if (row.judge) parts.push(el("span", {}, `審査: ${row.judge}`));
   if (figures.length) {
-    const gap = difference(row), name = figures[figure];
+    const gap = difference(row),
+      name = figures[figure];
     const told = [`${naming(name).label} ${short(pointOf(row, "tuned"))}`];
     if (row.baseline) told.push(`基準 ${short(pointOf(row, "baseline"))}`);
-    parts.push(el("span", { class: "scores" }, told.join("、"), " ", gap === null ? null
-      : el("span", { class: "delta " + tone(name, gap) }, short(gap, "+"))));
+    parts.push(
+      el(
+        "span",
+        { class: "scores" },
+        told.join("、"),
+        " ",
+        gap === null ? null : el("span", { class: "delta " + tone(name, gap) }, short(gap, "+")),
+      ),
+    );
   }
   const made = [el("header", {}, ...parts)];
   if (row.context) made.push(drawContext(row));
   made.push(page.cases.items.length && row.items ? drawItems(row) : drawAnswers(row));
-  if (row.reasons && row.reasons.length) made.push(el("details", {}, el("summary", {}, "審査の理由"),
-    ...row.reasons.map((reason) => el("div", { class: "said" }, reason))));
+  if (row.reasons && row.reasons.length)
+    made.push(
+      el(
+        "details",
+        {},
+        el("summary", {}, "審査の理由"),
+        ...row.reasons.map((reason) => el("div", { class: "said" }, reason)),
+      ),
+    );
   return made;
 }
 
 function drawContext(row) {
   const said = row.context.map((place) => messages[place]);
   const last = said.length ? said[said.length - 1][1].replace(/\s+/g, " ") : "";
-  const box = el("details", {}, el("summary", {}, `文脈 ${said.length}発話 — ${last.length > 60 ? last.slice(0, 60) + "…" : last}`));
+  const box = el(
+    "details",
+    {},
+    el(
+      "summary",
+      {},
+      `文脈 ${said.length}発話 — ${last.length > 60 ? last.slice(0, 60) + "…" : last}`,
+    ),
+  );
   box.addEventListener("toggle", () => {
     if (box.childNodes.length > 1) return;
-    box.append(...said.map(([role, text]) => el("div", { class: "said " + (role === "assistant" ? role : "") }, el("small", {}, ROLES[role] || role), text)));
+    box.append(
+      ...said.map(([role, text]) =>
+        el(
+          "div",
+          { class: "said " + (role === "assistant" ? role : "") },
+          el("small", {}, ROLES[role] || role),
+          text,
+        ),
+      ),
+    );
   });
   return box;
 }
 
 function drawAnswer(title, said) {
-  const more = [said.tokens === undefined ? "" : `${said.tokens}トークン`, said.seconds === undefined ? "" : `${said.seconds.toFixed(2)}秒`, said.cut ? "途中で切れています" : ""].filter(Boolean);
-  return el("div", { class: "answer" }, el("h4", {}, title), said.text || null,
+  const more = [
+    said.tokens === undefined ? "" : `${said.tokens}トークン`,
+    said.seconds === undefined ? "" : `${said.seconds.toFixed(2)}秒`,
+    said.cut ? "途中で切れています" : "",
+  ].filter(Boolean);
+  return el(
+    "div",
+    { class: "answer" },
+    el("h4", {}, title),
+    said.text || null,
     said.fault ? el("div", { class: "fault" }, said.fault) : null,
-    more.length ? el("div", {}, el("small", {}, more.join("、"))) : null);
+    more.length ? el("div", {}, el("small", {}, more.join("、"))) : null,
+  );
 }
 
 function drawAnswers(row) {
   const box = el("div", { class: "answers" });
-  if (row.reference !== undefined) box.append(el("div", { class: "answer" }, el("h4", {}, "実際"), row.reference));
+  if (row.reference !== undefined)
+    box.append(el("div", { class: "answer" }, el("h4", {}, "実際"), row.reference));
   box.append(drawAnswer("学習後", row.tuned));
   if (row.baseline) box.append(drawAnswer("基準", row.baseline));
   return box;
 }
 
 function drawItems(row) {
-  const of = (said, n) => said && said.items ? String(said.items[n]) : "-";
-  const lines = page.cases.items.map((item, n) => [item, String(row.items[n]), of(row.tuned, n), ...(row.baseline ? [of(row.baseline, n)] : [])]);
-  const total = (said) => said && said.total !== undefined ? String(said.total) : said && said.fault ? said.fault : "-";
+  const of = (said, n) => (said && said.items ? String(said.items[n]) : "-");
+  const lines = page.cases.items.map((item, n) => [
+    item,
+    String(row.items[n]),
+    of(row.tuned, n),
+    ...(row.baseline ? [of(row.baseline, n)] : []),
+  ]);
+  const total = (said) =>
+    said && said.total !== undefined ? String(said.total) : said && said.fault ? said.fault : "-";
   const head = ["合計点", `実際 ${row.total}`, `学習後 ${total(row.tuned)}`];
   if (row.baseline) head.push(`基準 ${total(row.baseline)}`);
-  return el("details", {}, el("summary", {}, head.join(" / ")), table(["項目", "実際", "学習後", ...(row.baseline ? ["基準"] : [])], lines));
+  return el(
+    "details",
+    {},
+    el("summary", {}, head.join(" / ")),
+    table(["項目", "実際", "学習後", ...(row.baseline ? ["基準"] : [])], lines),
+  );
 }
 
 function go(index) {
   if (!boxes.length) return;
   current = Math.max(0, Math.min(boxes.length - 1, index));
-  for (let n = Math.max(0, current - 12); n < Math.min(boxes.length, current + 13); n++) fillBox(boxes[n]);
+  for (let n = Math.max(0, current - 12); n < Math.min(boxes.length, current + 13); n++)
+    fillBox(boxes[n]);
   boxes[current].scrollIntoView({ block: "start" });
   boxes[current].focus({ preventScroll: true });
   history.replaceState(null, "", link(shown[current].id));
@@ -1594,27 +1964,68 @@ function follow() {
 if (all.length) {
   at("cases").hidden = false;
   const unique = (values) => [...new Set(values)].filter((value) => value !== undefined);
-  const hasScores = figures.length > 0, hasOwn = all.some((row) => row.score !== undefined);
-  options("order", Object.entries(ORDERS).filter(([name]) => name === "data" || (name === "score" ? hasOwn : hasScores) && (name !== "low" || hasRival)).map(([value, [label]]) => [value, label]));
-  options("figure", figures.map((name, n) => [n, naming(name).label]));
-  options("split", [["", "すべて"], ...unique(all.map((row) => row.split)).map((split) => [split, SPLITS[split]])]);
-  options("topic", [["", "すべて"], ...unique(all.map((row) => row.topic)).sort().map((topic) => [topic, topic])]);
-  options("outcome", [["", "すべて"], ...Object.entries(OUTCOMES).filter(([name]) => name === "fault" || hasRival && hasScores).map(([value, [label]]) => [value, label])]);
+  const hasScores = figures.length > 0,
+    hasOwn = all.some((row) => row.score !== undefined);
+  options(
+    "order",
+    Object.entries(ORDERS)
+      .filter(
+        ([name]) =>
+          name === "data" ||
+          ((name === "score" ? hasOwn : hasScores) && (name !== "low" || hasRival)),
+      )
+      .map(([value, [label]]) => [value, label]),
+  );
+  options(
+    "figure",
+    figures.map((name, n) => [n, naming(name).label]),
+  );
+  options("split", [
+    ["", "すべて"],
+    ...unique(all.map((row) => row.split)).map((split) => [split, SPLITS[split]]),
+  ]);
+  options("topic", [
+    ["", "すべて"],
+    ...unique(all.map((row) => row.topic))
+      .sort()
+      .map((topic) => [topic, topic]),
+  ]);
+  options("outcome", [
+    ["", "すべて"],
+    ...Object.entries(OUTCOMES)
+      .filter(([name]) => name === "fault" || (hasRival && hasScores))
+      .map(([value, [label]]) => [value, label]),
+  ]);
   at("figure-label").hidden = figures.length < 2;
   at("topic-label").hidden = !all.some((row) => row.topic);
   at("score-label").hidden = !hasOwn;
   for (const id of ["order", "split", "topic", "outcome"]) at(id).addEventListener("change", list);
-  at("figure").addEventListener("change", () => { figure = Number(at("figure").value); list(); });
+  at("figure").addEventListener("change", () => {
+    figure = Number(at("figure").value);
+    list();
+  });
   let wait = 0;
-  for (const id of ["least", "most", "words"]) at(id).addEventListener("input", () => { clearTimeout(wait); wait = setTimeout(list, 150); });
+  for (const id of ["least", "most", "words"])
+    at(id).addEventListener("input", () => {
+      clearTimeout(wait);
+      wait = setTimeout(list, 150);
+    });
   list();
   addEventListener("hashchange", follow);
   addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.nodeName)) return;
+    if (
+      event.ctrlKey ||
+      event.metaKey ||
+      event.altKey ||
+      /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.nodeName)
+    )
+      return;
     if (event.key === "j") go(current + 1);
     else if (event.key === "k") go(current - 1);
-    else if (event.key === "/") { at("words").focus(); event.preventDefault(); }
-    else if (event.key === "o" && current >= 0) {
+    else if (event.key === "/") {
+      at("words").focus();
+      event.preventDefault();
+    } else if (event.key === "o" && current >= 0) {
       const context = boxes[current].querySelector("details");
       if (context) context.open = !context.open;
     }
@@ -1622,10 +2033,19 @@ if (all.length) {
   const PRINTED = 100;
   addEventListener("beforeprint", () => {
     boxes.slice(0, PRINTED).forEach(fillBox);
-    boxes.forEach((box, n) => { box.hidden = n >= PRINTED; });
-    at("printed").textContent = shown.length > PRINTED ? `先頭の${PRINTED}件を印刷しています（絞り込むと、その結果を印刷します）。` : "";
+    boxes.forEach((box, n) => {
+      box.hidden = n >= PRINTED;
+    });
+    at("printed").textContent =
+      shown.length > PRINTED
+        ? `先頭の${PRINTED}件を印刷しています（絞り込むと、その結果を印刷します）。`
+        : "";
   });
-  addEventListener("afterprint", () => boxes.forEach((box) => { box.hidden = false; }));
+  addEventListener("afterprint", () =>
+    boxes.forEach((box) => {
+      box.hidden = false;
+    }),
+  );
   follow();
 }
 
@@ -1633,10 +2053,30 @@ if (all.length) {
 
 at("settings").append(el("h3", {}, "同じ実行をするコマンド"), el("pre", {}, page.command));
 for (const part of page.settings)
-  at("settings").append(el("details", { class: "settings" }, el("summary", {}, part.title), el("div", { class: "sheet" }, table(null, part.rows))));
+  at("settings").append(
+    el(
+      "details",
+      { class: "settings" },
+      el("summary", {}, part.title),
+      el("div", { class: "sheet" }, table(null, part.rows)),
+    ),
+  );
 if (page.files.length)
-  at("settings").append(el("details", { class: "settings" }, el("summary", {}, "ファイルとsha256"),
-    el("div", { class: "sheet" }, table(null, page.files.map(([name, sum]) => [name, el("code", {}, sum)])))));
+  at("settings").append(
+    el(
+      "details",
+      { class: "settings" },
+      el("summary", {}, "ファイルとsha256"),
+      el(
+        "div",
+        { class: "sheet" },
+        table(
+          null,
+          page.files.map(([name, sum]) => [name, el("code", {}, sum)]),
+        ),
+      ),
+    ),
+  );
 </script>
 </body>
 </html>
