@@ -786,50 +786,50 @@ def _files(record: Json, files: Mapping[str, str]) -> Pairs:
     return sorted({**named, **files}.items())
 
 
-# Of the command line: the option, where the record has its value, the value without it.
-OPTIONS: tuple[tuple[str, tuple[str, ...], object], ...] = (
-    ("--base-url", ("settings", "base_url"), "https://api.openai.com/v1"),
-    ("--local", ("settings", "local"), None),
-    ("--local-launcher", ("settings", "local_launcher"), None),
-    ("--full", ("settings", "local_full"), False),
-    ("--serve-url", ("settings", "local_serve_url"), None),
-    ("--model", ("settings", "model"), "gpt-4o-mini-2024-07-18"),
-    ("--dataset", ("settings", "dataset"), "UEC-InabaLab/KokoroChat"),
-    ("--config", ("settings", "config"), None),
-    ("--revision", ("settings", "revision"), None),
-    ("--task", ("settings", "task"), "response"),
-    ("--assistant", ("settings", "assistant"), []),
-    ("--user", ("settings", "user"), []),
-    ("--resplit", ("settings", "resplit"), False),
-    ("--skip-unreadable", ("settings", "skip_unreadable"), False),
-    ("--system-prompt", ("settings", "system_prompt"), None),
-    ("--long-examples", ("settings", "long_examples"), "split"),
-    ("--max-samples", ("selection", "max_samples"), None),
-    ("--seed", ("selection", "seed"), 42),
-    ("--min-score", ("selection", "min_score"), None),
-    ("--max-score", ("selection", "max_score"), None),
-    ("--topics", ("selection", "topics"), None),
-    ("--exclude-flagged", ("selection", "exclude_flagged"), False),
-    ("--group-by", ("selection", "group_by"), None),
-    ("--epochs", ("plan", "training", "epochs"), 10),
-    ("--batch-size", ("plan", "training", "batch_size"), 32),
+# Of the command line: the option, where the record has its value, and what it is without it.
+OPTIONS: tuple[tuple[str, tuple[str, ...], tuple[object, ...]], ...] = (
+    ("--base-url", ("settings", "base_url"), ("https://api.openai.com/v1",)),
+    ("--local", ("settings", "local"), ()),
+    ("--local-launcher", ("settings", "local_launcher"), ()),
+    ("--full", ("settings", "local_full"), ()),
+    ("--serve-url", ("settings", "local_serve_url"), ()),
+    ("--model", ("settings", "model"), ("gpt-4o-mini-2024-07-18",)),
+    ("--dataset", ("settings", "dataset"), ("UEC-InabaLab/KokoroChat",)),
+    ("--config", ("settings", "config"), ()),
+    ("--revision", ("settings", "revision"), ()),
+    ("--task", ("settings", "task"), ("response",)),
+    ("--assistant", ("settings", "assistant"), ([],)),
+    ("--user", ("settings", "user"), ([],)),
+    ("--resplit", ("settings", "resplit"), ()),
+    ("--skip-unreadable", ("settings", "skip_unreadable"), ()),
+    ("--system-prompt", ("settings", "system_prompt"), ()),
+    ("--long-examples", ("settings", "long_examples"), ("split",)),
+    ("--max-samples", ("selection", "max_samples"), ()),
+    ("--seed", ("selection", "seed"), (42,)),
+    ("--min-score", ("selection", "min_score"), ()),
+    ("--max-score", ("selection", "max_score"), ()),
+    ("--topics", ("selection", "topics"), ()),
+    ("--exclude-flagged", ("selection", "exclude_flagged"), ()),
+    ("--group-by", ("selection", "group_by"), ()),
+    ("--epochs", ("plan", "training", "epochs"), (10,)),
+    ("--batch-size", ("plan", "training", "batch_size"), (32,)),
     (
         "--learning-rate-multiplier",
         ("plan", "training", "learning_rate_multiplier"),
-        None,
+        (),
     ),
-    ("--suffix", ("plan", "training", "suffix"), None),
-    ("--max-test-cases", ("plan", "asking", "max_test_cases"), 10),
-    ("--baseline", ("plan", "asking", "baseline"), None),
-    ("--eval-turns", ("plan", "asking", "eval_turns"), 1),
-    ("--checkpoint", ("plan", "asking", "checkpoint"), "last"),
-    ("--main-figure", ("plan", "asking", "main_figure"), None),
-    ("--max-tokens", ("plan", "asking", "max_tokens"), 1024),
-    ("--temperature", ("plan", "asking", "temperature"), 0.0),
-    ("--judge", ("plan", "asking", "judge"), None),
-    ("--judge-base-url", ("plan", "asking", "judge_base_url"), None),
-    ("--judge-against", ("plan", "asking", "judge_against"), None),
-    ("--judge-rubric", ("plan", "asking", "judge_rubric"), None),
+    ("--suffix", ("plan", "training", "suffix"), ()),
+    ("--max-test-cases", ("plan", "asking", "max_test_cases"), (10,)),
+    ("--baseline", ("plan", "asking", "baseline"), ()),
+    ("--eval-turns", ("plan", "asking", "eval_turns"), (1,)),
+    ("--checkpoint", ("plan", "asking", "checkpoint"), ("last",)),
+    ("--main-figure", ("plan", "asking", "main_figure"), ("rouge_l", "overall.mse", "judge")),
+    ("--max-tokens", ("plan", "asking", "max_tokens"), (1024,)),
+    ("--temperature", ("plan", "asking", "temperature"), (0.0,)),
+    ("--judge", ("plan", "asking", "judge"), ()),
+    ("--judge-base-url", ("plan", "asking", "judge_base_url"), ()),
+    ("--judge-against", ("plan", "asking", "judge_against"), ()),
+    ("--judge-rubric", ("plan", "asking", "judge_rubric"), ()),
 )
 
 
@@ -840,11 +840,11 @@ def _command(record: Json) -> str:
         words.append("--rehearse")
     if model_id := (record.get("plan") or {}).get("model_id"):
         words += ["--evaluate-only", "--model-id", str(model_id)]
-    for option, path, default in OPTIONS:
+    for option, path, usual in OPTIONS:
         value: Any = record
         for name in path:
             value = (value or {}).get(name)
-        if value is None or value is False or value == default:
+        if value is None or value is False or value in usual:
             continue
         if value is True:
             words.append(option)
