@@ -424,7 +424,7 @@ def _tiles(record: Json, results: Json, curve: Curve | None) -> Iterator[Tile]:
             valid = part["evaluated_cases"] - part["invalid_cases"]
             detail = f"{SPLIT_LABELS[split]}データ {part['total_test_cases']:,}件から"
             label = f"有効な応答（{SPLIT_LABELS[split]}）"
-            yield Tile(label=label, value=f"{valid:,} / {asked:,}件", detail=detail)
+            yield Tile(label=label, value=f"{valid:,} / {asked:,}", detail=detail)
     training = _training(record, results)
     if (seconds := _seconds(training)) is not None:
         tokens = training.get("trained_tokens")
@@ -1008,6 +1008,7 @@ dd { margin: 0; }
   background: var(--paper); border: 1px solid var(--line); border-radius: 6px; padding: .75rem;
   overflow-x: auto;
 }
+.sheet + .sheet { margin-top: .6rem; }
 figure { margin: 0; }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; }
 th, td {
@@ -1025,6 +1026,7 @@ tr.main td { font-weight: 650; }
 svg { display: block; }
 svg text { fill: var(--soft); font-size: 12px; }
 .grid { stroke: var(--line); }
+.grid.epoch { stroke-dasharray: 1 4; }
 .train, .valid, .full { fill: none; stroke-width: 1.75; }
 .train { stroke: var(--train); }
 .train.raw { stroke-width: 1; opacity: .35; }
@@ -1032,7 +1034,7 @@ svg text { fill: var(--soft); font-size: 12px; }
 .full { stroke: var(--valid); }
 .dot { fill: var(--valid); }
 .ring { fill: none; stroke: var(--ink); stroke-width: 1.75; }
-.mark { fill: var(--soft); }
+.mark { fill: var(--paper); stroke: var(--ink); }
 .mark.evaluated { fill: var(--ink); }
 .cross { stroke: var(--soft); stroke-dasharray: 3 3; }
 text.told { fill: var(--ink); paint-order: stroke; stroke: var(--paper); stroke-width: 4px; }
@@ -1267,217 +1269,196 @@ function decades(low, high) {
 function smoothed(points) {
   const half = Math.floor(points.length / 100);
   if (half < 2) return null;
-  return points.map(([x], n) => {
+  const means = points.map(([x], n) => {
     const near = points.slice(Math.max(0, n - half), n + half + 1);
     return [x, near.reduce((sum, point) => sum + point[1], 0) / near.length];
   });
+  return Object.assign(means, { width: 2 * half + 1 });
 }
 
-function drawCurve(curve) {
-  const column = (n) => curve.rows.filter((row) => row[n] !== null).map((row) => [row[0], row[n]]);
-  const [train, batch, full] = [column(1), column(2), column(3)];
-  const losses = [...train, ...batch, ...full].map((point) => point[1]);
-  const lowest = Math.min(...losses),
-    highest = Math.max(...losses);
-  const last = curve.rows[curve.rows.length - 1][0],
-    first = Math.min(curve.rows[0][0], 1);
-  const epochOf = (step) => (curve.epochs ? (step * curve.epochs) / last : null);
+function readCurve({ rows, checkpoints, epochs }) {
+  const column = (n) => rows.filter((row) => row[n] !== null).map((row) => [row[0], row[n]]);
+  const [train, batch, full] = [1, 2, 3].map(column);
+  const losses = [...train, ...batch, ...full].map(([, loss]) => loss);
   const measured = full.length ? full : batch;
-  const best = measured.reduce((a, b) => (a && a[1] <= b[1] ? a : b), null);
-  const mean = smoothed(train);
-  let isLog = lowest > 0 && highest / lowest > 8;
+  const last = rows.at(-1)[0];
+  return {
+    rows, checkpoints, epochs, train, batch, full, last,
+    first: Math.min(rows[0][0], 1),
+    lowest: Math.min(...losses),
+    highest: Math.max(...losses),
+    mean: smoothed(train),
+    best: measured.reduce((a, b) => (a && a[1] <= b[1] ? a : b), null),
+    epochOf: (step) => (epochs ? (step * epochs) / last : null),
+  };
+}
 
-  const line = (kind, drawing) =>
-    shape(
-      "svg",
-      { width: 26, height: 12 },
-      drawing || shape("path", { class: kind, d: "M0 6H26" }),
-    );
-  const legend = (drawing, text) => el("span", {}, drawing, text);
-  if (train.length)
-    at("curve-legend").append(legend(line(mean ? "train raw" : "train"), "学習（バッチ）"));
-  if (mean)
-    at("curve-legend").append(
-      legend(line("train"), `その移動平均（${2 * Math.floor(train.length / 100) + 1}点）`),
-    );
-  if (batch.length) at("curve-legend").append(legend(line("valid"), "検証（バッチ）"));
-  if (full.length)
-    at("curve-legend").append(
-      legend(
-        shape(
-          "svg",
-          { width: 26, height: 12 },
-          shape("path", { class: "full", d: "M0 6H26" }),
-          shape("circle", { class: "dot", cx: 13, cy: 6, r: 3.5 }),
-        ),
-        "検証（全件）",
-      ),
-    );
-  if (best)
-    at("curve-legend").append(
-      legend(line("", shape("circle", { class: "ring", cx: 13, cy: 6, r: 5 })), "検証の最小"),
-    );
-  if (curve.checkpoints.length)
-    at("curve-legend").append(
-      legend(
-        line("", shape("path", { class: "mark evaluated", d: "M13 1l6 10h-12z" })),
-        "チェックポイント（濃いものを評価）",
-      ),
-    );
-
-  let x, y;
-  function draw() {
-    const width = Math.max(280, at("curve-plot").clientWidth),
-      height = 320;
-    const left = 46,
-      right = 14,
-      top = 10,
-      bottom = 52;
-    const pad = isLog ? 1 : (highest - lowest) * 0.06 || 0.5;
-    const low = isLog ? lowest / 1.12 : Math.max(0, lowest - pad),
-      high = isLog ? highest * 1.12 : highest + pad;
-    const scale = isLog ? Math.log : (value) => value;
-    x = (step) =>
-      left + (width - left - right) * (last === first ? 0.5 : (step - first) / (last - first));
-    y = (loss) =>
-      top + (height - top - bottom) * (1 - (scale(loss) - scale(low)) / (scale(high) - scale(low)));
-    const path = (points) =>
-      "M" + points.map(([step, loss]) => `${x(step).toFixed(1)} ${y(loss).toFixed(1)}`).join("L");
-    const plot = shape("svg", { width, height, role: "img", "aria-label": "損失の曲線" });
-    for (const value of isLog ? decades(low, high) : ticks(low, high, 6))
-      plot.append(
-        shape("path", { class: "grid", d: `M${left} ${y(value)}H${width - right}` }),
-        shape("text", { x: left - 6, y: y(value) + 4, "text-anchor": "end" }, few(value, 3)),
+function curveLegend(curve) {
+  const line = (kind) => shape("path", { class: kind, d: "M0 6H26" });
+  const dot = (kind, r) => shape("circle", { class: kind, cx: 13, cy: 6, r });
+  const entries = [
+    [curve.train.length, "学習（バッチ）", line(curve.mean ? "train raw" : "train")],
+    [curve.mean, `その移動平均（${curve.mean && curve.mean.width}点）`, line("train")],
+    [curve.batch.length, "検証（バッチ）", line("valid")],
+    [curve.full.length, "検証（全件）", line("full"), dot("dot", 3.5)],
+    [curve.best, "検証の最小", dot("ring", 5)],
+    [
+      curve.checkpoints.length, "チェックポイント（塗ったものを評価）",
+      shape("path", { class: "mark evaluated", d: "M13 1l6 10h-12z" }),
+    ],
+  ];
+  for (const [there, text, ...drawn] of entries)
+    if (there)
+      at("curve-legend").append(
+        el("span", {}, shape("svg", { width: 26, height: 12 }, ...drawn), text),
       );
-    const base = height - bottom;
-    for (const step of ticks(first, last, Math.min(8, width / 90)).filter((n) =>
-      Number.isInteger(n),
-    ))
-      plot.append(
+}
+
+// Where a step and a loss stand in a plot of this width.
+function curveSpace(curve, width, isLog) {
+  const [left, right, top, base] = [46, width - 14, 10, 268];
+  const pad = (curve.highest - curve.lowest) * 0.06 || 0.5;
+  const low = isLog ? curve.lowest / 1.12 : Math.max(0, curve.lowest - pad);
+  const high = isLog ? curve.highest * 1.12 : curve.highest + pad;
+  const scale = isLog ? Math.log : (value) => value;
+  const { first, last } = curve;
+  const part = (step) => (last === first ? 0.5 : (step - first) / (last - first));
+  return {
+    width, left, right, top, base, low, high, isLog,
+    x: (step) => left + (right - left) * part(step),
+    y: (loss) =>
+      base - ((base - top) * (scale(loss) - scale(low))) / (scale(high) - scale(low)),
+  };
+}
+
+const label = (x, y, anchor, text, kind = "") =>
+  shape("text", { x, y, "text-anchor": anchor, class: kind }, text);
+
+function curveFrame(curve, { width, left, right, top, base, low, high, isLog, x, y }) {
+  const drawn = [shape("path", { class: "grid", d: `M${left} ${base}H${right}` })];
+  for (const value of isLog ? decades(low, high) : ticks(low, high, 6))
+    drawn.push(
+      shape("path", { class: "grid", d: `M${left} ${y(value)}H${right}` }),
+      label(left - 6, y(value) + 4, "end", few(value, 3)),
+    );
+  drawn.push(label(4, base + 18, "start", "step"));
+  for (const step of ticks(curve.first, curve.last, Math.min(8, width / 90)))
+    if (Number.isInteger(step))
+      drawn.push(
         shape("path", { class: "grid", d: `M${x(step)} ${base}v5` }),
-        shape("text", { x: x(step), y: base + 18, "text-anchor": "middle" }, String(step)),
+        label(x(step), base + 18, "middle", String(step)),
       );
-    plot.append(shape("text", { x: 4, y: base + 18 }, "step"));
-    if (curve.epochs) {
-      plot.append(shape("text", { x: 4, y: base + 36 }, "エポック"));
-      const every = Math.ceil(curve.epochs / (width / 50));
-      for (let n = 1; n <= curve.epochs; n++) {
-        const place = x((n * last) / curve.epochs);
-        if (place < left + 10) continue;
-        plot.append(
-          shape("path", {
-            class: "grid",
-            d: `M${place} ${top}V${base}`,
-            "stroke-dasharray": "1 4",
-          }),
-        );
-        if (n % every === 0)
-          plot.append(
-            shape("text", { x: place, y: base + 36, "text-anchor": "middle" }, String(n)),
-          );
-      }
-    }
-    plot.append(shape("path", { class: "grid", d: `M${left} ${base}H${width - right}` }));
-    if (train.length)
-      plot.append(shape("path", { class: mean ? "train raw" : "train", d: path(train) }));
-    if (batch.length) plot.append(shape("path", { class: "valid", d: path(batch) }));
-    if (mean) plot.append(shape("path", { class: "train", d: path(mean) }));
-    if (full.length)
-      plot.append(
-        shape("path", { class: "full", d: path(full) }),
-        ...(full.length > 60 ? [] : full).map(([step, loss]) =>
-          shape("circle", { class: "dot", cx: x(step), cy: y(loss), r: 3.5 }),
-        ),
-      );
-    for (const mark of curve.checkpoints)
-      plot.append(
-        shape(
-          "path",
-          {
-            class: "mark" + (mark.evaluated ? " evaluated" : ""),
-            d: `M${x(mark.step)} ${base - 11}l6 10h-12z`,
-          },
-          shape("title", {}, `${mark.model}（step ${mark.step}）`),
-        ),
-      );
-    if (best) {
-      const place = x(best[0]),
-        isRight = place > width - 150;
-      plot.append(
-        shape("circle", { class: "ring", cx: place, cy: y(best[1]), r: 7 }),
-        shape(
-          "text",
-          {
-            class: "told",
-            x: place + (isRight ? -12 : 12),
-            y: Math.max(top + 10, y(best[1]) - 10),
-            "text-anchor": isRight ? "end" : "start",
-          },
-          `最小 ${best[1].toFixed(4)}`,
-        ),
-      );
-    }
-    plot.append(
-      shape("path", { class: "cross", id: "cross" }),
-      shape("text", { x: left + 6, y: top + 10 }, isLog ? "損失（対数）" : "損失"),
+  if (curve.epochs) drawn.push(label(4, base + 36, "start", "エポック"));
+  const every = Math.ceil(curve.epochs / (width / 50));
+  for (let epoch = 1; epoch <= curve.epochs; epoch++) {
+    const place = x((epoch * curve.last) / curve.epochs);
+    drawn.push(shape("path", { class: "grid epoch", d: `M${place} ${top}V${base}` }));
+    if (epoch % every === 0 && place > left + 20)
+      drawn.push(label(place, base + 36, "middle", String(epoch)));
+  }
+  drawn.push(label(left + 6, top + 10, "start", isLog ? "損失（対数）" : "損失"));
+  return drawn;
+}
+
+function curveLines({ train, batch, full, mean, checkpoints, best }, { width, top, base, x, y }) {
+  const point = ([step, loss]) => `${x(step).toFixed(1)} ${y(loss).toFixed(1)}`;
+  const path = (kind, line) =>
+    line && line.length ? shape("path", { class: kind, d: "M" + line.map(point).join("L") }) : null;
+  const drawn = [
+    path(mean ? "train raw" : "train", train),
+    path("valid", batch),
+    path("train", mean),
+    path("full", full),
+  ];
+  if (full.length <= 60)
+    for (const [step, loss] of full)
+      drawn.push(shape("circle", { class: "dot", cx: x(step), cy: y(loss), r: 3.5 }));
+  for (const { step, model, evaluated } of checkpoints)
+    drawn.push(
+      shape(
+        "path",
+        { class: evaluated ? "mark evaluated" : "mark", d: `M${x(step)} ${base - 11}l6 10h-12z` },
+        shape("title", {}, `${model}（step ${step}）`),
+      ),
     );
-    at("curve-plot").replaceChildren(plot);
-    at("curve-scale").textContent = isLog ? "縦軸を等間隔にする（いまは対数）" : "縦軸を対数にする";
-    at("curve-scale").hidden = lowest <= 0;
+  if (best) {
+    const place = [x(best[0]), y(best[1])];
+    const [side, anchor] = place[0] > width - 150 ? [-12, "end"] : [12, "start"];
+    const height = Math.max(top + 10, place[1] - 10);
+    drawn.push(
+      shape("circle", { class: "ring", cx: place[0], cy: place[1], r: 7 }),
+      label(place[0] + side, height, anchor, `最小 ${best[1].toFixed(4)}`, "told"),
+    );
+  }
+  return drawn.filter((one) => one);
+}
+
+function curveTable({ rows, checkpoints, epochOf }) {
+  const cell = (value, digits = 4) => (value === null ? "-" : value.toFixed(digits));
+  const models = new Map(checkpoints.map((mark) => [mark.step, mark.model]));
+  return table(
+    ["step", "エポック", "学習", "検証（バッチ）", "検証（全件）", "チェックポイント"],
+    rows.map(([step, ...losses]) => [
+      String(step), cell(epochOf(step), 2), ...losses.map((loss) => cell(loss)),
+      models.get(step) || "",
+    ]),
+  );
+}
+
+function showCurve(curve) {
+  const plot = at("curve-plot");
+  let isLog = curve.lowest > 0 && curve.highest / curve.lowest > 8;
+  let space = null;
+  let place = -1;
+
+  function draw() {
+    space = curveSpace(curve, Math.max(280, plot.clientWidth), isLog);
+    plot.replaceChildren(
+      shape(
+        "svg", { width: space.width, height: 320, role: "img", "aria-label": "損失の曲線" },
+        ...curveFrame(curve, space), ...curveLines(curve, space),
+        shape("path", { class: "cross", id: "cross" }),
+      ),
+    );
+    at("curve-scale").textContent = isLog ? "縦軸を等間隔にする" : "縦軸を対数にする";
+    at("curve-scale").hidden = curve.lowest <= 0;
   }
 
-  let place = -1;
   function read(index) {
     place = Math.max(0, Math.min(curve.rows.length - 1, index));
-    const [step, ...values] = curve.rows[place];
-    const epoch = epochOf(step);
-    const told = ["学習", "検証（バッチ）", "検証（全件）"].flatMap((label, n) =>
-      values[n] === null ? [] : [`${label} ${values[n].toFixed(4)}`],
-    );
-    at("curve-reading").textContent =
-      `step ${step}${epoch === null ? "" : `（エポック ${epoch.toFixed(2)}）`}: ${told.join("、")}`;
-    at("cross").setAttribute("d", `M${x(step)} 10V268`);
+    const [step, ...losses] = curve.rows[place];
+    const epoch = curve.epochs ? `（エポック ${curve.epochOf(step).toFixed(2)}）` : "";
+    const told = ["学習", "検証（バッチ）", "検証（全件）"]
+      .map((name, n) => (losses[n] === null ? "" : `${name} ${losses[n].toFixed(4)}`))
+      .filter((text) => text);
+    at("curve-reading").textContent = `step ${step}${epoch}: ${told.join("、")}`;
+    at("cross").setAttribute("d", `M${space.x(step)} ${space.top}V${space.base}`);
   }
-  at("curve-plot").addEventListener("pointermove", (event) => {
-    const from = event.clientX - at("curve-plot").getBoundingClientRect().left;
-    let nearest = 0;
-    curve.rows.forEach((row, n) => {
-      if (Math.abs(x(row[0]) - from) < Math.abs(x(curve.rows[nearest][0]) - from)) nearest = n;
-    });
-    read(nearest);
+
+  plot.addEventListener("pointermove", (event) => {
+    const from = event.clientX - plot.getBoundingClientRect().left;
+    const gaps = curve.rows.map(([step]) => Math.abs(space.x(step) - from));
+    read(gaps.indexOf(Math.min(...gaps)));
   });
-  at("curve-plot").addEventListener("keydown", (event) => {
+  plot.addEventListener("keydown", (event) => {
     const move = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    if (move) {
-      read(place + move);
-      event.preventDefault();
-    }
+    if (!move) return;
+    read(place + move);
+    event.preventDefault();
   });
   at("curve-scale").addEventListener("click", () => {
     isLog = !isLog;
     draw();
   });
   at("curve-table").parentNode.addEventListener("toggle", () => {
-    if (at("curve-table").firstChild) return;
-    const cell = (value) => (value === null ? "-" : value.toFixed(4));
-    const models = new Map(curve.checkpoints.map((mark) => [mark.step, mark.model]));
-    at("curve-table").append(
-      table(
-        ["step", "エポック", "学習", "検証（バッチ）", "検証（全件）", "チェックポイント"],
-        curve.rows.map(([step, ...values]) => [
-          String(step),
-          epochOf(step) === null ? "-" : epochOf(step).toFixed(2),
-          ...values.map(cell),
-          models.get(step) || "",
-        ]),
-      ),
-    );
+    if (!at("curve-table").firstChild) at("curve-table").append(curveTable(curve));
   });
   at("curve").hidden = false;
   draw();
-  new ResizeObserver(draw).observe(at("curve-plot"));
+  curveLegend(curve);
+  new ResizeObserver(draw).observe(plot);
 }
-if (page.curve) drawCurve(page.curve);
+if (page.curve) showCurve(readCurve(page.curve));
 
 // Figures and comparisons --------------------------------------------------------------------
 
