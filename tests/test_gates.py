@@ -17,7 +17,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LIBRARY, COMMAND = "openai_sft", "openai_sft_example"
 REHEARSAL, LOCAL = "openai_sft_rehearsal", "openai_sft_local"
-MODULES = (LIBRARY, COMMAND, REHEARSAL, LOCAL)
+REPORT = "openai_sft_report"
+MODULES = (LIBRARY, COMMAND, REHEARSAL, LOCAL, REPORT)
 FACE = "OpenAISFT"
 FUNCTION_LINES, CLASS_LINES, FACE_ATTRIBUTES = 60, 800, 12
 UNTYPED = 11  # dict[str, Any] between our own functions: lower it with each one that goes
