@@ -283,7 +283,7 @@ def _period(record: Json) -> str:
 def _duration(seconds: float) -> str:
     whole = round(seconds)
     if whole < 60:
-        return f"{whole}秒"
+        return f"{whole}秒" if whole else "1秒未満"
     if whole < 3600:
         return f"{whole // 60}分{whole % 60}秒"
     return f"{whole // 3600}時間{whole % 3600 // 60}分"
