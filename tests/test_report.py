@@ -26,6 +26,16 @@ from openai_sft_report import OPTIONS, TEMPLATE, render
 MakeSFT = Callable[..., OpenAISFT]
 
 
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Rehearsed:
+    return rehearse(tmp_path_factory.mktemp("rehearsed"))
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory) -> Rehearsed:
+    return rehearse(tmp_path_factory.mktemp("scored"), task="score")
+
+
 class Elements(html.parser.HTMLParser):
     """The elements of a page with their attributes, and what its block of data holds."""
 

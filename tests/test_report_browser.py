@@ -206,7 +206,7 @@ def test_the_curve_circles_the_least_validation_loss(run: Rehearsed, opened: Ope
         assert f"検証（全件） {least['full_valid_loss']:.4f}" in reading
         assert f"最小 {least['full_valid_loss']:.4f}" in page.inner_text("#curve-plot")
         page.click("#curve >> summary")
-        assert page.locator("#curve-table tbody tr").count() == len(rows)
+        until(page, f"document.querySelectorAll('#curve-table tbody tr').length === {len(rows)}")
 
 
 def test_the_curve_is_read_by_arrow_keys_and_its_scale_can_be_changed(
