@@ -131,6 +131,7 @@ __all__ = [
     "ERRORS",
     "FIGURE_LABELS",
     "GROUPS",
+    "JUDGE_FIGURE",
     "KOKOROCHAT_LICENCE",
     "NEUTRAL_FIGURES",
     "OPENAI_BASE_URL",
@@ -6347,7 +6348,7 @@ class EvaluationResults(dict[str, Any]):
         return "".join([*parts, *map(_html_table, self.tables())])
 
 
-JUDGE_FIGURE = "judge"  # the main figure where a judge is asked
+JUDGE_FIGURE: str = "judge"  # the main figure where a judge is asked
 FIGURE_LABELS: dict[str, str] = {
     JUDGE_FIGURE: "審査の勝率",
     "chrf": "chrF",

@@ -18,12 +18,13 @@ import math
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Literal, TypedDict
 
 from openai_sft import (
     ERRORS,
     FIGURE_LABELS,
+    JUDGE_FIGURE,
     KOKOROCHAT_LICENCE,
     NEUTRAL_FIGURES,
     SCORE_ITEMS,
@@ -315,9 +316,9 @@ def _cost_line(record: Json) -> str:
 
 
 def _verdict(record: Json, results: EvaluationResults) -> Verdict:
-    lines = results.sentences()
-    if lines:
-        return Verdict(tone=_tone(results), lines=lines)
+    if lines := results.sentences():
+        main_first = sorted(lines, key=lambda line: not line.startswith("主指標"))
+        return Verdict(tone=_tone(results), lines=main_first)
     status = record.get("job_status")
     if status in ("failed", "cancelled"):
         error = record.get("job_error") or {}
@@ -334,16 +335,24 @@ def _verdict(record: Json, results: EvaluationResults) -> Verdict:
 
 
 def _tone(results: Json) -> Tone:
-    """That of the main figure against the first rival that it was compared with."""
-    comparison = results.get("comparison", {})
-    parts = [
-        results.get("judge", {}).get("comparison", {}),
-        comparison.get("test", {}),
-        comparison.get("constant_reference", {}).get("test", {}),
-    ]
-    verdict = next((part["verdict"] for part in parts if "verdict" in part), None)
-    tones: dict[str | None, Tone] = {"better": "better", "worse": "worse"}
-    return tones.get(verdict, "open")
+    """Good where the main figure is better than every rival's, bad where it is worse than one's."""
+    verdicts = {part["verdict"] for part in _main_comparisons(results).values()}
+    if "worse" in verdicts:
+        return "worse"
+    return "better" if verdicts == {"better"} else "open"
+
+
+def _main_comparisons(results: Json) -> dict[str, Json]:
+    """By rival the comparisons in which the main figure has its verdict."""
+    compared, judge = results.get("comparison", {}), results.get("judge", {})
+    judged = "基準" if judge.get("against") == "baseline" else "実際の応答"
+    parts = {
+        "基準": compared.get("test", {}),
+        "定数予測": compared.get("constant_reference", {}).get("test", {}),
+    }
+    if results.get("settings", {}).get("main_figure") == JUDGE_FIGURE:
+        parts = {judged: judge.get("comparison", {})}
+    return {rival: part for rival, part in parts.items() if part.get("verdict")}
 
 
 def _notes(record: Json, results: Json, curve: Curve | None) -> Iterator[str]:
@@ -444,15 +453,19 @@ def _main_tiles(results: Json) -> Iterator[Tile]:
         figure = measured[main]
         label = f"主指標: {_label(main)}（テスト）"
         yield Tile(label=label, value=_short(figure["score"]), detail=_interval(figure))
-    test = results.get("comparison", {}).get("test", {})
-    if main in test.get("figures", {}):
-        figure = test["figures"][main]
+    for rival, part in _main_comparisons(results).items():
+        figure = part["figures"][part["main_figure"]]
         detail = f"{_interval(figure, '+')}、p={figure['p_value']:.3g}"
-        yield Tile(label="基準との差", value=_short(figure["difference"], "+"), detail=detail)
+        yield Tile(label=f"{rival}との差", value=_short(figure["difference"], "+"), detail=detail)
         if figure["wins"] is not None:
             counts = "–".join(str(figure[name]) for name in ("wins", "losses", "ties"))
-            detail = f"{test['pairs']:,}組、{test['dialogues']:,}対話"
-            yield Tile(label="勝ち–負け–引き分け", value=counts, detail=detail)
+            label = f"{rival}との勝ち–負け–引き分け"
+            yield Tile(label=label, value=counts, detail=_sizes(part))
+
+
+def _sizes(part: Json) -> str:
+    """Of how many pairs and dialogues a comparison is; a judge's says neither."""
+    return f"{part['pairs']:,}組、{part['dialogues']:,}対話" if "dialogues" in part else ""
 
 
 def _interval(figure: Json, sign: str = "") -> str:
@@ -754,9 +767,10 @@ def _settings(record: Json, results: Json) -> Iterator[Section]:
         ("学習（サービスが決めたもの）", _training(record, results).get("hyperparameters")),
         ("評価", results.get("settings") or plan.get("asking")),
         ("版", record.get("versions")),
+        ("ジョブの知らせ", dict(enumerate(map(_event, record.get("events") or ()), 1))),
     )
     for title, values in groups:
-        rows = [(k, _value(v)) for k, v in (values or {}).items() if v not in (None, [], ())]
+        rows = [(str(k), _value(v)) for k, v in (values or {}).items() if v not in (None, [], ())]
         if rows:
             yield Section(title=title, rows=rows)
     signatures = {
@@ -769,6 +783,12 @@ def _settings(record: Json, results: Json) -> Iterator[Section]:
     }
     if signatures:
         yield Section(title="指標の定義", rows=list(signatures.items()))
+
+
+def _event(event: Json) -> str:
+    when = event.get("created_at")
+    told = f"{datetime.fromtimestamp(when, UTC):%Y-%m-%d %H:%M:%S} " if when else ""
+    return f"{told}{event['message']}"
 
 
 def _value(value: object) -> str:
@@ -1714,11 +1734,13 @@ const sign = () => (figures.length ? naming(figures[figure]).better || 1 : 1);
 // What cases are sorted by: how much worse than the baseline's the answer is, else how bad.
 const badness = (row) => -sign() * ((hasRival ? difference(row) : pointOf(row, "tuned")) ?? NaN);
 
+const JUDGED = ["負け", "引き分け", "勝ち", "判定なし", undefined];
 const ORDERS = {
   worst: [hasRival ? "差が悪い順" : "点が悪い順", (a, b) => badness(b) - badness(a)],
   best: [hasRival ? "差が良い順" : "点が良い順", (a, b) => badness(a) - badness(b)],
   low: ["学習後の点が悪い順", (a, b) => sign() * (pointOf(a, "tuned") - pointOf(b, "tuned"))],
   score: ["評価点が低い順", (a, b) => a.score - b.score],
+  judge: ["審査で負けた順", (a, b) => JUDGED.indexOf(a.judge) - JUDGED.indexOf(b.judge)],
   data: ["データの順", () => 0],
 };
 const OUTCOMES = {
@@ -1945,18 +1967,19 @@ function follow() {
 if (all.length) {
   at("cases").hidden = false;
   const unique = (values) => [...new Set(values)].filter((value) => value !== undefined);
-  const hasScores = figures.length > 0,
-    hasOwn = all.some((row) => row.score !== undefined);
+  const hasScores = figures.length > 0;
+  const hasOwn = all.some((row) => row.score !== undefined);
+  const possible = {
+    worst: hasScores, best: hasScores, low: hasScores && hasRival, score: hasOwn, data: true,
+    judge: all.some((row) => row.judge),
+  };
   options(
     "order",
     Object.entries(ORDERS)
-      .filter(
-        ([name]) =>
-          name === "data" ||
-          ((name === "score" ? hasOwn : hasScores) && (name !== "low" || hasRival)),
-      )
+      .filter(([name]) => possible[name])
       .map(([value, [label]]) => [value, label]),
   );
+  if (page.cases.main === "judge") at("order").value = "judge";
   options(
     "figure",
     figures.map((name, n) => [n, naming(name).label]),

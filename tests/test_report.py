@@ -236,6 +236,25 @@ def test_what_was_estimated_and_what_was_paid_stand_at_the_top(
     assert facts["学習の設定"].startswith("エポック 2、バッチサイズ 4、")
 
 
+@pytest.mark.parametrize(
+    ("against_the_baseline", "against_a_constant", "tone"),
+    [
+        ("better", "better", "better"),
+        ("better", "indistinguishable", "open"),
+        ("better", "worse", "worse"),
+        ("too_few", "better", "open"),
+    ],
+)
+def test_the_verdict_is_good_only_where_every_rival_is_beaten(
+    scored: Rehearsed, against_the_baseline: str, against_a_constant: str, tone: str
+) -> None:
+    results = deepcopy(scored.results)
+    results["comparison"]["test"]["verdict"] = against_the_baseline
+    results["comparison"]["constant_reference"]["test"]["verdict"] = against_a_constant
+
+    assert block(render(scored.record, results, files={}))["verdict"]["tone"] == tone
+
+
 # ── The score task ───────────────────────────────────────────────────────────────────────────
 
 

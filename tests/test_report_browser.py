@@ -486,3 +486,9 @@ def test_a_judges_verdicts_stand_beside_their_cases(
         assert f"審査: {winners[one['winner']]}" in page.inner_text(".case:focus")
         counts = "–".join(str(judge[name]) for name in ("wins", "losses", "ties"))
         assert counts in page.inner_text("#judge")
+        worth = {
+            one["case_id"]: ("rival", "tie", "tuned").index(one["winner"])
+            for one in judge["judgements"]
+        }
+        ranks = [worth[name] for name in ids(page) if name in worth]
+        assert ranks == sorted(ranks)
