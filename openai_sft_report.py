@@ -378,10 +378,9 @@ def _notes(record: Json, results: Json, curve: Curve | None) -> Iterator[str]:
 def _rise(curve: Curve) -> str:
     """Whether the loss on all of the validation data rose after its least."""
     full = _losses(curve)[0]
-    if not full or full[-1][1] <= (least := min(loss for _, loss in full)):
+    if not full or full[-1] == (lowest := _lowest(full)):
         return ""
-    best = max(step for step, loss in full if loss == least)
-    last = full[-1]
+    (best, least), last = lowest, full[-1]
     return (
         f"検証の損失は step {best:g} の {least:.4f} が最も低く、その後上がりました"
         f"（最後は step {last[0]:g} の {last[1]:.4f}）。学習しすぎ（過学習）かもしれません。"
@@ -423,7 +422,7 @@ def _tiles(record: Json, results: Json, curve: Curve | None) -> Iterator[Tile]:
     if curve is not None:
         full, batch = _losses(curve)
         if losses := full or batch:
-            least, step = min((loss, step) for step, loss in losses)
+            step, least = _lowest(losses)
             kind = "全件" if full else "バッチ"
             detail = f"step {step:g}（最後は {losses[-1][1]:.4f}）"
             yield Tile(label=f"検証の損失の最小（{kind}）", value=f"{least:.4f}", detail=detail)
@@ -523,6 +522,11 @@ def _losses(curve: Curve) -> tuple[list[tuple[float, float]], list[tuple[float, 
     """Steps and validation losses: on all of the data, on a batch."""
     full = [(step, loss) for step, _, _, loss in curve["rows"] if loss is not None]
     return full, [(step, loss) for step, _, loss, _ in curve["rows"] if loss is not None]
+
+
+def _lowest(losses: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The last step with the least loss, and that loss."""
+    return min(losses, key=lambda pair: (pair[1], -pair[0]))
 
 
 def _finite(value: object) -> float | None:
@@ -1308,7 +1312,7 @@ function readCurve({ rows, checkpoints, epochs }) {
     lowest: Math.min(...losses),
     highest: Math.max(...losses),
     mean: smoothed(train),
-    best: measured.reduce((a, b) => (a && a[1] <= b[1] ? a : b), null),
+    best: measured.reduce((a, b) => (a && a[1] < b[1] ? a : b), null),
     epochOf: (step) => (epochs ? (step * epochs) / last : null),
   };
 }
