@@ -1779,6 +1779,36 @@ CHECKPOINTS = (
         "test_record.py::test_the_curve_and_the_events_of_a_job_that_failed_are_kept",
     ),
     Mutant(
+        "a cell after a blank is run as a formula",
+        r'FORMULA = re.compile(r"[\s\x00-\x1f]*[=+',
+        r'FORMULA = re.compile(r"[=+',
+        "test_answers.py::test_no_cell_is_run_as_a_formula",
+    ),
+    Mutant(
+        "asking all cases is priced as asking one model",
+        "sum(known.usd(round(asked), round(answered)) for known in rates if known)",
+        "rates[0].usd(round(asked), round(answered))",
+        "test_screen.py::test_the_next_command_is_to_ask_all_cases_with_what_that_costs",
+    ),
+    Mutant(
+        "what is left of a job is reckoned from its whole time",
+        "elapsed / (step - first) * (total - step)",
+        "elapsed / step * (total - step)",
+        "test_screen.py::test_what_is_left_is_told_by_the_times_of_the_events_and_before_them_by_the_service",
+    ),
+    Mutant(
+        "a bar that is being made ends the monitor",
+        "except AttributeError:  # of a bar that another thread is still making",
+        "except EOFError:",
+        "test_monitor.py::test_the_monitor_is_heard_and_prints_no_traceback_while_another_thread_makes_a_bar",
+    ),
+    Mutant(
+        "what stays high is warned of at every reading",
+        "if now - self._told.get(what, -math.inf) < self.TELL_SECONDS:",
+        "if False:",
+        "test_monitor.py::test_what_stays_as_it_is_is_logged_once_in_ten_minutes",
+    ),
+    Mutant(
         "the squared error of a case is called its root",
         'np.sqrt(values) if measure == "rmse" else values',
         "values",
