@@ -9184,6 +9184,7 @@ class FineTuning:
         self._run.publish("training_metrics", ".csv", _to_csv(rows))
         # Validation has no value at most steps, so the last of each column counts.
         last = dict(collections.ChainMap(*map(dict, reversed(rows))))
+        last.pop("created_at", None)
         (numbers,) = _thinned([last])
         self._run.save(final_metrics=numbers, metrics=_thinned(rows))
         valid = last.get("full_valid_loss", last.get("valid_loss"))
@@ -10517,12 +10518,15 @@ def _track(tracker: Tracker, run: Run, results: Mapping[str, Any]) -> None:
 
 
 def _publish_results(
-    run: Run, results: Mapping[str, Any], tracker: Tracker | None, finished_at: str | None = None
+    run: Run,
+    results: Mapping[str, Any],
+    tracker: Tracker | None,
+    clock: Callable[[], float] | None = None,
 ) -> str:
     """Write an evaluation for programs, spreadsheets and people; return the first one's path.
 
-    What ends with it is ``finished_at``. Raises :class:`EvaluationFailed` where, in such, all that
-    was asked has failed. A ``tracker`` is told last, when all is kept.
+    Where the run ends with it, which ``clock`` dates, :class:`EvaluationFailed` is raised if all
+    that was asked has failed. A ``tracker`` is told last, when all is kept.
     """
     path = run.publish("comprehensive_evaluation", ".json", _to_json(results))
     run.save(evaluation={**run.evaluation, **results.get("summary", {})})
@@ -10533,10 +10537,11 @@ def _publish_results(
     run.publish("answers", ".csv", _answers_table(results))
     answered = sum(part["evaluated_cases"] for part in parts)
     failed = sum(part["failed_cases"] for part in parts)
-    if finished_at is not None and (answered or not failed):
-        run.save(finished_at=finished_at)
+    in_vain = failed > 0 and not answered
+    if clock is not None and not in_vain:
+        run.save(finished_at=_time_text(clock()))
     _publish_page(run)
-    if finished_at is not None and failed and not answered:
+    if clock is not None and in_vain:
         raise EvaluationFailed(
             f"{failed}件すべての応答に失敗しました。理由は {path} の error を見てください。",
             path,
@@ -11448,7 +11453,7 @@ class OpenAISFT:
         settings = self.settings.working_as(run.settings)
         asked = _asked_by(plan, run, self._runs, splits, settings)
         results = self._evaluate(run, asked, plan.asking)
-        _publish_results(run, results, settings.report_to, _time_text(self._clock()))
+        _publish_results(run, results, settings.report_to, self._clock)
         return results
 
     def save_results(self, results: Mapping[str, Any]) -> str:

@@ -1155,7 +1155,7 @@ def test_a_second_evaluation_of_one_instance_has_a_record_without_the_plan_of_th
     assert kept["finished_at"]
     assert kept["files"].keys() == {
         *("train", "test", "valid", "manifest"),
-        *("asked", "journal", "comprehensive_evaluation"),
+        *("asked", "journal", "comprehensive_evaluation", "answers", "report"),
     }
     assert kept["files"]["comprehensive_evaluation"] == str(saved)
     assert kept["cost"].keys() == {"evaluation_usd", "total_usd"}

@@ -159,7 +159,8 @@ def only_runs(folder: Path) -> list[Path]:
 def without_times(value: Any) -> Any:
     """``value`` but for what no two runs have in common."""
     if isinstance(value, dict):
-        kept = {k: v for k, v in value.items() if "latency" not in k and "timestamp" not in k}
+        others = ("latency", "timestamp", "created_at", "started_at", "finished_at", "job_id")
+        kept = {k: v for k, v in value.items() if k != "id" and not any(o in k for o in others)}
         return {key: without_times(item) for key, item in kept.items()}
     return [without_times(item) for item in value] if isinstance(value, list) else value
 
@@ -171,10 +172,14 @@ def end_result(folder: Path) -> dict[str, Any]:
     (metrics,) = folder.glob("training_metrics_*.csv")
     text = results.read_text("utf-8").replace(record["fine_tuned_model"], "MODEL")
     with metrics.open(encoding="utf-8", newline="") as table:
-        rows = list(csv.reader(table))
+        rows = without_times(list(csv.DictReader(table)))
     kept = ("job_status", "job_error", "trained_tokens", "final_metrics", "estimate", "cost")
+    found = json.loads(STAMP.sub("STAMP", text))
+    places = (found.pop("base_url"), found["data"].pop("dataset"))
+
+    assert all(places)
     return {
-        "results": without_times(json.loads(STAMP.sub("STAMP", text))),
+        "results": without_times(found),
         "metrics": rows,
         "record": {name: record.get(name) for name in kept},
         "checkpoints": len(record["checkpoints"]),

@@ -12,7 +12,7 @@ from endpoint import Rehearsal
 from helpers import Ended, Script, job, read_json
 
 import openai_sft_example
-from openai_sft import EvaluationResults, OpenAISFT
+from openai_sft import PRICES, EvaluationResults, OpenAISFT
 
 MakeSFT = Callable[..., OpenAISFT]
 Log = Callable[[], list[str]]
@@ -144,9 +144,12 @@ def test_the_next_command_is_to_ask_all_cases_with_what_that_costs(
     lines = screen_of(sft, results)
     whole = sft.run_evaluation(max_test_cases=0, baseline=True)
     cost = results["all_cases"]["usd"]
+    said = [results[f"{name}_evaluation"]["responses"][0]["usage"] for name in ("test", "valid")]
+    asked, answered = (sum(u[f"{kind}_tokens"] for u in said) for kind in ("prompt", "completion"))
+    rates = [PRICES[sft.model].rates(tuned=tuned) for tuned in (True, False)]
 
     assert results["all_cases"]["cases"] == 4
-    assert cost == pytest.approx(whole["cost"]["total_usd"], rel=0.5)
+    assert cost == pytest.approx(sum(rate.usd(2 * asked, 2 * answered) for rate in rates if rate))
     assert f"学習の{cost / results['cost']['training_usd']:.1%}" in lines[-2]
     assert lines[-1] == (
         f"openai-sft --evaluate-only --baseline --max-test-cases 0 --base-url {endpoint.url}"
