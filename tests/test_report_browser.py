@@ -6,6 +6,7 @@ Needs the extra ``browser`` and a Chromium (Debian's package will do); skipped w
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -29,27 +30,27 @@ FLAGS += ("--disable-background-networking", "--disable-component-update", "--di
 
 
 def require_browser() -> str:
-    """The path of a browser; without one, or without Playwright, the tests are skipped, and where
-    they have to be run they fail."""
+    """The path of a browser. Without one, or without Playwright, the module is skipped; where it
+    has to be run it fails."""
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     missing = [] if found else [f"no {' or '.join(BROWSERS[:2])}"]
-    try:
-        importlib.import_module("playwright")
-    except ImportError:
+    if importlib.util.find_spec("playwright") is None:
         missing.append("no playwright (pip install 'openai-sft[browser]')")
     if not missing:
         return str(found)
     if os.environ.get("OPENAI_SFT_NEEDS_BROWSER"):
         pytest.fail(", ".join(missing), pytrace=False)
-    pytest.skip(", ".join(missing))
+    pytest.skip(", ".join(missing), allow_module_level=True)
+
+
+BROWSER = require_browser()
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    path = require_browser()
     playwright = importlib.import_module("playwright.sync_api")
     with playwright.sync_playwright() as started:
-        running = started.chromium.launch(executable_path=path, args=[*FLAGS])
+        running = started.chromium.launch(executable_path=BROWSER, args=[*FLAGS])
         yield running
         running.close()
 
