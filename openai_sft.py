@@ -8176,6 +8176,11 @@ def _is_told_number(value: object) -> bool:
     return type(value) in (int, float) and 0 <= cast("float", value) < math.inf
 
 
+def _is_told_moment(value: object) -> bool:
+    """Seconds since the epoch that a calendar has a day for (before the year 10000)."""
+    return _is_told_number(value) and cast("float", value) < 253_402_214_400
+
+
 def _is_told_texts(value: object) -> bool:
     return isinstance(value, list) and all(map(_is_told_text, value))
 
@@ -8185,7 +8190,7 @@ _TOLD: dict[str, Callable[[object], bool]] = {
     **dict.fromkeys(("id", "status", "model", "training_file"), _is_told_text),
     **dict.fromkeys(("fine_tuned_model", "fine_tuned_model_checkpoint"), _is_told_text),
     **dict.fromkeys(("filename", "purpose"), _is_told_text),
-    **dict.fromkeys(("created_at", "finished_at", "estimated_finish"), _is_told_number),
+    **dict.fromkeys(("created_at", "finished_at", "estimated_finish"), _is_told_moment),
     **dict.fromkeys(("bytes", "trained_tokens", "step_number"), _is_told_number),
     "result_files": _is_told_texts,
     "metadata": lambda value: isinstance(value, Mapping),

@@ -77,6 +77,20 @@ def test_what_is_left_is_told_by_the_times_of_the_events_and_before_them_by_the_
     ]
 
 
+def test_a_moment_that_no_calendar_has_is_not_told(make_sft: MakeSFT, log: Log) -> None:
+    answers = {
+        "/jobs/ftjob-script/events": [{"object": "list", "data": [], "has_more": False}],
+        "/jobs/ftjob-script": [job("running", estimated_finish=10**18), job("succeeded")],
+    }
+    with Script(**answers) as script:
+        done = make_sft(
+            base_url=script.url, client=None, sleep=lambda _: None
+        ).monitor_fine_tune_job("ftjob-script")
+
+    assert done.status == "succeeded"
+    assert not any("見込み" in line for line in log())
+
+
 def test_where_the_validation_loss_was_lowest_is_told_in_the_end(
     make_sft: MakeSFT, log: Log
 ) -> None:
