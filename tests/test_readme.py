@@ -42,7 +42,13 @@ def test_every_flag_the_readme_names_exists():
 
     server = openai_sft_rehearsal.build_parser()
     known |= {flag for action in server._actions for flag in action.option_strings}
-    others = {"--rounds", "--features", "--copies", "--strict"}  # the benchmarks' and mypy's
+    others = {
+        "--rounds",
+        "--features",
+        "--copies",
+        "--dialogues",
+        "--strict",
+    }  # the benchmarks' and mypy's
     commands = re.findall(r"pip install [^`\n]*|--local-launcher '[^']*'|vllm serve [^`]*", README)
     assert flags - known - set(re.findall(r"--[a-z_-]+", " ".join(commands))) <= others
 
