@@ -1176,7 +1176,10 @@ class _Service:
             return problem.answer
 
     def work(self, job: Job) -> Generator[None, None, None]:
-        """What is left of a job, in pieces; between two it may be held or cancelled, or `fail`."""
+        """What is left of a job, in pieces; between two it may be held or cancelled, or `fail`.
+
+        Raises `TrainingFailed` where it can't go on.
+        """
         if job.status == "validating_files":
             for purpose in MIN_EXAMPLES:
                 yield
@@ -1191,10 +1194,7 @@ class _Service:
             self.move(job, "running")
             self._say(job, "Fine-tuning job started")
         yield
-        try:
-            yield from self._train(job)
-        except TrainingFailed as problem:
-            self.fail(job, problem.code, problem.message, problem.param)
+        yield from self._train(job)
 
     def _operate(self, request: Request) -> Answer:
         sent = request.headers.get("Authorization", "").encode()
@@ -1446,6 +1446,8 @@ class _Service:
         """One piece of a job; a defect ends the job, for whoever waits for it, and no other."""
         try:
             next(work, None)
+        except TrainingFailed as problem:
+            self.fail(job, problem.code, problem.message, problem.param)
         except Exception as problem:  # noqa: BLE001  # logged; who waits must be told of any
             _log.exception("ジョブ %s の処理中に想定外の例外が起きました", job.id)
             message = f"The server had an error: {type(problem).__name__}: {problem}"

@@ -47,6 +47,20 @@ def start_job(client: openai.OpenAI, data: bytes | None = None, **options: Any) 
     return client.fine_tuning.jobs.create(**settings)
 
 
+def json_schema(properties: dict[str, Any], name: str = "scores", **more: Any) -> dict[str, Any]:
+    schema = {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+        **more,
+    }
+    return {
+        "type": "json_schema",
+        "json_schema": {"name": name, "strict": True, "schema": schema},
+    }
+
+
 def hyperparameters(**values: Any) -> dict[str, Any]:
     return {"type": "supervised", "supervised": {"hyperparameters": values}}
 

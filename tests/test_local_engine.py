@@ -21,7 +21,16 @@ from typing import Any
 
 import openai
 import pytest
-from calls import ask, connected, examples, finish, metrics_of, start_job, wait_until
+from calls import (
+    ask,
+    connected,
+    examples,
+    finish,
+    json_schema,
+    metrics_of,
+    start_job,
+    wait_until,
+)
 from endpoint import Rehearsal
 from faults import until
 from helpers import LoopbackHandler, LoopbackServer, require_local
@@ -283,16 +292,7 @@ def test_a_models_own_settings_change_no_answer(
 
 
 def schema(name: str = "s", **properties: Any) -> dict[str, Any]:
-    described = {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-    }
-    return {
-        "type": "json_schema",
-        "json_schema": {"name": name, "strict": True, "schema": described},
-    }
+    return json_schema(properties, name)
 
 
 def test_a_strict_schema_is_obeyed_in_any_company(draw: Callable[..., str]) -> None:

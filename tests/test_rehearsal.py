@@ -31,6 +31,7 @@ from calls import (
     examples,
     finish,
     hyperparameters,
+    json_schema,
     jsonl,
     metrics_of,
     port_of,
@@ -824,20 +825,6 @@ def score_file(count: int) -> bytes:
     )
 
 
-def json_schema(properties: dict[str, Any], **more: Any) -> dict[str, Any]:
-    schema = {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-        **more,
-    }
-    return {
-        "type": "json_schema",
-        "json_schema": {"name": "scores", "strict": True, "schema": schema},
-    }
-
-
 def ask_json(client: openai.OpenAI, model: str, wanted: Any, text: str = "眠れません") -> Any:
     answer = ask(client, model, text, response_format=wanted, temperature=0)
     return json.loads(answer.choices[0].message.content)
@@ -1306,12 +1293,15 @@ def test_an_endpoint_takes_up_what_an_earlier_one_has_left(
         assert set(endpoint.jobs) == {begun.id, ended.id}
 
 
+@pytest.mark.parametrize("status", ["validating_files", "running"])
 def test_a_job_taken_up_without_its_file_fails_and_says_which(
-    sdk: openai.OpenAI, tmp_path: Path
+    sdk: openai.OpenAI, tmp_path: Path, status: str
 ) -> None:
     with Rehearsal(engine=Scripted(steps=0), folder=tmp_path) as endpoint:
+        endpoint.hold(status)
         client = connected(sdk, endpoint)
         begun = start_job(client, examples(10), model="org/base")
+        wait_until(endpoint, client, begun, status)
         client.files.delete(begun.training_file)
     with Rehearsal(engine=Scripted(), folder=tmp_path) as endpoint:
         client = connected(sdk, endpoint)
