@@ -22,11 +22,14 @@ from datetime import UTC, datetime
 from typing import Any, Literal, TypedDict
 
 from openai_sft import (
+    DEFAULT_DATASET,
+    DEFAULT_MODEL,
     ERRORS,
     FIGURE_LABELS,
     JUDGE_FIGURE,
     KOKOROCHAT_LICENCE,
     NEUTRAL_FIGURES,
+    OPENAI_BASE_URL,
     SCORE_ITEMS,
     SPLIT_LABELS,
     VERDICT_LABELS,
@@ -812,13 +815,13 @@ def _files(record: Json, files: Mapping[str, str]) -> Pairs:
 
 # Of the command line: the option, where the record has its value, and what it is without it.
 OPTIONS: tuple[tuple[str, tuple[str, ...], tuple[object, ...]], ...] = (
-    ("--base-url", ("settings", "base_url"), ("https://api.openai.com/v1",)),
+    ("--base-url", ("settings", "base_url"), (OPENAI_BASE_URL,)),
     ("--local", ("settings", "local"), ()),
     ("--local-launcher", ("settings", "local_launcher"), ()),
     ("--full", ("settings", "local_full"), ()),
     ("--serve-url", ("settings", "local_serve_url"), ()),
-    ("--model", ("settings", "model"), ("gpt-4o-mini-2024-07-18",)),
-    ("--dataset", ("settings", "dataset"), ("UEC-InabaLab/KokoroChat",)),
+    ("--model", ("settings", "model"), (DEFAULT_MODEL,)),
+    ("--dataset", ("settings", "dataset"), (DEFAULT_DATASET,)),
     ("--config", ("settings", "config"), ()),
     ("--revision", ("settings", "revision"), ()),
     ("--task", ("settings", "task"), ("response",)),
@@ -864,12 +867,15 @@ def _command(record: Json) -> str:
         words.append("--rehearse")
     if model_id := (record.get("plan") or {}).get("model_id"):
         words += ["--evaluate-only", "--model-id", str(model_id)]
+    local = record.get("settings", {}).get("local")
     for option, path, usual in OPTIONS:
         value: Any = record
         for name in path:
             value = (value or {}).get(name)
         if value is None or value is False or value in usual:
             continue
+        if option == "--model" and value == local:
+            continue  # `--local` has named it
         if value is True:
             words.append(option)
         else:

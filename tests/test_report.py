@@ -391,6 +391,16 @@ def test_the_command_that_repeats_a_run_is_what_was_typed(tmp_path: Path) -> Non
     )
 
 
+def test_the_command_names_a_model_of_this_machine_once(rehearsed: Rehearsed) -> None:
+    settings = {**rehearsed.record["settings"], "local": "org/m", "model": "org/m"}
+    record = {**rehearsed.record, "settings": settings, "rehearsal": False}
+    command = block(rehearsed._replace(record=record).page())["command"]
+
+    openai_sft_example.parse(words := shlex.split(command)[1:])
+    assert words[words.index("--local") + 1] == "org/m"
+    assert "--model" not in words  # which is refused beside it
+
+
 def test_the_command_names_options_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         openai_sft_example.main(["--help"])
