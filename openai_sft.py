@@ -127,14 +127,18 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 __all__ = [
+    "DEFAULT_DATASET",
+    "DEFAULT_MODEL",
     "DEFAULT_OUTPUT_DIR",
     "ERRORS",
     "FIGURE_LABELS",
     "GROUPS",
     "JUDGE_FIGURE",
     "KOKOROCHAT_LICENCE",
+    "MIN_DIALOGUES",
     "NEUTRAL_FIGURES",
     "OPENAI_BASE_URL",
+    "OPENING_TURN",
     "PRICES",
     "SCORE_ITEMS",
     "SPLIT_LABELS",
@@ -237,6 +241,7 @@ __all__ = [
     "explain_api_error",
     "find_form",
     "fix_file",
+    "folder_flag",
     "holm",
     "is_backchannel",
     "is_farewell",
@@ -8879,7 +8884,7 @@ def _weights_of(run: Run, model_id: str) -> Path:
     return folder / f"checkpoint-{steps.get(model_id) or last}"
 
 
-def _folder_flag(output_dir: Path) -> str:
+def folder_flag(output_dir: Path) -> str:
     """The option that leads a command to the folder, after a space; nothing for the default."""
     usual = str(output_dir) == DEFAULT_OUTPUT_DIR
     return "" if usual else f" --output-dir {shlex.quote(str(output_dir))}"
@@ -9159,7 +9164,7 @@ class FineTuning:
         self._run.save(files={**self._run.files, "weights": str(weights)})
         for line in describe_weights(weights, self._settings.local):
             logger.info("%s", line)
-        folder = _folder_flag(self._settings.output_dir)
+        folder = folder_flag(self._settings.output_dir)
         logger.info("アダプターを統合したモデルを書き出すには: openai-sft --export DIR%s", folder)
         if "kokorochat" in (self._settings.dataset or "").casefold():
             logger.info("%s", WEIGHTS_LICENCE)
@@ -11639,7 +11644,7 @@ def _describe_remote_state(run: Run | None, output_dir: Path) -> str:
     if run is None or run.rehearsal:
         return nothing
     going = run.meanwhile or nothing
-    folder, place = _folder_flag(output_dir), run.settings.flags
+    folder, place = folder_flag(output_dir), run.settings.flags
     if run.unfinished:
         judge_url = run.plan.asking.judge_base_url if run.plan else None
         judge = f" --judge-base-url {shlex.quote(judge_url)}" if judge_url else ""

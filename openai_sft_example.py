@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from openai_sft import (
-    DEFAULT_OUTPUT_DIR,
     GROUPS,
     OPENAI_BASE_URL,
+    SPLIT_LABELS,
+    TRACKERS,
     CheckItem,
     ConfigurationError,
     CostEstimate,
@@ -47,6 +48,7 @@ from openai_sft import (
     check_file,
     explain_api_error,
     fix_file,
+    folder_flag,
     printable,
     printable_lines,
 )
@@ -70,9 +72,6 @@ EXAMPLES = """\
   openai-sft --resume                      中断した実行を再開する
 
 終了コード: 0 完了、1 サービスの失敗、2 入力・設定・予算、130/143 中断"""
-
-
-SPLITS = (("test", "テスト"), ("valid", "検証"))
 
 
 class Terminated(KeyboardInterrupt):
@@ -595,7 +594,7 @@ def add_place(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--report-to",
-        choices=("wandb", "trackio", "tensorboard"),
+        choices=tuple(TRACKERS),
         metavar="WHERE",
         help="損失、指標、ページ（文章なし）を wandb、trackio、tensorboard のどれかにも記録する",
     )
@@ -974,7 +973,7 @@ def show_files(sft: OpenAISFT) -> None:
 def show_results(results: EvaluationResults) -> None:
     """What an evaluation found, figure by figure; the file holds the answers."""
     show([f"モデル: {printable(results['model_id'])}"])
-    for name, label in SPLITS:
+    for name, label in SPLIT_LABELS.items():
         part = results[f"{name}_evaluation"]
         void = f"、うち{part['invalid_cases']}件は無効" if part["invalid_cases"] else ""
         if part["cut_cases"]:
@@ -1016,7 +1015,7 @@ def headlines(results: EvaluationResults) -> Iterator[str]:
     yield f"モデル: {printable(results['model_id'])}"
     yield from loss_lines(results.get("training", {}))
     counts = []
-    for name, label in SPLITS:
+    for name, label in SPLIT_LABELS.items():
         part = results[f"{name}_evaluation"]
         asked = part["evaluated_cases"] + part["failed_cases"]
         kinds = (("失敗", "failed"), ("無効", "invalid"), ("途中で切れた応答", "cut"))
@@ -1116,8 +1115,7 @@ def what_now(sft: OpenAISFT, results: EvaluationResults) -> Iterator[str]:
 
 def next_step(sft: OpenAISFT, results: EvaluationResults) -> Iterator[str]:
     """To ask all cases, with what that costs; else to hand the page on."""
-    is_usual = str(sft.output_dir) == DEFAULT_OUTPUT_DIR
-    place = () if is_usual else ("--output-dir", str(sft.output_dir))
+    place = shlex.split(folder_flag(sft.output_dir))
     more = results.get("all_cases")
     if more is None:
         yield "次は、対話と応答の文章を含まない、人に渡せるページを作る:"

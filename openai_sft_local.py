@@ -56,6 +56,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Self
 
+from openai_sft import MIN_DIALOGUES, OPENING_TURN, student_t
 from openai_sft_rehearsal import (
     ApiError,
     Kept,
@@ -81,7 +82,6 @@ EXTRA: Final = "pip install 'openai-sft[local]'"
 TINY: Final = "tiny"
 OUT_OF_MEMORY: Final = "out_of_memory"
 IGNORED: Final = -100  # the label of a token that is not learnt, as PyTorch has it
-OPENING: Final = "（相談開始）"
 
 LORA_RANK, LORA_ALPHA = 16, 32
 LEARNING_RATES: Final = {"lora": 2e-4, "full": 2e-5, TINY: 3e-3}
@@ -96,7 +96,6 @@ TINY_TEMPLATE: Final = (
 )
 
 
-MIN_DIALOGUES: Final = 10  # for an interval, as with the figures of an evaluation
 PACKAGES: Final = ("torch", "transformers", "trl", "peft", "accelerate", "llguidance")
 
 
@@ -334,7 +333,7 @@ class Turn:
         return {"role": self.role, "content": "\n".join(self.texts), **self.other}
 
 
-_OPENED: Final = Turn("user", (OPENING,), (False,), {})
+_OPENED: Final = Turn("user", (OPENING_TURN,), (False,), {})
 
 
 def _text_of(message: Json) -> str:
@@ -390,7 +389,7 @@ _PROBES: Final = {
 # What a template refuses, as a probe shows, and what is done instead.
 _ADAPTED: Final = {
     "system": (" system の発言", "user の発言として渡します"),
-    "opening": (" assistant から始まる会話", f"始めに user の発言「{OPENING}」を置きます"),
+    "opening": (" assistant から始まる会話", f"始めに user の発言「{OPENING_TURN}」を置きます"),
     "neighbours": ("同じ役割の発言が続くこと", "続く発言を改行でつないで1つにします"),
 }
 
@@ -399,8 +398,8 @@ class Template:
     """A tokenizer's chat template, and how messages are adapted to what it accepts.
 
     The same in training and answering. A template may refuse or drop a system turn (then it is said
-    by the user), an assistant's opening (then the user opens with `OPENING`) or neighbours of one
-    role (then they are one turn of several lines). Thinking is off: where the template opens an
+    by the user), an assistant's opening (then the user opens with `OPENING_TURN`) or neighbours of
+    one role (then they are one turn of several lines). Thinking is off: where the template opens an
     answer with an empty thought, each learnt turn is opened so too.
     """
 
@@ -823,8 +822,6 @@ def compare_bits(before: Evaluation, after: Evaluation) -> Json:
     Over dialogues; a ratio of sums, with the standard error of Cochran 1977, "Sampling Techniques",
     2.11. ``low`` and ``high`` are None for fewer dialogues than `MIN_DIALOGUES`.
     """
-    from openai_sft import student_t
-
     difference = after.bits_per_character - before.bits_per_character
     low = high = None
     count = len(after.nats)
@@ -2043,7 +2040,7 @@ def check_machine(model: str, launcher: str | None) -> Iterator[Checked]:
     Of a model of the Hub its configuration is fetched, a small file.
     """
     if missing := missing_packages():
-        remedy = "pip install 'openai-sft[local]' を実行してください"
+        remedy = f"{EXTRA} を実行してください"
         yield "学習のパッケージ", "fail", f"{'、'.join(missing)} がありません", remedy
         return
     versions = "、".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)

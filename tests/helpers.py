@@ -20,6 +20,8 @@ from typing import Any, NamedTuple, Self
 import pytest
 from hypothesis import strategies as st
 
+from openai_sft_local import missing_packages
+
 PROJECT = Path(__file__).resolve().parent.parent
 KOKOROCHAT = PROJECT.parent / "shared" / "kokorochat" / "kokorochat_dialogues"
 O200K_FILE = "fb374d419588a4632f3f557e76b4b70aebbca790"  # the sha1 of the URL tiktoken fetches
@@ -35,12 +37,9 @@ turns = st.lists(
 )
 
 
-LOCAL_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "llguidance")
-
-
 def require_local() -> None:
     """Skip a module without the extra for training here; where it has to be there, fail."""
-    missing = [name for name in LOCAL_PACKAGES if importlib.util.find_spec(name) is None]
+    missing = missing_packages()
     if not missing:
         return
     reason = f"needs pip install 'openai-sft[local]': no {', '.join(missing)}"
