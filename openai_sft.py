@@ -130,6 +130,7 @@ __all__ = [
     "DEFAULT_DATASET",
     "DEFAULT_MODEL",
     "DEFAULT_OUTPUT_DIR",
+    "DIALECTS",
     "ERRORS",
     "FIGURE_LABELS",
     "GROUPS",
@@ -163,6 +164,7 @@ __all__ = [
     "DataFile",
     "DataSummary",
     "Declined",
+    "Dialect",
     "Dialogue",
     "Endpoint",
     "Evaluation",
@@ -826,8 +828,10 @@ class InstanceOptions(ReadingOptions, total=False):
     ``export_for="user-first"`` also writes the data for trainers other than this one, as
     :func:`with_user_first` has them. ``report_to`` names the tracker (the extra of that name)
     that losses, figures and the page without its texts are sent to in the end.
+    ``dialect`` is one of :data:`DIALECTS`, where the endpoint's host doesn't tell it.
     """
 
+    dialect: DialectName | None
     local: str | None
     local_launcher: str | None
     local_full: bool
@@ -1249,17 +1253,15 @@ class CostEstimate:
                 "上のトークン数と料金に含まれていません。"
             )
         if self.unpriced:
-            unpriced = "、".join(self.unpriced)
+            unpriced = "、".join(map(printable, self.unpriced))
             lines.append(f"{unpriced} の単価は不明です。{self.price_flags} で指定できます。")
         if self.epochs == "auto" and self.price:
             lines.append(
                 "エポック数 auto はサービスが決めるため、料金は事前に分かりません"
                 f"（最大の{MAX_EPOCHS}エポックで {money(self.most_usd)}）。"
             )
-        lines.append(
-            f"単価: {self.price_source}、1ドル={self.yen_per_dollar:g}円と仮定。"
-            "検証データは無料です。"
-        )
+        free = "検証データは無料です。" if self.price is not None else ""
+        lines.append(f"単価: {self.price_source}、1ドル={self.yen_per_dollar:g}円と仮定。{free}")
         return lines
 
 
@@ -1445,7 +1447,123 @@ class Sample(NamedTuple):
     disk_percent: float
 
 
+# ── Dialects ─────────────────────────────────────────────────────────────────────────────────
+
+DialectName = Literal["openai", "azure", "nebius", "litellm", "gateway"]
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """What differs at a service that speaks OpenAI's API in its own way.
+
+    ``hosts`` are those that speak so, with all that end in ``.HOST``; ``prices`` are the service's
+    own. ``places`` says where a job's hyperparameters go, ``rate`` which learning rate they take,
+    ``more`` what is always among them. ``training_types`` are examples of what has to be told.
+    A name of more than ``longest_suffix`` characters, or with one of ``refused_in_suffix``, is
+    refused. ``file_head`` is what a file that is sent has to begin with, and ``takes_files_in``
+    says that it can't be used before it was worked through. ``whole_files_at`` is in an URL where
+    none can be sent in parts. ``result_table`` says that a job's result files are tables.
+    ``deploying`` gives, where a tuned model has to be deployed before it answers, how that is
+    done: commands for a model, its base, a name and the endpoint's URL. With ``base_deployed``
+    this is so of every other model too.
+    """
+
+    label: str
+    hosts: tuple[str, ...] = ()
+    prices: Mapping[str, Price] = field(default_factory=dict)
+    places: tuple[Literal["method", "top"], ...] = ("method",)
+    rate: Literal["learning_rate_multiplier", "learning_rate"] = "learning_rate_multiplier"
+    more: Mapping[str, Any] = field(default_factory=dict)
+    training_types: tuple[str, ...] = ()
+    longest_suffix: int = MAX_SUFFIX_LENGTH
+    refused_in_suffix: str = ""
+    file_head: bytes = b""
+    takes_files_in: bool = False
+    whole_files_at: str | None = None
+    result_table: bool = True
+    deploying: Callable[[str, str, str, str], Sequence[str]] | None = None
+    base_deployed: bool = False
+
+
+def _deploying_at_azure(model: str, base: str, name: str, url: str) -> Sequence[str]:
+    """https://learn.microsoft.com/azure/ai-foundry/openai/how-to/fine-tuning-deploy, read
+    2026-11-28: a tuned model has the version 1; the open models' format is another one."""
+    resource = (urllib.parse.urlsplit(url).hostname or "").split(".")[0]
+    is_own = re.match(r"gpt-(?!oss)|o\d", base) is not None
+    command = (
+        *("az", "cognitiveservices", "account", "deployment", "create"),
+        *("--name", resource, "--resource-group", "RESOURCE_GROUP", "--deployment-name", name),
+        *("--model-name", model, "--model-version", "1"),
+        *("--model-format", "OpenAI" if is_own else "OpenAI-OSS"),
+        *("--sku-name", "Standard" if is_own else "GlobalStandard", "--sku-capacity", "50"),
+    )
+    return (
+        "# RESOURCE_GROUP はリソースグループの名前。配置している間は、時間あたりの料金がかかります",
+        shlex.join(command),
+    )
+
+
+def _deploying_at_nebius(model: str, base: str, name: str, url: str) -> Sequence[str]:
+    """https://docs.tokenfactory.nebius.com/post-training/deploy-custom-model, read 2026-11-28:
+    ``model`` is ``JOB:CHECKPOINT``; the answer names what has been deployed."""
+    place = urllib.parse.urlsplit(url)._replace(path="/v0/models", query="").geturl()
+    body = _dump({"name": name, "base_model": base, "source": model})
+    return (
+        "# 応答の name が、配置したモデルの名前です",
+        f'curl -X POST {shlex.quote(place)} -H "Authorization: Bearer $OPENAI_API_KEY" '
+        f"-H 'Content-Type: application/json' -d {shlex.quote(body)}",
+    )
+
+
+# A new one is one more entry. Where a document and the service are said to disagree, what is sent
+# is what the user gave.
+DIALECTS: dict[DialectName, Dialect] = {
+    "openai": Dialect("OpenAI", (OPENAI_HOST,), PRICES),
+    # https://learn.microsoft.com/azure/ai-foundry/openai/how-to/fine-tuning, read 2026-11-25.
+    "azure": Dialect(
+        "Azure",
+        ("openai.azure.com", "services.ai.azure.com", "cognitiveservices.azure.com"),
+        places=("method", "top"),
+        training_types=("Standard", "GlobalStandard", "Developer"),
+        longest_suffix=18,
+        refused_in_suffix=".",
+        file_head=codecs.BOM_UTF8,
+        takes_files_in=True,
+        whole_files_at="/api/projects/",
+        deploying=_deploying_at_azure,
+        base_deployed=True,
+    ),
+    # https://docs.tokenfactory.nebius.com/post-training/how-to-fine-tune, read 2026-11-25.
+    "nebius": Dialect(
+        "Nebius",
+        ("tokenfactory.nebius.com", "studio.nebius.com"),
+        places=("top",),
+        rate="learning_rate",
+        more={"lora": True},
+        result_table=False,
+        deploying=_deploying_at_nebius,
+    ),
+    # https://docs.litellm.ai/docs/fine_tuning: what it doesn't know it leaves out.
+    "litellm": Dialect("LiteLLM", places=("top",)),
+    "gateway": Dialect("OpenAI互換のエンドポイント"),
+}
+
+
+def _dialect_at(url: str | None) -> DialectName:
+    """The dialect of an endpoint by its host; of one that is started here, OpenAI's."""
+    host = urllib.parse.urlsplit(url or OPENAI_BASE_URL).hostname or ""
+    for name, dialect in DIALECTS.items():
+        if any(host == known or host.endswith(f".{known}") for known in dialect.hosts):
+            return name
+    return "gateway"
+
+
 # ── Options and records of a run ─────────────────────────────────────────────────────────────
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    parts = urllib.parse.urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
 @dataclass(frozen=True)
@@ -1455,6 +1573,7 @@ class RunSettings:
     model: str = DEFAULT_MODEL
     dataset: str | None = DEFAULT_DATASET
     base_url: str | None = OPENAI_BASE_URL
+    dialect: DialectName | None = None
     task: TaskName = "response"
     revision: str | None = None
     config: str | None = None
@@ -1477,13 +1596,25 @@ class RunSettings:
         return FREE if self.price is None and self.local is not None else self.price
 
     @property
+    def speaks(self) -> Dialect:
+        """The dialect of the endpoint: the one given, or that of the host."""
+        return DIALECTS[self.dialect or _dialect_at(self.base_url)]
+
+    def prices_at(self, url: str | None) -> Mapping[str, Price]:
+        """The prices of the endpoint, or of another one whose ``url`` is given."""
+        if url is None or self.base_url is None or _origin(url) == _origin(self.base_url):
+            return self.speaks.prices
+        return DIALECTS[_dialect_at(url)].prices
+
+    @property
     def flags(self) -> str:
         """The options that lead a command to the endpoint, each after a space."""
         if self.local is not None:
             return f" --local {shlex.quote(self.local)}"
+        dialect = "" if self.dialect is None else f" --dialect {self.dialect}"
         if self.base_url in (None, OPENAI_BASE_URL):
-            return ""
-        return f" --base-url {shlex.quote(self.base_url)}"
+            return dialect
+        return f" --base-url {shlex.quote(self.base_url)}{dialect}"
 
 
 @dataclass(frozen=True)
@@ -1541,18 +1672,25 @@ class Settings(RunSettings):
         _require_range("yen_per_dollar", self.yen_per_dollar, self.yen_per_dollar > 0, "正の数")
         limit = self.max_cost_usd
         _require_range("max_cost_usd", limit, limit is None or limit >= 0, "0以上")
-        tasks = get_args(TaskName)
-        _require_range("task", self.task, self.task in tasks, f"{'、'.join(tasks)} のどれか")
+        self._require_known()
         if self.task == "score" and self.system_prompt:
             raise ConfigurationError(
                 "task=score は決まった指示を使うため、system_prompt は指定できません。"
             )
-        forms = (None, "user-first")
-        _require_range("export_for", self.export_for, self.export_for in forms, "user-first")
         self._require_tracker()
-        ways = get_args(LongExamples)
-        is_way = self.long_examples in ways
-        _require_range("long_examples", self.long_examples, is_way, f"{'、'.join(ways)} のどれか")
+
+    def _require_known(self) -> None:
+        """Raise :class:`ConfigurationError` for a name that isn't one of those there are."""
+        for name, known in (
+            ("task", get_args(TaskName)),
+            ("long_examples", get_args(LongExamples)),
+            ("export_for", (None, "user-first")),
+            ("dialect", (None, *DIALECTS)),
+        ):
+            value = getattr(self, name)
+            names = [each for each in known if each is not None]
+            allowed = f"{'、'.join(names)} のどれか" if names[1:] else names[0]
+            _require_range(name, value, value in known, allowed)
 
     def _require_tracker(self) -> None:
         """Raise :class:`ConfigurationError` where ``report_to`` can't be used."""
@@ -1587,9 +1725,10 @@ class Settings(RunSettings):
         return RunSettings(**facts)
 
     def working_as(self, run: RunSettings) -> Settings:
-        """These settings with what a run was begun with; a limit or a price of now goes first."""
+        """These settings with what a run was begun with; a limit, a price or a dialect of now goes
+        first."""
         changes = vars(run).copy()
-        for name in ("max_cost_usd", "price"):
+        for name in ("max_cost_usd", "price", "dialect"):
             if getattr(self, name) is not None:
                 del changes[name]
         if run.base_url == self.recorded.base_url:
@@ -1598,7 +1737,7 @@ class Settings(RunSettings):
 
     def working_at(self, run: RunSettings) -> Settings:
         """These settings at the endpoint of a run."""
-        names = ("base_url", "local", "local_launcher", "local_full", "local_serve_url")
+        names = ("base_url", "dialect", *(n for n in vars(run) if n.startswith("local")))
         acting = self.working_as(run)
         return replace(self, **{name: getattr(acting, name) for name in names})
 
@@ -4502,14 +4641,15 @@ def percentile(ordered: Sequence[int], percent: float) -> int:
     return round(ordered[low] + (ordered[high] - ordered[low]) * (rank - low))
 
 
-def price_of(model: str) -> Price | None:
-    """The price of a base model or of a tuned one (``ft:BASE:…``); ``None`` where unknown.
+def price_of(model: str, prices: Mapping[str, Price] = PRICES) -> Price | None:
+    """The price of a base model or of a tuned one (``ft:BASE:…``) in a table of ``prices``
+    (OpenAI's unless told); ``None`` where unknown.
 
     Nothing for one that was tuned on one's own machine (``ft:BASE:local:…``).
     """
     parts = model.split(":")
     base = parts[1] if model.startswith("ft:") and len(parts) > 2 else model
-    price = PRICES.get(MODEL_ALIASES.get(base, base))
+    price = prices.get(MODEL_ALIASES.get(base, base))
     return FREE if price is None and _is_local(model) else price
 
 
@@ -4518,10 +4658,12 @@ def _is_local(model: str) -> bool:
     return model.startswith("ft:") and model.split(":")[2:3] == ["local"]
 
 
-def _rates_of(model: str, tuned_from: str | None, given: Price | None) -> Rates | None:
+def _rates_of(
+    model: str, tuned_from: str | None, given: Price | None, prices: Mapping[str, Price]
+) -> Rates | None:
     """The rates of asking a tuned model or, with ``tuned_from`` ``None``, a base model; ``None``
-    where unknown. A ``given`` price goes first."""
-    for price in filter(None, (given, price_of(tuned_from or model))):
+    where unknown. A ``given`` price goes before the table of ``prices``."""
+    for price in filter(None, (given, price_of(tuned_from or model, prices))):
         rates = price.rates(tuned=tuned_from is not None)
         if rates is not None:
             return rates
@@ -4529,14 +4671,23 @@ def _rates_of(model: str, tuned_from: str | None, given: Price | None) -> Rates 
 
 
 def _baseline_rates(
-    model: str, tuned_from: str | None, given: Price | None, *, is_base: bool
+    model: str,
+    tuned_from: str | None,
+    given: Price | None,
+    prices: Mapping[str, Price],
+    *,
+    is_base: bool,
 ) -> Rates | None:
     """The rates of asking what an evaluated model is compared with: the base rates of a ``given``
     price are those of its base model, and of any other that the table doesn't know."""
-    rates = _rates_of(model, tuned_from, given if is_base else None)
+    rates = _rates_of(model, tuned_from, given if is_base else None, prices)
     if rates is None and given is not None and given is not FREE:
         return given.rates(tuned=False)
     return rates
+
+
+def _cite(prices: Mapping[str, Price]) -> str:
+    return f"{PRICES_SOURCE}（{PRICES_AS_OF}時点）" if prices else "不明"
 
 
 def estimate_cost(
@@ -4548,6 +4699,7 @@ def estimate_cost(
     evaluation_input_tokens: int = 0,
     evaluation_output_tokens: int = 0,
     price: Price | None = None,
+    prices: Mapping[str, Price] = PRICES,
     yen_per_dollar: float = DEFAULT_YEN_PER_DOLLAR,
     exact_tokens: bool = True,
     estimated: Sequence[str] = (),
@@ -4557,13 +4709,12 @@ def estimate_cost(
 
     With ``baseline`` the same questions are asked of that model too, at its own rate.
     ``epochs=None`` prices an evaluation alone; ``"auto"`` leaves the training price unknown,
-    for the service chooses. Prices: ``price``, else :data:`PRICES`, dated
-    :data:`PRICES_AS_OF`; where there is none, dollars are ``None``. ``estimated`` names what is
-    counted by a formula alone, ``images`` how many aren't counted at all.
+    for the service chooses. Prices: ``price``, else those of the table ``prices``, else dollars are
+    ``None``. ``estimated`` names what is counted by a formula alone, ``images`` how many aren't
+    counted at all.
     """
     given = price is not None
-    source = "指定された単価" if given else f"{PRICES_SOURCE}（{PRICES_AS_OF}時点）"
-    price = price or price_of(model)
+    price = price or price_of(model, prices)
     training: float | None = None
     if epochs is None:
         training = 0.0
@@ -4571,10 +4722,10 @@ def estimate_cost(
         training = _usd([training_tokens * epochs], [price.training])
     tuned = epochs is not None or model.startswith("ft:")
     own = price if given else None
-    asked = [(model, _rates_of(model, model if given or tuned else None, own))]
+    asked = [(model, _rates_of(model, model if given or tuned else None, own, prices))]
     if baseline is not None:
         base = baseline if baseline.startswith("ft:") else None
-        rates = _baseline_rates(baseline, base, own, is_base=baseline == model)
+        rates = _baseline_rates(baseline, base, own, prices, is_base=baseline == model)
         asked.append((baseline, rates))
     evaluation: float | None = 0.0
     for _, rates in asked:
@@ -4596,7 +4747,7 @@ def estimate_cost(
         images=images,
         baseline=baseline,
         price=price,
-        price_source=source,
+        price_source="指定された単価" if given else _cite(prices),
         unpriced=tuple(dict.fromkeys(name for name, rates in asked if rates is None)),
     )
 
@@ -8320,10 +8471,13 @@ class Ledger:
         with.
         """
         given, base = self._settings.effective_price, self._base_of(model)
+        asking = self._run.plan.asking if self._run.plan else Asking()
+        elsewhere = asking.judge_base_url if model == asking.judge else None
+        prices = self._settings.prices_at(elsewhere)
         if given is not None and model == evaluated:
-            return _rates_of(model, model, given)
+            return _rates_of(model, model, given, prices)
         is_base = model == (self._base_of(evaluated) or self._settings.model)
-        return _baseline_rates(model, base, given, is_base=is_base)
+        return _baseline_rates(model, base, given, prices, is_base=is_base)
 
     def ahead(self, left: Mapping[str, Sequence[Case]]) -> CostEstimate:
         """The price of asking each model its cases; the first model is the evaluated one."""
@@ -8351,6 +8505,7 @@ class Ledger:
             evaluation_input_tokens=sum(asked.tokens for asked, _ in counted),
             evaluation_output_tokens=sum(answered for _, answered in counted),
             price=self._settings.effective_price,
+            prices=self._settings.speaks.prices,
             yen_per_dollar=self._settings.yen_per_dollar,
             exact_tokens=all(asked.exact for asked, _ in counted),
             estimated=[name for asked, _ in counted for name in asked.estimated],
@@ -8462,7 +8617,7 @@ class Ledger:
     def paid_training(self, job: FineTuningJob) -> None:
         """Keep and log what a job has cost, where its tokens and price are known."""
         model = getattr(job, "model", None) or self._settings.model
-        price = self._settings.effective_price or price_of(model)
+        price = self._settings.effective_price or price_of(model, self._settings.speaks.prices)
         estimate = (self._run.estimate or {}).get("training_usd")
         if self._settings.rehearse:
             return
@@ -8984,6 +9139,7 @@ class FineTuning:
             training.epochs,
             model=self._settings.model,
             price=self._settings.effective_price,
+            prices=self._settings.speaks.prices,
             yen_per_dollar=self._settings.yen_per_dollar,
             exact_tokens=counted is None or counted.exact,
             estimated=counted.estimated if counted else (),
@@ -10194,11 +10350,12 @@ def _estimate_judge(
         return None
     rubric = asking.judge_rubric or JUDGE_RUBRIC
     pairs = [replace(c, input=judge_messages(c, c.reference, c.reference, rubric)) for c in cases]
+    prices = settings.prices_at(asking.judge_base_url)
     if given is not None and model == evaluated:
-        rates = _rates_of(model, model, given)
+        rates = _rates_of(model, model, given, prices)
     else:
         base = model if model.startswith("ft:") else None
-        rates = _baseline_rates(model, base, given, is_base=model == settings.model)
+        rates = _baseline_rates(model, base, given, prices, is_base=model == settings.model)
     return _price_judge(model, [replace(c, tools=None) for c in pairs for _ in range(2)], rates)
 
 
@@ -10621,7 +10778,7 @@ def _check_prices(settings: Settings, today: date) -> CheckItem:
         return CheckItem("料金表", "ok", "指定された単価を使います")
     if settings.local is not None:
         return CheckItem("料金表", "ok", "このマシンでの学習と応答に料金はかかりません")
-    if price_of(settings.model) is None:
+    if price_of(settings.model, settings.speaks.prices) is None:
         remedy = "--price-training などで指定してください"
         return CheckItem("料金表", "warn", f"{settings.model} の単価がありません", remedy)
     if age > 180:
@@ -10836,7 +10993,7 @@ class OpenAISFT:
                 *(api_key, model, base_url, dataset, output_dir, options.get("local")),
                 rehearse=rehearse,
             ),
-            **_resolve_options(options),
+            **_resolve_options(options, client if base_url is None else None),
             poll_interval=poll_interval,
             offline=offline,
             rehearse=rehearse,
@@ -11682,6 +11839,7 @@ def _estimate_run(
         evaluation_input_tokens=asked.tokens,
         evaluation_output_tokens=answered,
         price=settings.effective_price,
+        prices=settings.speaks.prices,
         yen_per_dollar=settings.yen_per_dollar,
         exact_tokens=all(count.exact for count in counted),
         estimated=[name for count in counted for name in count.estimated],
@@ -11733,6 +11891,7 @@ def _settings_of_judge(
         raise ConfigurationError(NO_KEY)
     if same:
         return replace(settings, base_url=url)
+    settings = replace(settings, dialect=None)  # the judge's host tells its own
     if not (told and key) and not (trust is not None and trust(url)):
         way = "" if told else f"指定し（--judge-base-url {url}）、"
         raise ConfigurationError(
@@ -11742,11 +11901,6 @@ def _settings_of_judge(
         )
     own = key or settings.api_key
     return replace(settings, base_url=url, api_key=own, organization=None, project=None)
-
-
-def _origin(url: str) -> tuple[str, str | None, int | None]:
-    parts = urllib.parse.urlsplit(url)
-    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
 def _asker_of(
@@ -11843,14 +11997,17 @@ def _resolve(
     }
 
 
-def _resolve_options(options: InstanceOptions) -> dict[str, Any]:
-    """:class:`InstanceOptions` as settings; one name stands for a tuple of it."""
+def _resolve_options(options: InstanceOptions, client: OpenAI | None) -> dict[str, Any]:
+    """:class:`InstanceOptions` as settings; one name stands for a tuple of it. A ``client`` leads
+    to an endpoint by itself."""
     names = {"assistant": _named(options.get("assistant")), "user": _named(options.get("user"))}
     for name, values in names.items():
         for value in values:
             _require_filled(**{name: value})
     _require_filled(revision=options.get("revision"), config=options.get("config"))
-    return {**options, **names}
+    spoken = _dialect_at(str(client.base_url)) if client else "openai"
+    dialect = options.get("dialect") or (None if spoken == "openai" else spoken)
+    return {**options, **names, "dialect": dialect}
 
 
 def _named(names: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from openai_sft import (
+    DIALECTS,
     GROUPS,
     OPENAI_BASE_URL,
     SPLIT_LABELS,
@@ -574,6 +575,12 @@ def add_place(parser: argparse.ArgumentParser) -> None:
         "--base-url", type=filled, metavar="URL", help="OpenAI互換エンドポイント（既定: OpenAI）"
     )
     group.add_argument(
+        "--dialect",
+        choices=tuple(DIALECTS),
+        metavar="NAME",
+        help="サービスの方言: openai、azure、nebius、litellm、gateway（既定: ホスト名で選ぶ）",
+    )
+    group.add_argument(
         "--output-dir",
         type=filled,
         default="openai_sft_outputs",
@@ -665,6 +672,7 @@ def connect(options: argparse.Namespace) -> OpenAISFT:
     sft = OpenAISFT(
         model=options.model,
         base_url=options.base_url,
+        dialect=options.dialect,
         dataset=options.dataset,
         output_dir=options.output_dir,
         poll_interval=options.poll_interval,

@@ -32,7 +32,7 @@ import functools
 import os
 
 __version__: str
-__all__ = ['DEFAULT_DATASET', 'DEFAULT_MODEL', 'DEFAULT_OUTPUT_DIR', 'ERRORS', 'FIGURE_LABELS', 'GROUPS', 'JUDGE_FIGURE', 'KOKOROCHAT_LICENCE', 'MIN_DIALOGUES', 'NEUTRAL_FIGURES', 'OPENAI_BASE_URL', 'OPENING_TURN', 'PRICES', 'SCORE_ITEMS', 'SPLIT_LABELS', 'TRACKERS', 'VERDICT_LABELS', 'About', 'Answer', 'Asked', 'Asker', 'Asking', 'AskingOptions', 'BrokenAnswer', 'BudgetError', 'Case', 'CheckItem', 'Checkpoint', 'Compared', 'ConfigurationError', 'Conversation', 'CostEstimate', 'DataError', 'DataFile', 'DataSummary', 'Declined', 'Dialogue', 'Endpoint', 'Evaluation', 'EvaluationFailed', 'EvaluationResults', 'EventsRead', 'Example', 'Figure', 'FileFindings', 'Finding', 'FineTuning', 'Form', 'InstanceOptions', 'Intent', 'JobEvent', 'JobFailed', 'Journal', 'Judge', 'JudgeEstimate', 'Judgement', 'Ledger', 'Lines', 'Loaded', 'Measured', 'OpenAISFT', 'OpenAISFTError', 'OtherPurpose', 'Plan', 'Pool', 'Preparation', 'Prepared', 'Price', 'Question', 'Rates', 'Reading', 'ReadingOptions', 'Record', 'RecordFile', 'Response', 'Run', 'RunOptions', 'RunRow', 'RunSettings', 'Runs', 'Sample', 'Selection', 'SelectionOptions', 'Settings', 'Speakers', 'Splits', 'Spread', 'Step', 'SystemMonitor', 'Task', 'TokenCounter', 'TokenStats', 'Tokens', 'Training', 'TrainingNotAvailable', 'UnknownRole', 'Upload', 'Verdict', 'WaitTimeout', 'check_file', 'chi2_interval', 'choose_cases', 'compare_answers', 'compare_figures', 'constant_scores', 'count_judgements', 'detectable_difference', 'dialogue_row', 'estimate_cost', 'evaluate', 'example_line', 'explain_api_error', 'find_form', 'fix_file', 'folder_flag', 'holm', 'is_backchannel', 'is_farewell', 'is_transient', 'jackknife', 'judge_messages', 'load_vocabulary', 'make_constant_figures', 'make_response_figures', 'make_score_figures', 'measure_figure', 'measure_figures', 'measure_leakage', 'parse_dialogue', 'parse_result_file', 'parse_scores', 'percentile', 'price_of', 'printable', 'printable_lines', 'randomise', 'read_dialogues', 'read_examples', 'retry_delay', 'score_answers', 'score_predictions', 'select_dialogues', 'split_dialogues', 'split_long_example', 'student_t', 't_interval', 'to_example', 'to_score_example', 'token_stats', 'wilson_interval', 'with_user_first', 'write_new_file']
+__all__ = ['DEFAULT_DATASET', 'DEFAULT_MODEL', 'DEFAULT_OUTPUT_DIR', 'DIALECTS', 'ERRORS', 'FIGURE_LABELS', 'GROUPS', 'JUDGE_FIGURE', 'KOKOROCHAT_LICENCE', 'MIN_DIALOGUES', 'NEUTRAL_FIGURES', 'OPENAI_BASE_URL', 'OPENING_TURN', 'PRICES', 'SCORE_ITEMS', 'SPLIT_LABELS', 'TRACKERS', 'VERDICT_LABELS', 'About', 'Answer', 'Asked', 'Asker', 'Asking', 'AskingOptions', 'BrokenAnswer', 'BudgetError', 'Case', 'CheckItem', 'Checkpoint', 'Compared', 'ConfigurationError', 'Conversation', 'CostEstimate', 'DataError', 'DataFile', 'DataSummary', 'Declined', 'Dialect', 'Dialogue', 'Endpoint', 'Evaluation', 'EvaluationFailed', 'EvaluationResults', 'EventsRead', 'Example', 'Figure', 'FileFindings', 'Finding', 'FineTuning', 'Form', 'InstanceOptions', 'Intent', 'JobEvent', 'JobFailed', 'Journal', 'Judge', 'JudgeEstimate', 'Judgement', 'Ledger', 'Lines', 'Loaded', 'Measured', 'OpenAISFT', 'OpenAISFTError', 'OtherPurpose', 'Plan', 'Pool', 'Preparation', 'Prepared', 'Price', 'Question', 'Rates', 'Reading', 'ReadingOptions', 'Record', 'RecordFile', 'Response', 'Run', 'RunOptions', 'RunRow', 'RunSettings', 'Runs', 'Sample', 'Selection', 'SelectionOptions', 'Settings', 'Speakers', 'Splits', 'Spread', 'Step', 'SystemMonitor', 'Task', 'TokenCounter', 'TokenStats', 'Tokens', 'Training', 'TrainingNotAvailable', 'UnknownRole', 'Upload', 'Verdict', 'WaitTimeout', 'check_file', 'chi2_interval', 'choose_cases', 'compare_answers', 'compare_figures', 'constant_scores', 'count_judgements', 'detectable_difference', 'dialogue_row', 'estimate_cost', 'evaluate', 'example_line', 'explain_api_error', 'find_form', 'fix_file', 'folder_flag', 'holm', 'is_backchannel', 'is_farewell', 'is_transient', 'jackknife', 'judge_messages', 'load_vocabulary', 'make_constant_figures', 'make_response_figures', 'make_score_figures', 'measure_figure', 'measure_figures', 'measure_leakage', 'parse_dialogue', 'parse_result_file', 'parse_scores', 'percentile', 'price_of', 'printable', 'printable_lines', 'randomise', 'read_dialogues', 'read_examples', 'retry_delay', 'score_answers', 'score_predictions', 'select_dialogues', 'split_dialogues', 'split_long_example', 'student_t', 't_interval', 'to_example', 'to_score_example', 'token_stats', 'wilson_interval', 'with_user_first', 'write_new_file']
 T = TypeVar('T')
 Q = TypeVar('Q')
 DEFAULT_MODEL: str
@@ -134,6 +134,7 @@ class ReadingOptions(TypedDict, total=False):
     resplit: bool
     skip_unreadable: bool
 class InstanceOptions(ReadingOptions, total=False):
+    dialect: DialectName | None
     local: str | None
     local_launcher: str | None
     local_full: bool
@@ -338,11 +339,31 @@ class Sample(NamedTuple):
     memory_used: int
     memory_total: int
     disk_percent: float
+DialectName = Literal['openai', 'azure', 'nebius', 'litellm', 'gateway']
+@dataclass(frozen=True)
+class Dialect:
+    label: str
+    hosts: tuple[str, ...] = ...
+    prices: Mapping[str, Price] = field(default_factory=dict)
+    places: tuple[Literal['method', 'top'], ...] = ...
+    rate: Literal['learning_rate_multiplier', 'learning_rate'] = 'learning_rate_multiplier'
+    more: Mapping[str, Any] = field(default_factory=dict)
+    training_types: tuple[str, ...] = ...
+    longest_suffix: int = ...
+    refused_in_suffix: str = ''
+    file_head: bytes = b''
+    takes_files_in: bool = False
+    whole_files_at: str | None = None
+    result_table: bool = True
+    deploying: Callable[[str, str, str, str], Sequence[str]] | None = None
+    base_deployed: bool = False
+DIALECTS: dict[DialectName, Dialect]
 @dataclass(frozen=True)
 class RunSettings:
     model: str = ...
     dataset: str | None = ...
     base_url: str | None = ...
+    dialect: DialectName | None = None
     task: TaskName = 'response'
     revision: str | None = None
     config: str | None = None
@@ -360,6 +381,9 @@ class RunSettings:
     local_serve_url: str | None = None
     @property
     def effective_price(self) -> Price | None: ...
+    @property
+    def speaks(self) -> Dialect: ...
+    def prices_at(self, url: str | None) -> Mapping[str, Price]: ...
     @property
     def flags(self) -> str: ...
 @dataclass(frozen=True)
@@ -539,8 +563,8 @@ class TokenCounter:
     def count_texts(self, texts: Sequence[str]) -> int: ...
 def token_stats(tokens: Sequence[Tokens]) -> TokenStats: ...
 def percentile(ordered: Sequence[int], percent: float) -> int: ...
-def price_of(model: str) -> Price | None: ...
-def estimate_cost(training_tokens: int | None, epochs: int | Literal['auto'] | None, *, model: str=..., baseline: str | None=None, evaluation_input_tokens: int=0, evaluation_output_tokens: int=0, price: Price | None=None, yen_per_dollar: float=..., exact_tokens: bool=True, estimated: Sequence[str]=..., images: int=0) -> CostEstimate: ...
+def price_of(model: str, prices: Mapping[str, Price]=...) -> Price | None: ...
+def estimate_cost(training_tokens: int | None, epochs: int | Literal['auto'] | None, *, model: str=..., baseline: str | None=None, evaluation_input_tokens: int=0, evaluation_output_tokens: int=0, price: Price | None=None, prices: Mapping[str, Price]=..., yen_per_dollar: float=..., exact_tokens: bool=True, estimated: Sequence[str]=..., images: int=0) -> CostEstimate: ...
 def check_file(path: str | os.PathLike[str], *, kind: Literal['training', 'validation']='training', compare_with: str | os.PathLike[str] | None=None, max_tokens: int=..., max_bytes: int=..., speakers: Speakers | None=None) -> FileFindings: ...
 class FileFindings(list[Finding]):
     path: Any

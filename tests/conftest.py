@@ -121,7 +121,8 @@ def place(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], tup
 
     def arguments(url: str) -> tuple[str, ...]:
         return (
-            *("--base-url", url, "--dataset", str(dataset), "--poll-interval", "0"),
+            *("--base-url", url, "--dialect", "openai", "--dataset", str(dataset)),
+            *("--poll-interval", "0"),
             *("--epochs", "1", "--batch-size", "4", "--max-test-cases", "1"),
             *("--output-dir", "out"),
         )
@@ -159,6 +160,7 @@ def make_sft(
             "client": None if own else sdk.with_options(base_url=endpoint.url),
             "api_key": "k",
             "base_url": endpoint.url,
+            "dialect": "openai",
             "dataset": str(dataset),
             "output_dir": clean_environment / "out",
             "clock": clock,

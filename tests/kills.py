@@ -80,8 +80,8 @@ def run(order):
         time.sleep(min(seconds, 0.02))
 
     with OpenAISFT(
-        api_key="k", base_url=order["url"], dataset=order["dataset"], output_dir=order["out"],
-        verbose=False, clock=clock, sleep=sleep,
+        api_key="k", base_url=order["url"], dialect="openai", dataset=order["dataset"],
+        output_dir=order["out"], verbose=False, clock=clock, sleep=sleep,
     ) as sft:
         try:
             name = order["name"]
@@ -199,7 +199,8 @@ class Place:
 
     def begin_by_command(self, started: Callable[[int], None]) -> int:
         """Begin it as a user does, on the command line."""
-        flags = ("--base-url", self.url, "--dataset", self._dataset, "--output-dir", self.out)
+        flags = ("--base-url", self.url, "--dialect", "openai", "--dataset", self._dataset)
+        flags = (*flags, "--output-dir", self.out)
         sizes = ("--epochs", 1, "--batch-size", 4, "--max-test-cases", 4)
         command = [str(one) for one in (*flags, *sizes, "--poll-interval", 0, "--yes")]
         return self.mother.start({"command": command, "said": str(self.said)}, started=started)

@@ -218,8 +218,8 @@ MONEY = (
     ),
     Mutant(
         "an untuned baseline is paid as a tuned model",
-        "return _baseline_rates(model, base, given, is_base=is_base)",
-        "return _baseline_rates(model, model, given, is_base=is_base)",
+        "return _baseline_rates(model, base, given, prices, is_base=is_base)",
+        "return _baseline_rates(model, model, given, prices, is_base=is_base)",
         "test_asking.py::test_tokens_and_dollars_are_of_all_that_was_asked_of_both",
     ),
     Mutant(
@@ -2035,15 +2035,33 @@ HOUSE = (
         "test_asking.py::test_a_second_evaluation_of_one_instance_has_a_record_without_the_plan_of_the_first",
     ),
     Mutant(
+        "the table prices every service",
+        "return DIALECTS[self.dialect or _dialect_at(self.base_url)]",
+        'return DIALECTS["openai"]',
+        "test_cost.py::test_the_prices_of_the_table_are_those_of_one_service_alone",
+    ),
+    Mutant(
+        "a judge elsewhere has the prices of the evaluated model's service",
+        "prices = settings.prices_at(asking.judge_base_url)",
+        "prices = settings.speaks.prices",
+        "test_cost.py::test_a_judge_elsewhere_has_the_prices_of_its_own_service",
+    ),
+    Mutant(
+        "a host that ends like another is taken for it",
+        'host.endswith(f".{known}")',
+        "host.endswith(known)",
+        "test_cost.py::test_the_prices_of_the_table_are_those_of_one_service_alone",
+    ),
+    Mutant(
         "a recorded limit goes before one of now",
-        'for name in ("max_cost_usd", "price"):',
-        'for name in ("price",):',
+        'for name in ("max_cost_usd", "price", "dialect"):',
+        'for name in ("price", "dialect"):',
         "test_recovery.py::test_a_limit_or_a_price_of_now_goes_before_the_recorded_one",
     ),
     Mutant(
         "a recorded price goes before one of now",
-        'for name in ("max_cost_usd", "price"):',
-        'for name in ("max_cost_usd",):',
+        'for name in ("max_cost_usd", "price", "dialect"):',
+        'for name in ("max_cost_usd", "dialect"):',
         "test_recovery.py::test_a_limit_or_a_price_of_now_goes_before_the_recorded_one",
     ),
     Mutant(

@@ -46,7 +46,8 @@ def asked(
     """Arguments and a key for a short run against ``endpoint``, which asks before it pays."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     return (
-        *("--base-url", endpoint.url, "--dataset", dataset, "--poll-interval", "0"),
+        *("--base-url", endpoint.url, "--dialect", "openai", "--dataset", dataset),
+        *("--poll-interval", "0"),
         *("--epochs", "1", "--batch-size", "4", "--max-test-cases", "1", "--output-dir", "out"),
     )
 
@@ -432,7 +433,8 @@ def test_an_error_while_the_job_goes_on_says_so_and_how_to_come_back(
     assert len(ended.errors) == 1
     assert job_id in ended.err
     assert "料金" in ended.err
-    back = rf"openai-sft --resume run_\d{{8}}_\d{{6}} --base-url {endpoint.url} --output-dir out"
+    back = rf"openai-sft --resume run_\d{{8}}_\d{{6}} --base-url {endpoint.url}"
+    back += " --dialect openai --output-dir out"
     assert re.search(back, ended.err)
 
 

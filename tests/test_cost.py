@@ -11,12 +11,14 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiktoken
-from helpers import PROJECT, awkward_text, read_json, record, records, write_jsonl
+from endpoint import Rehearsal
+from helpers import PROJECT, awkward_text, example, read_json, record, records, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -46,6 +48,8 @@ from openai_sft import (
     token_stats,
 )
 from openai_sft_rehearsal import example_dialogues
+
+MakeSFT = Callable[..., OpenAISFT]
 
 MINI = "gpt-4o-mini-2024-07-18"
 
@@ -844,3 +848,74 @@ def test_the_data_stage_shows_the_spread_and_the_price_of_the_other_format(
     dollars = stats.per_turn_format * 3 * 3e-6
     assert f"{stats.per_turn_format:,}トークン" in out
     assert f"学習 ${dollars:,.2f}" in out
+
+
+@pytest.mark.parametrize(
+    ("url", "dialect", "priced"),
+    [
+        ("https://api.openai.com/v1", None, True),
+        ("https://eu.api.openai.com/v1", None, True),
+        ("https://proxy.example.com/v1", "openai", True),
+        ("https://proxy.example.com/v1", None, False),
+        ("https://api.openai.com.example.com/v1", None, False),
+        ("https://notapi.openai.com/v1", None, False),
+        ("http://127.0.0.1:8000/v1", None, False),
+        ("https://r.openai.azure.com/openai/v1/", None, False),
+        ("https://api.openai.com/v1", "azure", False),
+        ("https://api.tokenfactory.nebius.com/v1/", None, False),
+    ],
+)
+def test_the_prices_of_the_table_are_those_of_one_service_alone(
+    dataset: Path, tmp_path: Path, url: str, dialect: Any, priced: bool
+) -> None:
+    sft = OpenAISFT(
+        offline=True,
+        base_url=url,
+        dialect=dialect,
+        dataset=str(dataset),
+        output_dir=tmp_path,
+        verbose=False,
+    )
+    estimate = sft.prepare_data().estimate
+    lines = "\n".join(estimate.lines())
+
+    assert (estimate.total_usd is not None) is priced
+    assert ("platform.openai.com" in lines) is priced
+    assert ("単価: 不明" in lines) is not priced
+
+
+def test_a_limit_where_no_price_is_known_stops_before_anything_is_sent(
+    make_sft: MakeSFT, endpoint: Rehearsal
+) -> None:
+    with pytest.raises(BudgetError, match="単価が不明"):
+        make_sft(dialect=None, max_cost_usd=1000.0).run_full_pipeline(1, 4)
+
+    assert [e for e in endpoint.exchanges if e.method == "POST"] == []
+
+
+def test_a_price_that_is_given_counts_whatever_the_service(make_sft: MakeSFT) -> None:
+    price = Price(2.0, 0.5, 1.0)
+    results = make_sft(dialect=None, price=price).run_full_pipeline(1, 4, max_test_cases=1)
+
+    assert results["cost"]["training_usd"] == pytest.approx(results["training"]["actual_usd"])
+    assert results["cost"]["evaluation_usd"] > 0
+
+
+def test_a_judge_elsewhere_has_the_prices_of_its_own_service(make_sft: MakeSFT) -> None:
+    sft = make_sft(offline=True, dialect="nebius", price=None)
+    splits = Splits(
+        *map(
+            list,
+            ([example(f"d{n}", "眠れません", "そうですか") for n in range(3)] for _ in range(3)),
+        )
+    )
+    options: dict[str, Any] = {"judge": MINI, "judge_against": "reference"}
+    there = sft.estimate(splits, 1, judge_base_url="https://api.openai.com/v1", **options)
+    here = sft.estimate(splits, 1, **options)
+
+    assert there.judge is not None
+    assert here.judge is not None
+    assert there.judge.usd == pytest.approx(
+        (there.judge.input_tokens * 0.15 + there.judge.output_tokens * 0.60) / 1e6
+    )
+    assert here.judge.usd is None

@@ -954,7 +954,10 @@ def test_the_command_line_tells_the_way_back_whatever_ends_the_watch(
         ended = cli(*online(gateway.url))
 
     assert ended.code == 1
-    assert re.search(r"openai-sft --resume run_\d+_\d+ --base-url \S+ --output-dir out", ended.err)
+    assert re.search(
+        r"openai-sft --resume run_\d+_\d+ --base-url \S+ --dialect openai --output-dir out",
+        ended.err,
+    )
     assert posts(endpoint, JOBS)[0].response["id"] in ended.err
 
 

@@ -54,8 +54,8 @@ def run(order):
         return time.time()
 
     sft = OpenAISFT(
-        api_key="k", base_url=order["url"], dataset=order["dataset"], output_dir=out,
-        poll_interval=0.05, verbose=False, confirm=confirm, clock=clock,
+        api_key="k", base_url=order["url"], dialect="openai", dataset=order["dataset"],
+        output_dir=out, poll_interval=0.05, verbose=False, confirm=confirm, clock=clock,
     )
     sft.run_full_pipeline(2, 4, max_test_cases=2)
 
@@ -200,6 +200,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, sdk: openai.OpenAI) ->
             api_key="k",
             client=sdk.with_options(base_url=endpoint.url),
             base_url=endpoint.url,
+            dialect="openai",
             dataset=str(data),
             output_dir=folder / "out",
             sleep=lambda _: endpoint.wait_for_progress(5),

@@ -194,6 +194,7 @@ def finished(
             model=MODEL,
             client=sdk.with_options(base_url=endpoint.url),
             base_url=endpoint.url,
+            dialect="openai",
             dataset=str(dialogues),
             output_dir=folder / "out",
             verbose=False,

@@ -167,7 +167,7 @@ def test_the_next_command_is_to_ask_all_cases_with_what_that_costs(
     assert f"学習の{cost / results['cost']['training_usd']:.1%}" in lines[-2]
     assert lines[-1] == (
         f"openai-sft --evaluate-only --baseline --max-test-cases 0 --base-url {endpoint.url}"
-        f" --output-dir {sft.output_dir}"
+        f" --dialect openai --output-dir {sft.output_dir}"
     )
     assert any(f'OpenAI(base_url="{endpoint.url}")' in line for line in lines)
     assert "all_cases" not in whole
