@@ -410,6 +410,7 @@ RETRY_SECONDS = 600.0
 LOOK_DELAYS = (0.0, 3.0, 3.0)  # a list may lag behind what was just created
 # A job is paid for: before another is made it is looked for over two and a half minutes.
 JOB_LOOK_DELAYS = (*LOOK_DELAYS, 5.0, 10.0, 15.0, 20.0, 30.0, 30.0, 34.0)
+TAKING_IN_SECONDS = 1800.0  # until a file that was sent can be used
 CREATION_SECONDS = 180.0  # a service has been seen to take 75 s for a job
 # How long a request may take, beside the 60 s of all others: a look, and an answer, for to ask
 # anew is to pay anew.
@@ -1458,7 +1459,8 @@ class Dialect:
 
     ``hosts`` are those that speak so, with all that end in ``.HOST``; ``prices`` are the service's
     own. ``places`` says where a job's hyperparameters go, ``rate`` which learning rate they take,
-    ``more`` what is always among them. ``training_types`` are examples of what has to be told.
+    ``more`` what is always among them; what is ``"auto"`` is left out unless ``takes_auto``.
+    ``training_types`` are examples of what has to be told.
     A name of more than ``longest_suffix`` characters, or with one of ``refused_in_suffix``, is
     refused. ``file_head`` is what a file that is sent has to begin with, and ``takes_files_in``
     says that it can't be used before it was worked through. ``whole_files_at`` is in an URL where
@@ -1474,6 +1476,7 @@ class Dialect:
     places: tuple[Literal["method", "top"], ...] = ("method",)
     rate: Literal["learning_rate_multiplier", "learning_rate"] = "learning_rate_multiplier"
     more: Mapping[str, Any] = field(default_factory=dict)
+    takes_auto: bool = True
     training_types: tuple[str, ...] = ()
     longest_suffix: int = MAX_SUFFIX_LENGTH
     refused_in_suffix: str = ""
@@ -1540,6 +1543,7 @@ DIALECTS: dict[DialectName, Dialect] = {
         places=("top",),
         rate="learning_rate",
         more={"lora": True},
+        takes_auto=False,
         result_table=False,
         deploying=_deploying_at_nebius,
     ),
@@ -1815,7 +1819,8 @@ class Training:
     """What a job is asked for. Raises :class:`ConfigurationError` for what would be refused.
 
     Ranges: the API description of ``POST /fine_tuning/jobs``. ``None`` leaves a value to the
-    service.
+    service. ``learning_rate`` is absolute, ``training_type`` where Azure trains; which of them a
+    service takes, its :class:`Dialect` says.
     """
 
     epochs: int | Literal["auto"] = 10
@@ -1823,6 +1828,8 @@ class Training:
     learning_rate_multiplier: float | Literal["auto"] | None = None
     suffix: str | None = None
     seed: int | None = None
+    learning_rate: float | None = None
+    training_type: str | None = None
 
     def __post_init__(self) -> None:
         for name, high in (("epochs", MAX_EPOCHS), ("batch_size", MAX_BATCH_SIZE)):
@@ -1832,29 +1839,68 @@ class Training:
         rate = self.learning_rate_multiplier
         ok = rate in (None, "auto") or (isinstance(rate, int | float) and 0 < rate < math.inf)
         _require_range("learning_rate_multiplier", rate, ok, "正の数または auto ")
+        rate = self.learning_rate
+        ok = rate is None or (isinstance(rate, int | float) and 0 < rate < math.inf)
+        _require_range("learning_rate", rate, ok, "正の数")
         suffix, seed = self.suffix, self.seed
-        _require_filled(suffix=suffix)
+        _require_filled(suffix=suffix, training_type=self.training_type)
         ok = suffix is None or 1 <= len(suffix) <= MAX_SUFFIX_LENGTH
         _require_range("suffix", suffix, ok, f"1〜{MAX_SUFFIX_LENGTH}文字")
         ok = seed is None or _is_whole(seed, 0, MAX_SEED)
         _require_range("seed", seed, ok, f"0〜{MAX_SEED}の整数")
 
+    def require_fit(self, dialect: Dialect) -> None:
+        """Raise :class:`ConfigurationError` for what a service doesn't take, or lacks."""
+        for name, flag in (
+            ("learning_rate", "--learning-rate（学習率そのもの）"),
+            ("learning_rate_multiplier", "--learning-rate-multiplier（倍率）"),
+        ):
+            if getattr(self, name) is not None and name != dialect.rate:
+                other = f"--{dialect.rate.replace('_', '-')}"
+                raise ConfigurationError(
+                    f"{dialect.label} は {flag} を受け付けません。{other} で指定してください。"
+                )
+        if self.training_type is None and dialect.training_types:
+            raise ConfigurationError(
+                f"{dialect.label} での学習には --training-type（training_type）が必要です: "
+                f"{'、'.join(dialect.training_types)} など。処理する場所と単価が変わります。"
+            )
+        if self.training_type is not None and not dialect.training_types:
+            raise ConfigurationError(
+                f"{dialect.label} に --training-type はありません。指定を外してください。"
+            )
+        suffix, refused = self.suffix or "", dialect.refused_in_suffix
+        if len(suffix) > dialect.longest_suffix or set(suffix) & set(refused):
+            without = f"、「{refused}」を含まない" if refused else ""
+            raise ConfigurationError(
+                f"{dialect.label} の suffix は{dialect.longest_suffix}文字まで{without}ものです"
+                f"（指定: {printable(suffix)}）。"
+            )
+
     def request(
-        self, model: str, file_id: str, validation_file_id: str | None
+        self, model: str, file_id: str, validation_file_id: str | None, dialect: Dialect
     ) -> Mapping[str, Any]:
-        """The body of ``POST /fine_tuning/jobs``, without metadata."""
-        hyperparameters: dict[str, Any] = {"n_epochs": self.epochs, "batch_size": self.batch_size}
-        if self.learning_rate_multiplier is not None:
-            hyperparameters["learning_rate_multiplier"] = self.learning_rate_multiplier
+        """What goes to the SDK's ``fine_tuning.jobs.create``, without metadata."""
+        rate = getattr(self, dialect.rate)
+        wanted = {"n_epochs": self.epochs, "batch_size": self.batch_size, dialect.rate: rate}
+        left_out = (None,) if dialect.takes_auto else (None, "auto")
+        chosen = {k: v for k, v in wanted.items() if v not in left_out}
+        chosen.update(dialect.more)
+        places = {
+            "method": {"method": {"type": "supervised", "supervised": {"hyperparameters": chosen}}},
+            "top": {"hyperparameters": chosen},
+        }
+        told = {"trainingType": self.training_type} if self.training_type else None
         options = {
             "validation_file": validation_file_id,
             "suffix": self.suffix,
             "seed": self.seed,
+            "extra_body": told,
         }
         return {
             "model": model,
             "training_file": file_id,
-            "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+            **dict(itertools.chain(*(places[place].items() for place in dialect.places))),
             **{key: value for key, value in options.items() if value is not None},
         }
 
@@ -2010,6 +2056,13 @@ class Intent:
     at: str
     request: Mapping[str, Any]
     sent: int = 1
+
+    @property
+    def hyperparameters(self) -> Mapping[str, Any]:
+        """Those that the request asks for, wherever they stand in it."""
+        method = self.request.get("method", {}).get("supervised", {})
+        asked: Mapping[str, Any] = {**method, **self.request}.get("hyperparameters", {})
+        return asked
 
     @property
     def since(self) -> float:
@@ -6591,22 +6644,38 @@ def explain_api_error(error: Exception) -> str:
         ),
         400: "リクエストが受け付けられませんでした。指定した値を確認してください。",
         401: "APIキーが正しくありません。OPENAI_API_KEY を確認してください。",
+        413: "送信したものが大きすぎます。",
         403: "この操作は許可されていません。キーの権限と組織の設定を確認してください。",
         404: "見つかりません。モデル・ジョブ・ファイルのIDと --base-url を確認してください。",
         429: "回数の上限に達しています。しばらく待ってからやり直してください。",
     }
     remedy = remedies.get(code) or remedies.get(status)
     remedy = remedy or (None if status else _connection_fault(error))
+    if remedy is None and status and not is_transient(error) and status < 500:
+        remedy = remedies[400]
     if remedy is None:
         remedy = (
             "サービスがエラーを返しました。しばらく待ってからやり直してください。"
             if status
             else "接続できません。ネットワークと --base-url を確認してください。"
         )
-    body = getattr(error, "body", None)
-    message = body.get("message") if isinstance(body, Mapping) else None
     label = " ".join(str(part) for part in (status, code) if part) or type(error).__name__
-    return f"{remedy}（{printable(label)}: {printable(message or error)[:500]}）"
+    said = _said_by(getattr(error, "body", None)) or error
+    return f"{remedy}（{printable(label)}: {printable(said)[:500]}）"
+
+
+def _said_by(body: object) -> object:
+    """What the body of an error says: OpenAI's ``message``, or the ``detail`` of FastAPI, a text
+    or a list of what is wrong where."""
+    if not isinstance(body, Mapping):
+        return body
+    said = body.get("message") or body.get("detail")
+    if not isinstance(said, list):
+        return said
+    wrong = [item for item in said if isinstance(item, Mapping)]
+    return "; ".join(
+        f"{'.'.join(map(str, item.get('loc') or ()))}: {item.get('msg')}" for item in wrong
+    )
 
 
 def parse_result_file(content: bytes) -> list[dict[str, float]]:
@@ -7576,11 +7645,22 @@ class _TrainingProgress:
             self._bar.close()
 
 
-class _ProgressReader(io.FileIO):
-    """A file that moves a tqdm bar of bytes as it is read."""
+def _copy_after(head: bytes, path: Path) -> int:
+    """The descriptor of a file without a name: ``head``, then what stands in ``path``."""
+    import tempfile
 
-    def __init__(self, path: Path, size: int, *, enabled: bool) -> None:
-        super().__init__(path)
+    with tempfile.TemporaryFile(dir=path.parent) as copy, path.open("rb") as file:
+        copy.write(head)
+        shutil.copyfileobj(file, copy)
+        copy.seek(0)
+        return os.dup(copy.fileno())
+
+
+class _ProgressReader(io.FileIO):
+    """A file, after a ``head``, that moves a tqdm bar of bytes as it is read."""
+
+    def __init__(self, path: Path, head: bytes, size: int, *, enabled: bool) -> None:
+        super().__init__(_copy_after(head, path) if head else path)
         tqdm = _tqdm()
         self._bar = tqdm(
             total=size,
@@ -7957,9 +8037,14 @@ class Endpoint:
         ).id
 
     def _send_file(self, path: Path, size: int) -> FileObject:
-        client = self.given(600.0)
+        client, speaks = self.given(600.0), self._settings.speaks
         limit = self._settings.max_single_upload_bytes
-        with _ProgressReader(path, size, enabled=self._settings.verbose) as file:
+        if size > limit and speaks.whole_files_at and speaks.whole_files_at in self.url:
+            raise ConfigurationError(
+                f"{path} は{size / 1e6:,.0f}MBですが、{self.url} は{limit / 1e6:,.0f}MBまでです。"
+                "分割して送れるURL（/openai/v1/）を --base-url に指定してください。"
+            )
+        with _ProgressReader(path, speaks.file_head, size, enabled=self._settings.verbose) as file:
             if size <= limit:
                 create = functools.partial(client.files.create, purpose="fine-tune")
                 return self._read(lambda: create(file=(path.name, file)), "id")
@@ -7979,6 +8064,31 @@ class Endpoint:
                 part_ids.append(self._read(send, "id").id)
             complete = functools.partial(client.uploads.complete, upload.id, part_ids=part_ids)
             return cast("FileObject", self._read(complete, "file").file)
+
+    def take_in(self, file_id: str) -> None:
+        """Wait until a sent file can be used, where a service works through it first.
+
+        Raises :class:`DataError` for one that it can't use, with its own words.
+        """
+        if not self._settings.speaks.takes_files_in:
+            return
+        retrieve = functools.partial(self.client.files.retrieve, file_id)
+        until = self._timer() + TAKING_IN_SECONDS
+        for number in itertools.count():
+            file = self.call(retrieve, needs="id")
+            if file.status in (None, "processed"):
+                return
+            if file.status == "error":
+                why = printable(getattr(file, "status_details", None) or "理由の返答なし")
+                raise DataError(f"ファイル {printable(file_id)} は受け付けられませんでした: {why}")
+            if self._timer() >= until:
+                raise BrokenAnswer(
+                    f"ファイル {printable(file_id)} が{TAKING_IN_SECONDS / 60:.0f}分たっても"
+                    f"使えるようになりません（{printable(file.status)}）。"
+                )
+            if number == 0:
+                logger.info("サービスがファイルを取り込むのを待っています: %s", printable(file_id))
+            self._sleep(min(10.0, 0.5 * 2.0**number))
 
     def delete_files(self, file_ids: Iterable[str]) -> list[str]:
         """Delete files; return those that are gone. What can't be deleted is logged."""
@@ -8005,8 +8115,8 @@ class Endpoint:
         sending: Callable[[], None],
         refused: Callable[[], None],
         find: Callable[[], FineTuningJob | None],
-    ) -> str:
-        """Create the job of ``intent``, once; return its id.
+    ) -> FineTuningJob:
+        """Create the job of ``intent``, once; return it.
 
         ``sending`` is called before each request, ``refused`` after one that has certainly made
         nothing. Where an answer is lost, ``find`` is asked for minutes before another is sent.
@@ -8028,7 +8138,7 @@ class Endpoint:
             needs="id",
             passes=_is_being_processed,
             lost=lambda: self.look(find, JOB_LOOK_DELAYS),
-        ).id
+        )
 
     def find_jobs(self, intent: Intent) -> list[FineTuningJob]:
         """The jobs that requests of ``intent`` may have made.
@@ -9068,7 +9178,8 @@ class FineTuning:
 
     def upload(self, path: Path, part: UploadPart) -> str:
         """Upload a file, unless this data is there already; its intent is recorded first."""
-        size, sha256 = path.stat().st_size, _sha256_of(path)
+        size = path.stat().st_size + len(self._settings.speaks.file_head)
+        sha256 = _sha256_of(path)
         before = self._run.uploads.get(part)
         if before is not None and before.sha256 != sha256:
             before = None
@@ -9088,6 +9199,7 @@ class FineTuning:
             file_id = self._endpoint.upload(path, upload, others)
             own.add(file_id)
         self._keep(part, replace(upload, file_id=file_id, reused=file_id not in own))
+        self._endpoint.take_in(file_id)
         return file_id
 
     def _keep(self, part: UploadPart, upload: Upload) -> None:
@@ -9104,7 +9216,9 @@ class FineTuning:
 
         Raises what :meth:`OpenAISFT.create_fine_tune_job` does.
         """
-        request = training.request(self._settings.model, file_id, validation_file_id)
+        speaks = self._settings.speaks
+        training.require_fit(speaks)
+        request = training.request(self._settings.model, file_id, validation_file_id, speaks)
         found = self.recover()
         if found is not None and self._run.job_intent is not None:
             _require_same_request(found, self._run.job_intent.request, request)
@@ -9115,7 +9229,7 @@ class FineTuning:
         first = self._run.job_intent or Intent(uuid.uuid4().hex, _time_text(self._clock()), {})
         intent = Intent(first.token, first.at, request)
         try:
-            job_id = self._endpoint.create(
+            job = self._endpoint.create(
                 intent,
                 self._run.metadata,
                 sending=lambda: self._count(intent, 1),
@@ -9126,10 +9240,50 @@ class FineTuning:
             if error.code != "training_not_available":
                 raise
             raise TrainingNotAvailable(self._endpoint.url, self._delete_uploads()) from error
-        self._run.save(job_id=job_id)
+        self._run.save(job_id=job.id)
         told = "ファインチューニングジョブを作成しました: %s"
-        _announce(told, printable(job_id), verbose=self._settings.verbose)
-        return job_id
+        _announce(told, printable(job.id), verbose=self._settings.verbose)
+        self._hold_to_request(job)
+        return job.id
+
+    def _hold_to_request(self, job: FineTuningJob) -> None:
+        """Where a job has got other hyperparameters than it was asked for, tell it and pass the
+        door to payment again, with what they cost; who doesn't agree has the job cancelled."""
+        intent, told = self._run.job_intent, _settled(job)
+        if intent is None or job.status in TERMINAL_STATUSES:
+            return
+        changed = {
+            name: told[name]
+            for name, value in intent.hyperparameters.items()
+            if value != "auto" and told.get(name, value) != value
+        }
+        if not changed or changed.items() <= self._run.hyperparameters.items():
+            return
+        self._run.save(hyperparameters=told)
+        logger.warning(
+            "ジョブ %s の設定が、依頼したものと違います: %s。間のゲートウェイが設定を落としたのかも"
+            "しれません（LiteLLMなら --dialect litellm）。取り消すには: openai-sft --cancel %s%s",
+            printable(job.id),
+            "、".join(
+                f"{name} {printable(intent.hyperparameters[name])} → {printable(value)}"
+                for name, value in changed.items()
+            ),
+            shlex.quote(printable(job.id)),
+            self._settings.recorded.flags,
+        )
+        self._run.passed.discard("training")
+        before = self._run.estimate or {}
+        epochs = told.get("n_epochs", intent.hyperparameters.get("n_epochs"))
+        estimate = self._price(Training(epochs), intent.request["training_file"])
+        try:
+            self._ledger.require(estimate, "training")
+        except (BudgetError, Declined) as error:
+            job = self._endpoint.cancel(job.id)
+            self._run.save(job_status=job.status)
+            raise type(error)(
+                f"{error}ジョブ {printable(job.id)} は取り消しました（{printable(job.status)}）。"
+            ) from error
+        self._run.save(estimate=_with_training(before, estimate))
 
     def _price(self, training: Training, file_id: str) -> CostEstimate:
         """What training alone costs on the file that was sent as ``file_id``."""
@@ -9238,6 +9392,7 @@ class FineTuning:
                     self._sleep(max(0.0, until - self._timer()))
                     raise WaitTimeout(job_id, status, timeout) from error
                 bar.note(job)
+                self._hold_to_request(job)
                 for event in events:
                     bar.show(event)
                 if job.status != status:
@@ -9377,6 +9532,13 @@ def _require_same_request(job_id: str, sent: Mapping[str, Any], request: Mapping
             f"別の設定で送信したジョブ {printable(job_id)} がサービスにあります。"
             "--job-id で見守るか、--cancel で取り消してから、もう一度作成してください。"
         )
+
+
+def _with_training(before: Mapping[str, Any], estimate: CostEstimate) -> Mapping[str, Any]:
+    """An estimate on record with the training of another one."""
+    total, old, new = before.get("total_usd"), before.get("training_usd"), estimate.training_usd
+    corrected = None if total is None or old is None or new is None else total - old + new
+    return {**before, "epochs": estimate.epochs, "training_usd": new, "total_usd": corrected}
 
 
 def _settled(job: FineTuningJob) -> Mapping[str, Any]:
