@@ -164,6 +164,7 @@ __all__ = [
     "DataFile",
     "DataSummary",
     "Declined",
+    "Deploying",
     "Dialect",
     "Dialogue",
     "Endpoint",
@@ -192,6 +193,7 @@ __all__ = [
     "OpenAISFT",
     "OpenAISFTError",
     "OtherPurpose",
+    "PipelineOptions",
     "Plan",
     "Pool",
     "Preparation",
@@ -219,15 +221,18 @@ __all__ = [
     "Step",
     "SystemMonitor",
     "Task",
+    "ToBeDeployed",
     "TokenCounter",
     "TokenStats",
     "Tokens",
     "Training",
     "TrainingNotAvailable",
+    "TrainingOptions",
     "UnknownRole",
     "Upload",
     "Verdict",
     "WaitTimeout",
+    "WeightFile",
     "check_file",
     "chi2_interval",
     "choose_cases",
@@ -410,6 +415,7 @@ RETRY_SECONDS = 600.0
 LOOK_DELAYS = (0.0, 3.0, 3.0)  # a list may lag behind what was just created
 # A job is paid for: before another is made it is looked for over two and a half minutes.
 JOB_LOOK_DELAYS = (*LOOK_DELAYS, 5.0, 10.0, 15.0, 20.0, 30.0, 30.0, 34.0)
+MIN_BYTES_A_SECOND = 1e6  # of a download that isn't given up
 TAKING_IN_SECONDS = 1800.0  # until a file that was sent can be used
 CREATION_SECONDS = 180.0  # a service has been seen to take 75 s for a job
 # How long a request may take, beside the 60 s of all others: a look, and an answer, for to ask
@@ -432,6 +438,7 @@ SILENCE_SECONDS = 3.0  # after which it is said what is waited for
 INTENT_KEY = "openai_sft_intent"  # of a job's metadata
 CLOCK_SKEW_SECONDS = 3600.0  # by which the service's clock may differ from this one's
 MODEL_LOADING_SECONDS = 600.0  # a model may answer 404 for a while after its job succeeded
+DEPLOYMENT_SECONDS = 120.0  # and so after it was deployed
 # What some models refuse in a question, and what takes its place.
 REFUSED_OPTIONS = {"max_tokens": "max_completion_tokens", "temperature": None, "seed": None}
 OUTAGE_STATUSES = frozenset({502, 503, 504})  # nothing behind the gateway answers
@@ -670,6 +677,18 @@ class WaitTimeout(OpenAISFTError):
         )
 
 
+class ToBeDeployed(OpenAISFTError):
+    """A model is trained, but doesn't answer before it is deployed. ``model`` is its name,
+    ``commands`` are those that deploy it and go on."""
+
+    def __init__(self, model: str, commands: Sequence[str]) -> None:
+        self.model, self.commands = model, list(commands)
+        lines = "\n".join(commands)
+        super().__init__(
+            f"学習は終わりました。配置（デプロイ）すると答えるモデル: {printable(model)}\n{lines}"
+        )
+
+
 class TrainingNotAvailable(OpenAISFTError):
     """The endpoint takes no fine-tuning job from this organisation any more (HTTP 403)."""
 
@@ -866,10 +885,25 @@ class AskingOptions(TypedDict, total=False):
     judge_rubric: str | None
 
 
+class TrainingOptions(TypedDict, total=False):
+    """What some services take of a job beside what all take: the ``learning_rate`` itself, and a
+    ``training_type``, which is sent as it is (:class:`Dialect`)."""
+
+    learning_rate: float | None
+    training_type: str | None
+
+
 class RunOptions(SelectionOptions, AskingOptions, total=False):
     """The filters, how the evaluation asks, and which ``checkpoint`` (:class:`Asking`)."""
 
     checkpoint: str
+
+
+class PipelineOptions(RunOptions, TrainingOptions, total=False):
+    """The options of a run, of its training, and the folder to which the weights of the model are
+    downloaded, where a service gives them away (``download_weights``)."""
+
+    download_weights: str | os.PathLike[str] | None
 
 
 @dataclass(frozen=True)
@@ -1453,6 +1487,14 @@ class Sample(NamedTuple):
 DialectName = Literal["openai", "azure", "nebius", "litellm", "gateway"]
 
 
+class Deploying(NamedTuple):
+    """How a model is deployed: a word on it, the command, and the name that it then answers to."""
+
+    note: str
+    command: str
+    name: str
+
+
 @dataclass(frozen=True)
 class Dialect:
     """What differs at a service that speaks OpenAI's API in its own way.
@@ -1466,8 +1508,8 @@ class Dialect:
     says that it can't be used before it was worked through. ``whole_files_at`` is in an URL where
     none can be sent in parts. ``result_table`` says that a job's result files are tables.
     ``deploying`` gives, where a tuned model has to be deployed before it answers, how that is
-    done: commands for a model, its base, a name and the endpoint's URL. With ``base_deployed``
-    this is so of every other model too.
+    done, for a model, its base, a name and the endpoint's URL. With ``base_deployed`` every other
+    model has to be deployed too.
     """
 
     label: str
@@ -1484,11 +1526,11 @@ class Dialect:
     takes_files_in: bool = False
     whole_files_at: str | None = None
     result_table: bool = True
-    deploying: Callable[[str, str, str, str], Sequence[str]] | None = None
+    deploying: Callable[[str, str, str, str], Deploying] | None = None
     base_deployed: bool = False
 
 
-def _deploying_at_azure(model: str, base: str, name: str, url: str) -> Sequence[str]:
+def _deploying_at_azure(model: str, base: str, name: str, url: str) -> Deploying:
     """https://learn.microsoft.com/azure/ai-foundry/openai/how-to/fine-tuning-deploy, read
     2026-11-28: a tuned model has the version 1; the open models' format is another one."""
     resource = (urllib.parse.urlsplit(url).hostname or "").split(".")[0]
@@ -1500,22 +1542,22 @@ def _deploying_at_azure(model: str, base: str, name: str, url: str) -> Sequence[
         *("--model-format", "OpenAI" if is_own else "OpenAI-OSS"),
         *("--sku-name", "Standard" if is_own else "GlobalStandard", "--sku-capacity", "50"),
     )
-    return (
-        "# RESOURCE_GROUP はリソースグループの名前。配置している間は、時間あたりの料金がかかります",
-        shlex.join(command),
+    note = (
+        "配置している間は、時間あたりの料金がかかります。RESOURCE_GROUP はリソースグループの名前:"
     )
+    return Deploying(note, shlex.join(command), name)
 
 
-def _deploying_at_nebius(model: str, base: str, name: str, url: str) -> Sequence[str]:
+def _deploying_at_nebius(model: str, base: str, name: str, url: str) -> Deploying:
     """https://docs.tokenfactory.nebius.com/post-training/deploy-custom-model, read 2026-11-28:
     ``model`` is ``JOB:CHECKPOINT``; the answer names what has been deployed."""
     place = urllib.parse.urlsplit(url)._replace(path="/v0/models", query="").geturl()
     body = _dump({"name": name, "base_model": base, "source": model})
-    return (
-        "# 応答の name が、配置したモデルの名前です",
+    command = (
         f'curl -X POST {shlex.quote(place)} -H "Authorization: Bearer $OPENAI_API_KEY" '
-        f"-H 'Content-Type: application/json' -d {shlex.quote(body)}",
+        f"-H 'Content-Type: application/json' -d {shlex.quote(body)}"
     )
+    return Deploying("応答の name が、次の NAME です:", command, "NAME")
 
 
 # A new one is one more entry. Where a document and the service are said to disagree, what is sent
@@ -2076,7 +2118,8 @@ class Checkpoint:
     ``metrics`` that the service tells of it.
 
     What isn't known is ``None``: the loss without validation data, all but ``model`` in a record
-    of an earlier version.
+    of an earlier version. One that the service doesn't name is called ``JOB:ID``; ``files`` are
+    the ids of its weights, where they are given away.
     """
 
     model: str
@@ -2084,11 +2127,22 @@ class Checkpoint:
     step: int | None = None
     full_valid_loss: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    files: Sequence[str] = ()
 
     def __str__(self) -> str:
         loss = self.full_valid_loss
         told = "" if loss is None else f"、検証の損失 {loss:.4f}"
         return f"{printable(self.model)}（step {self.step}{told}）"
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """A downloaded file of a model's weights: its name in the folder, its id, bytes and sha256."""
+
+    name: str
+    file_id: str
+    bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -6889,9 +6943,11 @@ class Run:
     ``uploads`` are by part, ``training`` or ``validation``; what another took the place of is by
     its file id. ``hyperparameters`` are those of the job, as the service has settled them;
     ``events`` those without figures, ``metrics`` the figures a step, at most
-    :data:`METRICS_KEPT` rows of them. ``left_out`` counts what isn't evaluated, for it was
-    trained on. ``passed`` isn't written: the steps that this process has been through, and the
-    doors to payment (``training``, ``evaluation``) that the user has agreed to in it.
+    :data:`METRICS_KEPT` rows of them. ``deployments`` give the names under which tuned models
+    answer that had to be deployed, ``weights`` what was downloaded. ``left_out`` counts what isn't
+    evaluated, for it was trained on. ``passed`` isn't written: the steps that this process has been
+    through, and the doors to payment (``training``, ``evaluation``) that the user has agreed to in
+    it.
     """
 
     VERSION: ClassVar[int] = 2
@@ -6925,6 +6981,8 @@ class Run:
     metrics: Sequence[Mapping[str, float | None]] = ()
     result_files: Sequence[str] | None = None
     checkpoints: Sequence[Checkpoint] = ()
+    weights: Sequence[WeightFile] = ()
+    deployments: Mapping[str, str] = field(default_factory=dict)
     final_metrics: Mapping[str, float | None] | None = None
     shutdown_date: str | None = None
     training_recorded_at: str | None = None
@@ -7001,9 +7059,16 @@ class Run:
 
     @property
     def models(self) -> Sequence[str]:
-        """The names under which what was tuned answers, the model's before its checkpoints'."""
+        """The names of what was tuned, and those under which it answers: the model's before its
+        checkpoints'."""
         named = [self.fine_tuned_model] if self.fine_tuned_model else []
-        return [*named, *(checkpoint.model for checkpoint in self.checkpoints)]
+        named += [checkpoint.model for checkpoint in self.checkpoints]
+        downloaded = [self.files["weights"]] if self.weights else []
+        return [*named, *self.deployments.values(), *downloaded]
+
+    def tuned_as(self, name: str) -> str:
+        """The tuned model that answers to a name."""
+        return next((model for model, told in self.deployments.items() if told == name), name)
 
     def known(self, name: str) -> Any:
         """A field that can't be done without. Raises :class:`DataError` where it is missing."""
@@ -7119,14 +7184,15 @@ def _read_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     for name, kind in (("data", DataFile), ("uploads", Upload)):
         if name in known:
             known[name] = {k: kind(**_pick(kind, v)) for k, v in known[name].items()}
-    if "checkpoints" in known:  # the names alone, in an earlier version
-        known["checkpoints"] = [
-            Checkpoint(c) if isinstance(c, str) else Checkpoint(**_pick(Checkpoint, c))
-            for c in known["checkpoints"]
-            if c
-        ]
-    if "events" in known:
-        known["events"] = [JobEvent(**_pick(JobEvent, e)) for e in known["events"]]
+    kinds: dict[str, type] = {
+        "checkpoints": Checkpoint,
+        "weights": WeightFile,
+        "events": JobEvent,
+    }
+    for name, record in kinds.items():
+        if name in known:  # of checkpoints the names alone, in an earlier version
+            items = [{"model": item} if isinstance(item, str) else item for item in known[name]]
+            known[name] = [record(**_pick(record, item)) for item in items if item]
     if "job_intent" in known:
         known["job_intent"] = Intent(**_pick(Intent, known["job_intent"]))
     own = f"_{facts['run_id'].removeprefix('run_')}."
@@ -7799,7 +7865,8 @@ class Endpoint:
 
         settings = self._settings
         if settings.local is None:
-            self._server = Rehearsal()
+            spoken = settings.dialect or "openai"
+            self._server = Rehearsal(dialect="openai" if spoken == "gateway" else spoken)
             told = (
                 "リハーサル: ローカルの模擬エンドポイント %s を使います。課金も外部への送信も"
                 "ありません。損失や応答は小さな文字モデルのもので、GPTの性能とは無関係です。"
@@ -8273,7 +8340,8 @@ class Endpoint:
 
     def result_rows(self, job: FineTuningJob) -> list[dict[str, float]]:
         """The rows of the first result file that can be read, none where there is no such."""
-        for file_id in job.result_files or ():
+        is_table = self._settings.speaks.result_table
+        for file_id in (is_table and job.result_files) or ():
             get = functools.partial(self.client.files.content, file_id)
             content = self.optional("結果ファイル", get)
             if content is None:
@@ -8287,6 +8355,49 @@ class Endpoint:
                 return rows
         return []
 
+    def download(self, file_id: str, folder: Path, known: WeightFile | None) -> WeightFile:
+        """Fetch a file into a folder; what an earlier attempt has left of it isn't fetched again.
+
+        ``known`` is what is on record of it. Raises :class:`ConfigurationError` where another file
+        has its name.
+        """
+        file = self.call(lambda: self.client.files.retrieve(file_id), needs="id")
+        name = (file.filename or file_id).replace("\\", "/").rpartition("/")[2]
+        path, size = folder / name, file.bytes
+        part = folder / f".{file_id}.part"
+        if known is not None and path.is_file() and _sha256_of(path) == known.sha256:
+            logger.info("ダウンロード済みです: %s", path)
+            return known
+        logger.info("ダウンロードしています: %s（%.1f MB）", path, (size or 0) / 1e6)
+        self.call(lambda: self._fetch(file_id, part, size))
+        fetched = WeightFile(name, file_id, part.stat().st_size, _sha256_of(part))
+        if path.exists() and _sha256_of(path) != fetched.sha256:
+            raise ConfigurationError(
+                f"{path} には別のファイルがあります。空のフォルダーを指定してください。"
+            )
+        part.replace(path)
+        return fetched
+
+    def _fetch(self, file_id: str, part: Path, size: int | None) -> bool:
+        """Fetch what is left of a file; raises :class:`BrokenAnswer` where it is cut."""
+        had = part.stat().st_size if part.exists() else 0
+        if size is not None and had == size:
+            return True
+        files = self.given(ANSWER_SECONDS + (size or 0) / MIN_BYTES_A_SECOND, firm=True).files
+        wanted = {"Range": f"bytes={had}-"} if had else {}
+        with files.with_streaming_response.content(file_id, extra_headers=wanted) as answer:
+            goes_on = answer.http_response.status_code == 206
+            with part.open("ab" if goes_on else "wb") as file:
+                try:
+                    file.writelines(answer.iter_bytes(2**20))
+                except _transport_errors(answer.http_response) as error:
+                    raise BrokenAnswer(f"ダウンロードが途中で切れました（{error}）。") from error
+        if size is not None and part.stat().st_size != size:
+            raise BrokenAnswer(
+                f"{file_id} は{size:,}バイトのはずですが、{part.stat().st_size:,}バイトでした。"
+            )
+        return True
+
     # Models ----------------------------------------------------------------------------
 
     def model(self, name: str, *, patience: float) -> Model:
@@ -8296,6 +8407,8 @@ class Endpoint:
 
     def has_not(self, name: str) -> bool:
         """Whether the endpoint says that there is no model of this name."""
+        if self._settings.speaks.base_deployed:
+            return False  # deployments aren't among the models
         try:
             self.model(name, patience=0.0)
         except _openai().NotFoundError as error:
@@ -8317,9 +8430,9 @@ class Endpoint:
                 return name, shutdown
         return None
 
-    def expect(self, model_id: str) -> None:
-        """From now on, :data:`MODEL_LOADING_SECONDS` long, a 404 of this model passes."""
-        self._loading[model_id] = self._timer() + MODEL_LOADING_SECONDS
+    def expect(self, model_id: str, seconds: float = MODEL_LOADING_SECONDS) -> None:
+        """From now on, so long, a 404 of this model passes."""
+        self._loading[model_id] = self._timer() + seconds
 
     def is_loading(self, model_id: str) -> bool:
         """Whether a model was just tuned and hasn't answered yet."""
@@ -8536,6 +8649,13 @@ class _InTime:
 
     def close(self) -> None:
         self._pieces.close()
+
+
+def _transport_errors(response: object) -> type[Exception]:
+    """What the SDK's HTTP library raises while an answer is read; it isn't the same in all of its
+    versions."""
+    library = sys.modules[type(response).__module__.partition(".")[0]]
+    return cast("type[Exception]", library.HTTPError)
 
 
 def _hide(key: str, error: Any) -> None:
@@ -9417,7 +9537,7 @@ class FineTuning:
         if job.status != "succeeded":
             code, message = _job_error(job)
             raise JobFailed(self._run.known("job_id"), job.status, code, message)
-        if not job.fine_tuned_model:
+        if not self._run.fine_tuned_model:
             self._run.save(finished_at=_time_text(self._clock()))
             raise BrokenAnswer(
                 f"学習は成功しましたが、エンドポイントはモデル名を返しませんでした（ジョブ "
@@ -9446,15 +9566,52 @@ class FineTuning:
             return
         self._record_model(job, heard.rows)
 
+    def _expect(self, model: str) -> None:
+        """Let a tuned model load, where it answers by itself."""
+        if self._settings.speaks.deploying is None:
+            self._endpoint.expect(model)
+
+    def download_weights(self, target: Path) -> None:
+        """Download the weights of the model that the run evaluates into a folder, file by file;
+        their sha256 are recorded. Raises :class:`ConfigurationError` where there are none."""
+        checkpoints, plan = self._run.checkpoints, self._run.plan
+        wanted = plan.asking.checkpoint if plan else "last"
+        last = max(checkpoints, key=lambda c: c.step or 0, default=None)
+        name = last and _choose_checkpoint(wanted, last.model, checkpoints)
+        chosen = next((c for c in checkpoints if c.model == name), None)
+        if chosen is None or not chosen.files:
+            raise ConfigurationError(
+                f"ジョブ {printable(self._run.job_id)} の重みのファイルは、{self._endpoint.url} に"
+                "ありません。--download-weights の指定を外してください。"
+            )
+        target.mkdir(parents=True, exist_ok=True)
+        for file_id in chosen.files:
+            known = {weight.file_id: weight for weight in self._run.weights}
+            known[file_id] = self._endpoint.download(file_id, target, known.get(file_id))
+            files = {**self._run.files, "weights": str(target)}
+            self._run.save(weights=[*known.values()], files=files)
+        place = shlex.quote(str(target))
+        folder = folder_flag(self._settings.output_dir)
+        logger.info("重みをダウンロードしました: %s", target)
+        logger.info(
+            "このマシンで答えさせるには（pip install 'openai-sft[local]'）: openai-sft "
+            "--evaluate-only --local %s --model-id %s%s",
+            *(place, place, folder),
+        )
+
     def _record_model(self, job: FineTuningJob, heard: Sequence[Mapping[str, float]]) -> None:
-        logger.info("学習済みモデル: %s", printable(job.fine_tuned_model))
         if job.fine_tuned_model:
-            self._endpoint.expect(job.fine_tuned_model)
+            logger.info("学習済みモデル: %s", printable(job.fine_tuned_model))
+            self._expect(job.fine_tuned_model)
         results = self._endpoint.result_rows(job)
         checkpoints = self._endpoint.checkpoints(self._run.known("job_id"))
         rows = _merge_metrics(map(_checkpoint_row, checkpoints), heard, results)
         self._save_metrics(rows)
         self._record_checkpoints(checkpoints, _losses_by_step(rows))
+        last = max(self._run.checkpoints, key=lambda c: c.step or 0, default=None)
+        if not job.fine_tuned_model and last is not None:
+            logger.info("サービスはモデルに名前を付けません。最後のチェックポイントを使います。")
+            self._run.save(fine_tuned_model=last.model)
         self._ledger.paid_training(job)
         self._tell_weights()
         base_model = getattr(job, "model", None)
@@ -9489,9 +9646,11 @@ class FineTuning:
             row, model = _checkpoint_row(told), told.fine_tuned_model_checkpoint
             step = told.step_number
             loss = row.get("full_valid_loss", losses.get(step))
-            if model:
-                checkpoints.append(Checkpoint(model, told.id, step, loss, row))
-                self._endpoint.expect(model)
+            files = getattr(told, "result_files", None) or ()
+            if model or files:
+                model = model or f"{self._run.job_id}:{told.id}"
+                checkpoints.append(Checkpoint(model, told.id, step, loss, row, files))
+                self._expect(model)
                 logger.info("チェックポイント: %s", checkpoints[-1])
         self._run.save(checkpoints=checkpoints)
         if line := _loss_line(losses, self._run.hyperparameters.get("n_epochs")):
@@ -9519,6 +9678,11 @@ NO_VALIDATION = (
     "検証データが0件のため、検証の損失が最も低いチェックポイントは選べません。--checkpoint best を"
     "外してください。"
 )
+UNKNOWN_ORIGIN = (
+    "モデル %s の学習記録がないため、分割は指定から作り直します。このモデルが学習した対話が評価に"
+    "混ざっている可能性を否定できません。"
+)
+CANCELLED = "ジョブ %s を取り消しました（%s）。取り消しまでに学習した分の料金は請求されます。"
 NOTHING_TO_EVALUATE = (
     "ジョブ {} は終わるのを待つだけで、評価はしません。--checkpoint は --evaluate-only に指定して"
     "ください。"
@@ -9889,6 +10053,7 @@ class Asker:
     request: Mapping[str, Any]
     find_fault: Callable[[str], str | None]
     deed: str = "評価"
+    missing: set[str] = field(default_factory=set, init=False)  # models that aren't there
     _failing_since: float | None = field(default=None, init=False)  # since when nothing is answered
 
     def known(self, items: Sequence[_Item]) -> dict[str, Response]:
@@ -9971,6 +10136,8 @@ class Asker:
                 response["invalid"] = fault
         except (openai.APIError, BrokenAnswer) as error:
             if "usage" not in response and self._meets_every_case(error, began):
+                if isinstance(error, openai.NotFoundError):
+                    self.missing.add(question.model)
                 raise
             reason = explain_api_error(error)
             response["error"] = reason
@@ -10291,7 +10458,9 @@ def _add_training(
     results: EvaluationResults, tuned: Run, checkpoints: Sequence[Checkpoint]
 ) -> None:
     """Add what is known of the training of the evaluated model, or of its checkpoint."""
-    model = results["model_id"]
+    model = tuned.tuned_as(results["model_id"])
+    if model != results["model_id"]:
+        results["deployment_of"] = model
     results["training"] = {
         "run_id": tuned.run_id,
         "job_id": tuned.job_id,
@@ -11062,7 +11231,10 @@ def _check_versions() -> CheckItem:
 def _naming_the_nearest(face: type[T]) -> type[T]:
     """Let the public methods refuse a keyword that they don't know, naming the nearest that they
     do (Python does so from 3.13 on, but not where options are passed on)."""
-    kinds = (AskingOptions, InstanceOptions, ReadingOptions, RunOptions, SelectionOptions)
+    kinds = (
+        *(AskingOptions, InstanceOptions, PipelineOptions, ReadingOptions),
+        *(RunOptions, SelectionOptions, TrainingOptions),
+    )
     passed_on = {f"Unpack[{kind.__name__}]": kind for kind in kinds}
     for name, method in list(vars(face).items()):
         if not callable(method) or (name.startswith("_") and name != "__init__"):
@@ -11152,7 +11324,8 @@ class OpenAISFT:
         )
         self.settings = Settings(
             **_resolve(
-                *(api_key, model, base_url, dataset, output_dir, options.get("local")),
+                *(api_key, model, base_url, dataset, output_dir),
+                *(options.get("local"), options.get("dialect")),
                 rehearse=rehearse,
             ),
             **_resolve_options(options, client if base_url is None else None),
@@ -11258,17 +11431,20 @@ class OpenAISFT:
         learning_rate_multiplier: float | Literal["auto"] | None = None,
         suffix: str | None = None,
         timeout: float | None = None,
-        **options: Unpack[RunOptions],
+        **options: Unpack[PipelineOptions],
     ) -> EvaluationResults:
         """Load, split, convert, price, upload, train, evaluate and save; return the results.
 
-        ``options`` are :class:`RunOptions`; ``timeout`` bounds the wait for the job in
+        ``options`` are :class:`PipelineOptions`; ``timeout`` bounds the wait for the job in
         seconds. Whatever happens to this program, :meth:`resume` goes on where it stopped.
 
-        Raises :class:`JobFailed` for a job that ends without a model, :class:`BudgetError` and
-        :class:`Declined` before anything is sent, and what the stages raise.
+        Raises :class:`JobFailed` for a job that ends without a model, :class:`ToBeDeployed` for a
+        model that doesn't answer by itself, :class:`BudgetError` and :class:`Declined` before
+        anything is sent, and what the stages raise.
         """
-        training = Training(epochs, batch_size, learning_rate_multiplier, suffix, seed)
+        weights_to, special = options.pop("download_weights", None), _training_options(options)
+        training = Training(epochs, batch_size, learning_rate_multiplier, suffix, seed, **special)
+        training.require_fit(self.settings.speaks)
         filters, asking = _read_options(options, max_test_cases, seed, self.task)
         _require_untrained_choice(asking.checkpoint)
         selection = Selection(max_samples, seed, **filters)
@@ -11277,10 +11453,15 @@ class OpenAISFT:
         if not self.settings.rehearse:
             self._endpoint_of(self.settings).greet()
         run, splits, _ = self._make_data("pipeline", selection, Plan(asking, training))
-        return self._go_on(run, made=splits, timeout=timeout)
+        return self._go_on(run, made=splits, timeout=timeout, weights_to=weights_to)
 
     def _go_on(
-        self, run: Run, *, made: Splits | None = None, timeout: float | None = None
+        self,
+        run: Run,
+        *,
+        made: Splits | None = None,
+        timeout: float | None = None,
+        weights_to: str | os.PathLike[str] | None = None,
     ) -> EvaluationResults:
         """Take a run through its steps, from the first that isn't done, to its results."""
         splits = made or _splits_of(run, self.settings, self._runs)
@@ -11298,6 +11479,8 @@ class OpenAISFT:
                 self._tuning(run).recover()
             self._tuning(run).cancel_surplus()
             while (step := run.next_step) is not None:
+                if step.name == "evaluate" and weights_to is not None:
+                    self._tuning(run).download_weights(Path(weights_to))
                 results = deeds[step.name]()
                 run.passed.add(step.name)
         if results is None:
@@ -11311,11 +11494,15 @@ class OpenAISFT:
         timeout: float | None = None,
         checkpoint: str | None = None,
         judge_base_url: str | None = None,
+        deployment: str | None = None,
+        download_weights: str | os.PathLike[str] | None = None,
     ) -> EvaluationResults | None:
         """Go on with an unfinished run (the newest, or ``run_STAMP``) with its own settings.
 
         ``checkpoint`` takes the place of the one it was begun with (:class:`Asking`);
-        ``judge_base_url`` says that a judge's key may go there. Returns its results, or ``None``
+        ``judge_base_url`` says that a judge's key may go there; ``deployment`` is the name to
+        which the tuned model answers once it is deployed; ``download_weights``: see
+        :class:`PipelineOptions`. Returns its results, or ``None``
         where there is nothing to do. Raises :class:`ConfigurationError` for a run that isn't here
         or that another process drives.
         """
@@ -11324,12 +11511,7 @@ class OpenAISFT:
         if found is None or not found.unfinished:
             logger.info("再開する実行はありません。")
             return None
-        recorded = found.settings.task
-        if "task" in self.settings.given and self.task != recorded:
-            raise ConfigurationError(
-                f"{found.path} は task={recorded} の実行です（指定: task={self.task}）。"
-                "指定を外してください。"
-            )
+        _require_recorded_task(found, self.settings)
         _require_trust(found, self.settings, self._trust, asked=self._client is not None)
         self._take_up(found)
         logger.info(
@@ -11344,30 +11526,40 @@ class OpenAISFT:
             self._judge_at(settings, asking, told=asking.judge_base_url == judge_base_url)
             if checkpoint is not None:
                 _replan(found, checkpoint, self._runs)
-            for model in found.models:
-                self._endpoint_of(settings).expect(model)
-            return self._go_on(found, timeout=timeout)
+            _note_deployment(found, deployment, self._runs)
+            _expect_models(self._endpoint_of(settings), found, settings.speaks)
+            return self._go_on(found, timeout=timeout, weights_to=download_weights)
 
     def attach(
-        self, job_id: str, *, timeout: float | None = None, checkpoint: str | None = None
+        self,
+        job_id: str,
+        *,
+        timeout: float | None = None,
+        checkpoint: str | None = None,
+        download_weights: str | os.PathLike[str] | None = None,
     ) -> EvaluationResults | FineTuningJob:
         """Watch any job to its end, also one made elsewhere; save what it leaves.
 
         A job of an unfinished run here is taken through to the run's results
-        (``checkpoint``: see :meth:`resume`); of any other the SDK's job object is returned.
+        (the options: see :meth:`resume`); of any other the SDK's job object is returned.
         """
         _require_filled(job_id=job_id)
         _refuse_rehearsal(self.settings, "監視")
         for run in self._runs.of_job(job_id):
             if run.kind != "pipeline" or not run.unfinished:
                 continue  # what else is unfinished doesn't watch its job
-            if results := self.resume(run.run_id, timeout=timeout, checkpoint=checkpoint):
+            options: Any = {"timeout": timeout, "checkpoint": checkpoint}
+            if results := self.resume(run.run_id, **options, download_weights=download_weights):
                 return results
         if checkpoint is not None:
             raise ConfigurationError(NOTHING_TO_EVALUATE.format(printable(job_id)))
         patience = math.inf if timeout is None else timeout
         self._endpoint_of(self.settings).job(job_id, patience=patience)  # before it is recorded
-        return self._tuning(self._begin("job", job_id=job_id)).watch(timeout)
+        tuning = self._tuning(self._begin("job", job_id=job_id))
+        job = tuning.watch(timeout)
+        if download_weights is not None:
+            tuning.download_weights(Path(download_weights))
+        return job
 
     def cancel_job(self, job_id: str) -> FineTuningJob:
         """Cancel a job; what it has trained so far is still billed. An ended job is left alone."""
@@ -11378,11 +11570,7 @@ class OpenAISFT:
             logger.info("ジョブ %s はすでに終わっています（%s）。", job_id, job.status)
             return job
         job = endpoint.cancel(job_id)
-        logger.info(
-            "ジョブ %s を取り消しました（%s）。取り消しまでに学習した分の料金は請求されます。",
-            job_id,
-            printable(job.status),
-        )
+        logger.info(CANCELLED, job_id, printable(job.status))
         _record_status(job, self._runs.of_job(job_id), self._run)
         return job
 
@@ -11447,9 +11635,12 @@ class OpenAISFT:
         max_samples: int | None = None,
         seed: int | None = None,
         max_test_cases: int | None = 10,
+        *,
+        deployment: str | None = None,
         **options: Unpack[RunOptions],
     ) -> EvaluationResults:
-        """Evaluate ``model_id``, or the newest model tuned here; save and return the results.
+        """Evaluate ``model_id``, or the newest model tuned here, under the name of its
+        ``deployment`` if it has one; save and return the results.
 
         A model tuned here is asked the split recorded with its run; options that would change
         that split raise :class:`ConfigurationError`. For one made elsewhere the split is made
@@ -11460,13 +11651,13 @@ class OpenAISFT:
         local = None if model_id else self.settings.local
         tuned = self._runs.of_model(model_id, lambda its: local in (None, its.local))
         model_id = model_id or (tuned.fine_tuned_model if tuned else None)
-        if model_id is None:
-            raise ConfigurationError(
-                f"評価するモデルがありません。{self.output_dir} に学習済みモデルの記録がないため、"
-                "--model-id（model_id=）で指定してください。"
-            )
+        model_id = _require_model(model_id, self.output_dir)
         model_id = _model_to_ask(asking.checkpoint, model_id, tuned, self._runs)
         settings = self.settings if tuned is None else self._where_tuned(tuned)
+        if deployment is not None:
+            with _held(_tuned_here(tuned, model_id), self._run) as held:
+                _note_deployment(held, deployment, self._runs, model_id)
+            self._endpoint_of(settings).expect(deployment, DEPLOYMENT_SECONDS)
         self._require_ready(settings)
         self._judge_at(settings, asking)
         if tuned is not None and tuned.selection is not None:
@@ -11476,11 +11667,7 @@ class OpenAISFT:
             asking = replace(asking, seed=tuned.selection.seed)
             plan = Plan(asking, model_id=model_id, split_of=tuned.run_id)
         else:
-            logger.warning(
-                "モデル %s の学習記録がないため、分割は指定から作り直します。このモデルが学習した"
-                "対話が評価に混ざっている可能性を否定できません。",
-                model_id,
-            )
+            logger.warning(UNKNOWN_ORIGIN, model_id)
             selection = Selection(max_samples, asking.seed, **filters)
             plan = Plan(asking, model_id=model_id, selection=selection)
         plan = replace(plan, asking=_with_main_figure(asking, settings.task))
@@ -11500,13 +11687,7 @@ class OpenAISFT:
         Returns ``target``. Raises :class:`ConfigurationError` where there is no such model here or
         the folder isn't empty.
         """
-        run = self._runs.of_model(model_id, lambda settings: settings.local is not None)
-        if run is None:
-            raise ConfigurationError(
-                f"{self.output_dir} に、このマシンで学習したモデル"
-                f"{'' if model_id is None else f' {printable(model_id)} '}がありません。"
-            )
-        return _export_weights(_weights_of(run, model_id or run.known("fine_tuned_model")), target)
+        return _export_weights(self._runs, model_id, target)
 
     # Data ----------------------------------------------------------------------------------
 
@@ -11654,6 +11835,7 @@ class OpenAISFT:
         learning_rate_multiplier: float | Literal["auto"] | None = None,
         suffix: str | None = None,
         seed: int | None = None,
+        **options: Unpack[TrainingOptions],
     ) -> str:
         """Create the (paid) job with supervised fine-tuning; return its id.
 
@@ -11664,7 +11846,7 @@ class OpenAISFT:
         :class:`Declined`, and :class:`TrainingNotAvailable` after deleting the files just
         uploaded.
         """
-        training = Training(epochs, batch_size, learning_rate_multiplier, suffix, seed)
+        training = Training(epochs, batch_size, learning_rate_multiplier, suffix, seed, **options)
         _require_filled(file_id=file_id, validation_file_id=validation_file_id)
         run = self._current()
         # A second job has a run of its own, and a plan is nobody's but the pipeline's.
@@ -11764,7 +11946,8 @@ class OpenAISFT:
             place = self._endpoint_of(settings)
             asker = _asker_of(place, ledger, settings, asking, journal, earlier)
             try:
-                results = evaluate(asker, asked, judge_at, _time_text(self._clock()))
+                with _deployment_told(run, asked, asker, self._runs):
+                    results = evaluate(asker, asked, judge_at, _time_text(self._clock()))
             finally:  # also what an evaluation has cost that stopped half-way
                 dollars = ledger.cost_of(journal.usage_by_model(), model_id)
                 cost = None if dollars is None else ledger.paid(evaluation_usd=dollars)
@@ -11929,16 +12112,48 @@ def _write_user_first(run: Run) -> None:
         )
 
 
-def _export_weights(weights: Path, target: str | os.PathLike[str]) -> Path:
+def _export_weights(runs: Runs, model_id: str | None, target: str | os.PathLike[str]) -> Path:
+    run = runs.of_model(model_id, lambda settings: settings.local is not None)
+    if run is None:
+        raise ConfigurationError(
+            f"{runs.folder} に、このマシンで学習したモデル"
+            f"{'' if model_id is None else f' {printable(model_id)} '}がありません。"
+        )
     try:
         from openai_sft_local import export
 
         logger.info("重みを書き出しています: %s", target)
-        return export(weights, Path(target))
+        return export(_weights_of(run, model_id or run.known("fine_tuned_model")), Path(target))
     except ImportError as error:
         raise _lacking_local(error) from error
     except (FileExistsError, FileNotFoundError) as error:
         raise ConfigurationError(str(error)) from error
+
+
+def _require_recorded_task(run: Run, settings: Settings) -> None:
+    recorded = run.settings.task
+    if "task" in settings.given and settings.task != recorded:
+        raise ConfigurationError(
+            f"{run.path} は task={recorded} の実行です（指定: task={settings.task}）。"
+            "指定を外してください。"
+        )
+
+
+def _require_model(model_id: str | None, folder: Path) -> str:
+    if model_id is None:
+        raise ConfigurationError(
+            f"評価するモデルがありません。{folder} に学習済みモデルの記録がないため、"
+            "--model-id（model_id=）で指定してください。"
+        )
+    return model_id
+
+
+def _expect_models(endpoint: Endpoint, run: Run, speaks: Dialect) -> None:
+    """Let what a run has tuned, or the user has just deployed, load."""
+    for model in run.models if speaks.deploying is None else ():
+        endpoint.expect(model)
+    for model in run.deployments.values():
+        endpoint.expect(model, DEPLOYMENT_SECONDS)
 
 
 def _require_trust(
@@ -12126,6 +12341,7 @@ def _resolve(
     dataset: str | None,
     output_dir: str | os.PathLike[str],
     local: str | None,
+    dialect: str | None,
     *,
     rehearse: bool,
 ) -> dict[str, Any]:
@@ -12133,7 +12349,8 @@ def _resolve(
     _require_filled(api_key=api_key, model=model, base_url=base_url, dataset=dataset)
     _require_filled(output_dir=output_dir, local=local)
     here = [name for name, value in (("rehearse", rehearse), ("local", local)) if value]
-    elsewhere = [name for name, v in (("model", model), ("base_url", base_url)) if v]
+    given = {"model": model, "base_url": base_url, "dialect": dialect}
+    elsewhere = [name for name, value in given.items() if value]
     if local is not None and (rehearse or elsewhere):
         others = "、".join([*here[:-1], *elsewhere])
         raise ConfigurationError(
@@ -12285,7 +12502,82 @@ def _asked_by(plan: Plan, run: Run, runs: Runs, splits: Splits, settings: Settin
         model_id = _model_to_ask(plan.asking.checkpoint, model_id, run, runs)
     if settings.task == "score":
         splits = splits._replace(train=_scored_train_data(runs, model_id, splits.train))
+    tuned = run if model_id in run.models else runs.of_model(model_id)
+    if tuned is not None and settings.base_url == tuned.settings.base_url:
+        model_id = tuned.deployments.get(model_id, model_id)
     return Asked.of(model_id, splits, plan.asking, settings)
+
+
+def _training_options(options: PipelineOptions) -> TrainingOptions:
+    """Take those of :class:`TrainingOptions` out of the options of a run."""
+    given, names = cast("dict[str, Any]", options), TrainingOptions.__annotations__
+    return cast("TrainingOptions", {n: given.pop(n) for n in list(given) if n in names})
+
+
+def _tuned_here(run: Run | None, model_id: str) -> Run:
+    if run is None:
+        raise ConfigurationError(
+            f"{printable(model_id)} を学習した実行の記録がないため、--deployment は使えません。"
+            "配置した名前を --model-id に指定してください。"
+        )
+    return run
+
+
+def _note_deployment(run: Run, name: str | None, runs: Runs, model: str | None = None) -> None:
+    """Record the name to which the model that a run evaluates, or another of it, answers.
+
+    Raises :class:`ConfigurationError` where nothing was trained yet.
+    """
+    if name is None:
+        return
+    _require_filled(deployment=name)
+    if run.fine_tuned_model is None:
+        raise ConfigurationError(
+            f"{run.path} の学習はまだ終わっていません。--deployment は、その後で指定してください。"
+        )
+    if model is None:
+        model = _model_to_ask(run.known("plan").asking.checkpoint, run.fine_tuned_model, run, runs)
+    run.save(deployments={**run.deployments, run.tuned_as(model): name})
+
+
+@contextlib.contextmanager
+def _deployment_told(run: Run, asked: Asked, asker: Asker, runs: Runs) -> Iterator[None]:
+    """Say how a model is deployed that doesn't answer because it isn't, as soon as it is known."""
+    tuned = run if asked.evaluated in run.models else runs.of_model(asked.evaluated)
+    if tuned is not None and asked.evaluated.startswith(f"{tuned.job_id}:"):
+        raise _to_be_deployed(run, tuned, asked.evaluated, asker)  # no name of a model
+    try:
+        yield
+    except _openai().NotFoundError as error:
+        speaks, known = asker.settings.speaks, asked.evaluated in asker.missing
+        if speaks.deploying is None or not asker.missing:
+            raise
+        if known and tuned is not None and asked.evaluated not in tuned.deployments.values():
+            raise _to_be_deployed(run, tuned, asked.evaluated, asker) from error
+        (name,) = {asked.evaluated} if known else {*asker.missing}
+        flag = "--deployment か --model-id" if known else "--baseline か --judge"
+        raise ConfigurationError(
+            f"{printable(name)} という配置は {asker.endpoint.url} にありません（{flag} の指定）。"
+            "名前を確認してください。作成した直後なら、使えるまで数分かかることがあります。"
+        ) from error
+
+
+def _to_be_deployed(run: Run, tuned: Run, model: str, asker: Asker) -> ToBeDeployed:
+    """How a tuned model is deployed, and how to go on then."""
+    settings, place = asker.settings, folder_flag(asker.settings.output_dir)
+    name, lines = "NAME", list[str]()
+    if settings.speaks.deploying is not None:
+        own = tuned.run_id.replace("_", "-")
+        how = settings.speaks.deploying(model, tuned.settings.model, own, asker.endpoint.url)
+        name, lines = how.name, [how.note, f"  {how.command}"]
+    mode = f"--resume {run.run_id}" if run.kind == "pipeline" else "--evaluate-only"
+    if run.kind != "pipeline" and run.plan and run.plan.model_id:
+        mode += f" --model-id {shlex.quote(printable(model))}"
+    back = f"openai-sft {mode}{settings.recorded.flags}{place}"
+    lines += ["配置できたら:", f"  {back} --deployment {name}"]
+    if any(checkpoint.files for checkpoint in tuned.checkpoints) and run.kind == "pipeline":
+        lines += ["重みをダウンロードするには:", f"  {back} --download-weights DIR"]
+    return ToBeDeployed(model, lines)
 
 
 def _leave_out_trained(run: Run, plan: Plan, splits: Splits, runs: Runs) -> Splits:

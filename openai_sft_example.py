@@ -45,6 +45,7 @@ from openai_sft import (
     RunOptions,
     RunRow,
     Speakers,
+    ToBeDeployed,
     __version__,
     check_file,
     explain_api_error,
@@ -400,6 +401,18 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         help="学習率の倍率、正の数か auto（既定: サービスに任せる）",
     )
     group.add_argument(
+        "--learning-rate",
+        type=REAL,
+        metavar="X",
+        help="学習率そのもの（nebius。既定: サービスに任せる）",
+    )
+    group.add_argument(
+        "--training-type",
+        type=filled,
+        metavar="NAME",
+        help="学習の種類（azure では必須: Standard、GlobalStandard、Developer など）",
+    )
+    group.add_argument(
         "--timeout", type=REAL, metavar="SECONDS", help="ジョブを待つ時間の上限（既定: なし）"
     )
     group.add_argument(
@@ -581,6 +594,18 @@ def add_place(parser: argparse.ArgumentParser) -> None:
         help="サービスの方言: openai、azure、nebius、litellm、gateway（既定: ホスト名で選ぶ）",
     )
     group.add_argument(
+        "--deployment",
+        type=filled,
+        metavar="NAME",
+        help="--resume と --evaluate-only で、学習済みモデルを配置（デプロイ）した名前",
+    )
+    group.add_argument(
+        "--download-weights",
+        type=filled,
+        metavar="DIR",
+        help="学習の後に、重みのファイルをフォルダーにダウンロードする（渡すサービスだけ）",
+    )
+    group.add_argument(
         "--output-dir",
         type=filled,
         default="openai_sft_outputs",
@@ -621,6 +646,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             options.evaluate_only or options.export,
             "--evaluate-only か --export",
         ),
+        (
+            options.deployment,
+            "--deployment",
+            options.resume is not None or options.evaluate_only,
+            "--resume か --evaluate-only",
+        ),
         (options.fix, "--fix", options.check_file, "--check-file"),
         (options.report_without_texts, "--report-without-texts", options.report, "--report"),
         (
@@ -632,6 +663,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     ):
         if given and not needed:
             parser.error(f"{flag} は {modes} と一緒に指定してください")
+    if options.download_weights and any(
+        (
+            *(options.check, options.check_file, options.list, options.cancel, options.report),
+            *(options.export, options.data_only, options.evaluate_only),
+        )
+    ):
+        parser.error("--download-weights は、学習するか、--resume、--job-id と指定してください")
     return options
 
 
@@ -652,6 +690,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         tell("中断しました。" + (sft.describe_remote_state() if sft else ""))
         return 143 if isinstance(interrupt, Terminated) else 130
+    except ToBeDeployed as error:
+        tell(str(error))
+        return 2 if options.evaluate_only else 0
     except OpenAISFTError as error:
         fail(str(error), sft)
         return error.exit_code
@@ -750,20 +791,25 @@ def train_or_evaluate(
 ) -> EvaluationResults | FineTuningJob | None:
     """Call the method that the flags ask for among those that pay."""
     if options.evaluate_only:
-        return sft.run_evaluation(options.model_id, **sample)
-    begun = {"timeout": options.timeout, "checkpoint": sample.get("checkpoint")}
+        return sft.run_evaluation(options.model_id, deployment=options.deployment, **sample)
+    begun = {name: getattr(options, name) for name in ("timeout", "download_weights")}
+    begun["checkpoint"] = sample.get("checkpoint")
     if options.job_id:
         return sft.attach(options.job_id, **begun)
     if options.resume is not None:
         named = None if options.resume is True else options.resume
-        return sft.resume(named, **begun, judge_base_url=options.judge_base_url)
+        places = {name: getattr(options, name) for name in ("judge_base_url", "deployment")}
+        return sft.resume(named, **begun, **places)
     return sft.run_full_pipeline(
         options.epochs,
         options.batch_size,
         **sample,
         learning_rate_multiplier=options.learning_rate_multiplier,
+        learning_rate=options.learning_rate,
+        training_type=options.training_type,
         suffix=options.suffix,
         timeout=options.timeout,
+        download_weights=options.download_weights,
     )
 
 

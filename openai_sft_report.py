@@ -816,6 +816,7 @@ def _files(record: Json, files: Mapping[str, str]) -> Pairs:
 # Of the command line: the option, where the record has its value, and what it is without it.
 OPTIONS: tuple[tuple[str, tuple[str, ...], tuple[object, ...]], ...] = (
     ("--base-url", ("settings", "base_url"), (OPENAI_BASE_URL,)),
+    ("--dialect", ("settings", "dialect"), ()),
     ("--local", ("settings", "local"), ()),
     ("--local-launcher", ("settings", "local_launcher"), ()),
     ("--full", ("settings", "local_full"), ()),
@@ -845,6 +846,8 @@ OPTIONS: tuple[tuple[str, tuple[str, ...], tuple[object, ...]], ...] = (
         ("plan", "training", "learning_rate_multiplier"),
         (),
     ),
+    ("--learning-rate", ("plan", "training", "learning_rate"), ()),
+    ("--training-type", ("plan", "training", "training_type"), ()),
     ("--suffix", ("plan", "training", "suffix"), ()),
     ("--max-test-cases", ("plan", "asking", "max_test_cases"), (10,)),
     ("--baseline", ("plan", "asking", "baseline"), ()),
