@@ -107,6 +107,12 @@ def missing_packages() -> list[str]:
 # --- Records --------------------------------------------------------------------------------------
 
 
+def _method(model: str, full: bool) -> str:
+    if model == TINY:
+        return TINY
+    return "full" if full else "lora"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Spec:
     """What a job is to do: ``spec.json``."""
@@ -135,9 +141,7 @@ class Spec:
     @property
     def method(self) -> str:
         """A key of `LEARNING_RATES`."""
-        if self.model == TINY:
-            return TINY
-        return "full" if self.full else "lora"
+        return _method(self.model, self.full)
 
 
 class Example(NamedTuple):
@@ -1710,6 +1714,7 @@ class LocalEngine:
         # A folder is called by its name too, which a tuned model's takes up: that shows no path.
         name = Path(model).resolve().name if Path(model).is_dir() else model
         self.base_models: Mapping[str, str] = {name: name, model: name}
+        self.learning_rate = LEARNING_RATES[_method(model, full)]
         self._answerer = _Answerer()
         self._server = _Server(serve_url) if serve_url else None
 
@@ -1752,6 +1757,11 @@ class LocalEngine:
             )
             raise ApiError(400, message, "model", "model_not_available")
         return self._server.answer(self._model, weights.adapter, body)
+
+    def weights(self, model: Model) -> Mapping[str, bytes | Path]:
+        """See `Engine`; all that is in the checkpoint's folder."""
+        folder = self._folder(str(model.job_id)) / f"checkpoint-{model.step or 0:d}"
+        return {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
 
     def forget(self, job_id: str) -> None:
         """See `Engine`."""

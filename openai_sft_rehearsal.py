@@ -15,6 +15,7 @@ What is real here and what is not:
 - A chat completion is one whole answer. What isn't rehearsed (more choices, streams) is refused
   with a 400. How strict the service is with parameters, sizes and keys isn't rehearsed.
 - A checkpoint answers once its job has succeeded, with what had been learned by then.
+- Other services that take the same calls differ in much: a `Dialect` says in what.
 
 Of the character engine:
 
@@ -34,8 +35,9 @@ Of the character engine:
 Every request passes `Rehearsal.answer` and every job's work `Rehearsal.work`: a subclass can watch
 and disturb both.
 
-In reading order: records, checks, the judgement of files, what an engine is, the character engine,
-the service behind the endpoint, HTTP, `Rehearsal`, the command line, and the example dialogues.
+In reading order: records, checks, the judgement of files, the dialects, what an engine is, the
+character engine, the service behind the endpoint, HTTP, `Rehearsal`, the command line, and the
+example dialogues.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import hashlib
 import hmac
 import ipaddress
 import json
@@ -54,6 +57,7 @@ import secrets
 import signal
 import socket
 import socketserver
+import string
 import sys
 import threading
 import time
@@ -82,6 +86,9 @@ __all__ = [
     "Answer",
     "ApiError",
     "CharacterEngine",
+    "Deployment",
+    "Dialect",
+    "DialectName",
     "Engine",
     "FileProblem",
     "Job",
@@ -108,6 +115,7 @@ _log = logging.getLogger("openai_sft_rehearsal")
 
 Json = dict[str, Any]
 Purpose = Literal["training", "validation"]
+DialectName = Literal["openai", "azure", "nebius", "litellm"]
 _Kept = TypeVar("_Kept")
 
 MIN_EXAMPLES: Final[dict[Purpose, int]] = {"training": 10, "validation": 1}
@@ -121,6 +129,7 @@ MODEL_ALIASES: Final = {
 }
 FILE_PURPOSES: Final = frozenset({"assistants", "batch", "fine-tune", "vision", "user_data"})
 TERMINAL: Final = frozenset({"succeeded", "failed", "cancelled"})
+BOM: Final = b"\xef\xbb\xbf"
 
 SPECIAL_TOKEN: Final = re.compile(
     r"<\|(im_(start|end|sep)|endof(text|prompt|system)|fim_(prefix|middle|suffix)"
@@ -176,7 +185,8 @@ class Request:
     @functools.cached_property
     def path(self) -> str:
         """What follows ``/v1``, readable."""
-        return unquote(urlsplit(self.target).path.rstrip("/")).removeprefix("/v1")
+        path = unquote(urlsplit(self.target).path.rstrip("/"))
+        return re.sub("^(/api/projects/[^/]+)?(/openai)?/v1", "", path)
 
     @functools.cached_property
     def query(self) -> dict[str, str]:
@@ -192,9 +202,10 @@ class Request:
         try:
             body = _strict_json(self.content) if self.content else {}
         except (ValueError, RecursionError):
-            raise ApiError(400, "We could not parse the JSON body of your request.") from None
+            message = "We could not parse the JSON body of your request."
+            raise ApiError(400, message, shape="json_invalid") from None
         if not isinstance(body, dict):
-            raise ApiError(400, "The JSON body must be an object.")
+            raise ApiError(400, "The JSON body must be an object.", shape="model_type")
         return body
 
 
@@ -208,7 +219,7 @@ class Answer(NamedTuple):
 
 
 class ApiError(Exception):
-    """A refusal in the API's error shape: `answer`."""
+    """A refusal; in OpenAI's error shape: `answer`."""
 
     def __init__(
         self,
@@ -218,9 +229,12 @@ class ApiError(Exception):
         code: str | None = None,
         kind: str = "invalid_request_error",
         headers: Mapping[str, str] | None = None,
+        shape: str | None = None,
     ) -> None:
-        """`kind` is the error's ``type``."""
+        """`kind` is the error's ``type``; `shape` is pydantic's, where the request is malformed."""
         super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.shape = shape
         error = {"message": message, "type": kind, "param": param, "code": code}
         self.answer = _json_answer({"error": error}, status, headers)
 
@@ -233,9 +247,11 @@ def _json_answer(value: Any, status: int = 200, headers: Mapping[str, str] | Non
 # --- Checks ---------------------------------------------------------------------------------------
 
 
-def _check(condition: object, message: str, param: str | None = None) -> None:
+def _check(
+    condition: object, message: str, param: str | None = None, shape: str | None = None
+) -> None:
     if not condition:
-        raise ApiError(400, message, param)
+        raise ApiError(400, message, param, shape=shape)
 
 
 def _field(
@@ -251,37 +267,16 @@ def _field(
     value = body.get(key)
     if value is None and not needed:
         return None
-    right = isinstance(value, kind) and not isinstance(value, bool)
+    right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
     if right and limits:
         size: Any = len(value) if isinstance(value, str) else value
         right = limits[0] <= size <= limits[1]
     wanted = getattr(kind, "__name__", str(kind))
     if limits:
         wanted += f" from {limits[0]} to {limits[1]}"
-    _check(right, f"Invalid '{where}{key}': expected {wanted}.", where + key)
+    shape = "missing" if value is None else "value_error"
+    _check(right, f"Invalid '{where}{key}': expected {wanted}.", where + key, shape)
     return value
-
-
-_HYPERPARAMETERS: Final[dict[str, tuple[type | UnionType, tuple[float, float]]]] = {
-    "n_epochs": (int, (1, 50)),
-    "batch_size": (int, (1, 256)),
-    "learning_rate_multiplier": (int | float, (1e-6, 1e6)),
-}
-
-
-def _hyperparameters(body: Json) -> Json:
-    """The three hyperparameters as asked for in `method`; "auto" where they weren't."""
-    method = _field(body, "method", dict) or {"type": "supervised"}
-    only = "Only the supervised method is rehearsed here, with its hyperparameters in 'method'."
-    _check(method.get("type") == "supervised" and "hyperparameters" not in body, only, "method")
-    supervised = _field(method, "supervised", dict, where="method.") or {}
-    given = _field(supervised, "hyperparameters", dict, where="method.supervised.") or {}
-    return {
-        key: "auto"
-        if given.get(key) in (None, "auto")
-        else _field(given, key, kind, limits, where="method.supervised.hyperparameters.")
-        for key, (kind, limits) in _HYPERPARAMETERS.items()
-    }
 
 
 def _strict_json(text: str | bytes) -> Any:
@@ -462,6 +457,230 @@ def _is_call(call: Any) -> bool:
     return call["id"] != "" and all(isinstance(text, str) for text in texts)
 
 
+# --- The dialects of other services ---------------------------------------------------------------
+
+_Limits = Mapping[str, tuple[type | UnionType, tuple[float, float] | None]]
+
+_RELATIVE: Final[_Limits] = {
+    "n_epochs": (int, (1, 50)),
+    "batch_size": (int, (1, 256)),
+    "learning_rate_multiplier": (int | float, (1e-6, 1e6)),
+}
+_ABSOLUTE: Final[_Limits] = {
+    "n_epochs": (int, (1, 20)),
+    "batch_size": (int, (1, 32)),
+    "learning_rate": (int | float, (1e-12, 1e6)),
+    "warmup_ratio": (int | float, (0, 1)),
+    "weight_decay": (int | float, (0, 1)),
+    "lora": (bool, None),
+    "lora_r": (int, (1, 1024)),
+    "lora_alpha": (int, (1, 1024)),
+    "lora_dropout": (int | float, (0, 1)),
+    "packing": (bool, None),
+    "max_grad_norm": (int | float, (0, 1e6)),
+    "context_length": (int, (1, 1_000_000)),
+}
+_FORWARDED: Final = frozenset(
+    {
+        *("model", "training_file", "validation_file", "hyperparameters"),
+        *("suffix", "integrations", "seed"),
+    }
+)
+
+
+def _relative(given: Json, where: str) -> Json:
+    """The three hyperparameters; "auto" where none was asked for."""
+    return {
+        key: "auto"
+        if given.get(key) in (None, "auto")
+        else _field(given, key, kind, limits, where=where)
+        for key, (kind, limits) in _RELATIVE.items()
+    }
+
+
+def _of_method(body: Json) -> Json:
+    """The hyperparameters as asked for in `method`."""
+    method = _field(body, "method", dict) or {"type": "supervised"}
+    only = "Only the supervised method is rehearsed here, with its hyperparameters in 'method'."
+    _check(method.get("type") == "supervised" and "hyperparameters" not in body, only, "method")
+    supervised = _field(method, "supervised", dict, where="method.") or {}
+    given = _field(supervised, "hyperparameters", dict, where="method.supervised.") or {}
+    return _relative(given, "method.supervised.hyperparameters.")
+
+
+def _of_method_or_body(body: Json) -> Json:
+    """As `_of_method`; what isn't asked for there counts as the body's own ``hyperparameters``."""
+    outer = _relative(_field(body, "hyperparameters", dict) or {}, "hyperparameters.")
+    inner = _of_method({key: value for key, value in body.items() if key != "hyperparameters"})
+    for key, value in inner.items():
+        same = "auto" in (value, outer[key]) or value == outer[key]
+        _check(same, f"'{key}' is {value} in 'method' and {outer[key]} outside of it.", "method")
+    return {key: outer[key] if value == "auto" else value for key, value in inner.items()}
+
+
+def _of_body(body: Json) -> Json:
+    """The body's ``hyperparameters``, with the learning rate itself; no other names, no "auto"."""
+    where = "hyperparameters."
+    given = _field(body, "hyperparameters", dict) or {}
+    _check_extra(given, frozenset(_ABSOLUTE), where)
+    asked = {
+        key: _field(given, key, kind, limits, where=where)
+        for key, (kind, limits) in _ABSOLUTE.items()
+    }
+    return {key: value for key, value in asked.items() if value is not None}
+
+
+def _check_extra(given: Json, known: frozenset[str], where: str = "") -> None:
+    if extra := given.keys() - known:
+        message = "Extra inputs are not permitted"
+        raise ApiError(400, message, where + min(extra), shape="extra_forbidden")
+
+
+def _azure_refusal(problem: ApiError) -> Answer:
+    error = {"code": problem.code or str(problem.status), "message": problem.message}
+    return problem.answer._replace(body=_json_answer({"error": error}).body)
+
+
+def _fastapi_refusal(problem: ApiError) -> Answer:
+    """FastAPI's, which tells malformed requests from all others."""
+    if problem.shape is None:
+        return problem.answer._replace(body=_json_answer({"detail": problem.message}).body)
+    place = ["body", *(problem.param or "").split(".")] if problem.param else ["body"]
+    detail = {"type": problem.shape, "loc": place, "msg": problem.message}
+    return _json_answer({"detail": [detail]}, 422)
+
+
+def _openai_name(base: str, owner: str, suffix: str, job_id: str) -> str:
+    return f"ft:{base}:{owner}:{suffix}:{job_id[-8:]}"
+
+
+def _azure_name(base: str, owner: str, suffix: str, job_id: str) -> str:
+    known = hashlib.sha256(job_id.encode()).hexdigest()[:32]
+    return f"{base}.ft-{known}" + (f"-{suffix}" if suffix else "")
+
+
+class Missing(NamedTuple):
+    """What is said of a model that isn't there."""
+
+    message: str
+    code: str = "model_not_found"
+
+
+_MISSING_MODEL: Final = Missing("The model `{}` does not exist or you do not have access to it.")
+_Kind = Literal["base", "tuned", "deployed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dialect:
+    """What a service does in its own way; the defaults are OpenAI's."""
+
+    # Where it answers, and how it refuses
+    roots: tuple[str, ...] = ("/v1",)
+    project: str | None = None  # one more root, without uploads
+    control: frozenset[str] = frozenset()  # routes outside of these roots
+    refusal: Callable[[ApiError], Answer] = lambda problem: problem.answer
+
+    # Models
+    base_models: Mapping[str, str] = field(  # of the character engine
+        default_factory=lambda: {name: name for name in MODEL_ALIASES.values()} | MODEL_ALIASES
+    )
+    shows_shutdown: bool = True
+    lists: tuple[_Kind, ...] = ("base", "tuned")
+    answers: tuple[_Kind, ...] = ("base", "tuned")
+    missing_model: Missing = _MISSING_MODEL
+    missing_answer: Missing = _MISSING_MODEL  # of a chat
+
+    # Files
+    file_statuses: tuple[str | None, ...] = ("processed",)  # each look at a file moves it on
+    bom: bool = False  # whether training files begin with a byte order mark
+
+    # What a job is asked with
+    job_keys: frozenset[str] | None = None  # None: all
+    forbids_extra: bool = False  # refuses other keys, which are dropped else
+    training_types: frozenset[str] = frozenset()  # one of them is needed where there are any
+    hyperparameters: Callable[[Json], Json] = _of_method
+    longest_suffix: int = 64
+    dots_in_suffix: bool = True
+    keeps_metadata: bool = True
+
+    # What comes of a job
+    waiting: tuple[str, str] = ("validating_files", "queued")
+    absolute_rate: bool = False  # whether it is asked for the learning rate itself
+    shows_method: bool = True
+    event_metrics: bool = True
+    checkpoint_id: str = "ftckpt_"
+    kept_epochs: int = 3  # the last ones that leave a checkpoint
+    model_name: Callable[[str, str, str, str], str | None] = _openai_name
+    result_columns: str | None = (  # None: the weights' files instead of a table
+        "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
+    )
+
+
+DIALECTS: Final[Mapping[DialectName, Dialect]] = {
+    "openai": Dialect(),
+    "azure": Dialect(
+        roots=("/v1", "/openai/v1"),
+        project="/api/projects/*/openai/v1",
+        control=frozenset(
+            {
+                "PUT /subscriptions/*/resourceGroups/*/providers/Microsoft.CognitiveServices"
+                "/accounts/*/deployments/*"
+            }
+        ),
+        refusal=_azure_refusal,
+        shows_shutdown=False,
+        answers=("deployed",),
+        missing_answer=Missing(
+            "The API deployment for this resource does not exist. If you created the deployment "
+            "within the last 5 minutes, please wait a moment and try again.",
+            "DeploymentNotFound",
+        ),
+        file_statuses=("pending", "running", "processed"),
+        bom=True,
+        training_types=frozenset(
+            {
+                *("Standard", "GlobalStandard", "Developer"),
+                *("standard", "globalStandard", "developerTier"),
+            }
+        ),
+        hyperparameters=_of_method_or_body,
+        longest_suffix=18,
+        dots_in_suffix=False,
+        waiting=("pending", "pending"),
+        checkpoint_id="ftchkpt-",
+        model_name=_azure_name,
+        result_columns="step,train_loss,train_mean_token_accuracy,valid_loss,"
+        "valid_mean_token_accuracy,full_valid_loss,full_valid_mean_token_accuracy",
+    ),
+    "nebius": Dialect(
+        control=frozenset({"POST /v0/models", "GET /v0/models", "GET /v0/models/**"}),
+        refusal=_fastapi_refusal,
+        base_models={
+            name: name for name in ("meta-llama/Llama-3.1-8B-Instruct", "Qwen/Qwen3-0.6B")
+        },
+        shows_shutdown=False,
+        lists=("base", "deployed"),
+        answers=("base", "deployed"),
+        missing_model=Missing("The model `{}` does not exist."),
+        missing_answer=Missing("The model `{}` does not exist."),
+        file_statuses=(None,),
+        job_keys=_FORWARDED | {"metadata"},
+        forbids_extra=True,
+        hyperparameters=_of_body,
+        keeps_metadata=False,
+        absolute_rate=True,
+        shows_method=False,
+        event_metrics=False,
+        kept_epochs=20,
+        model_name=lambda *_: None,
+        result_columns=None,
+    ),
+    "litellm": Dialect(
+        job_keys=_FORWARDED, hyperparameters=_of_method_or_body, keeps_metadata=False
+    ),
+}
+
+
 # --- What an engine is ----------------------------------------------------------------------------
 
 
@@ -477,6 +696,7 @@ class Order(NamedTuple):
     learning_rate_multiplier: float
     seed: int
     seen: int
+    kept_epochs: int = 3  # the last ones that leave a checkpoint, as OpenAI keeps them
 
 
 class Note(NamedTuple):
@@ -539,12 +759,16 @@ class Engine(Protocol):
     owner: str  # the third part of a tuned model's name
     base_models: Mapping[str, str]  # by every name that may be asked for
     shutdown_date: str | None  # of the models
+    learning_rate: float  # where its multiplier is 1
 
     def train(self, order: Order) -> Generator[Progress, None, None]:
         """Carry a job out, in short pieces; closing cancels it. Raises `TrainingFailed`."""
 
     def answer(self, model: Model, body: Json) -> Reply:
         """Answer a chat request that `_check_chat` found nothing wrong with. Raises `ApiError`."""
+
+    def weights(self, model: Model) -> Mapping[str, bytes | Path]:
+        """The files of a checkpoint, by their names, from when it is kept."""
 
     def forget(self, job_id: str) -> None:
         """Let go of all that a job has left."""
@@ -884,13 +1108,12 @@ class CharacterEngine:
     """The character models behind the API; what they have learned ends with the process."""
 
     owner: str = "rehearsal"
-    base_models: Mapping[str, str] = {
-        **{name: name for name in MODEL_ALIASES.values()},
-        **MODEL_ALIASES,
-    }
     shutdown_date: str | None = "2027-01-14"  # OpenAI's deprecations page, announced 2026-10-14
+    learning_rate: float = 1e-5
 
-    def __init__(self) -> None:
+    def __init__(self, dialect: DialectName = "openai") -> None:
+        """Has the base models of that service."""
+        self.base_models: Mapping[str, str] = DIALECTS[dialect].base_models
         self._tuned: dict[tuple[str, int], _Tuned] = {}
 
     def train(self, order: Order) -> Generator[Progress, None, None]:
@@ -902,8 +1125,7 @@ class CharacterEngine:
         per_epoch = math.ceil(len(examples) / size)
         total = per_epoch * epochs
         every = max(1, min(10, total // 10))
-        model = CharacterModel(order.learning_rate_multiplier)
-        learned: dict[int, Learned] = {}
+        model, scores = CharacterModel(order.learning_rate_multiplier), fit_scores(examples)
 
         for step in range(1, total + 1):
             epoch, batch_number = divmod(step - 1, per_epoch)
@@ -924,13 +1146,9 @@ class CharacterEngine:
             if validation and epoch_ends:
                 metrics |= yield from _measure(model, validation, "full_valid")
             yield Step(total, metrics)
-            if epoch_ends and epoch >= epochs - 3:
-                learned[step] = model.learned()
+            if epoch_ends and epoch >= epochs - order.kept_epochs:
+                self._tuned[order.job_id, step] = _Tuned(model.learned(), scores, model)
                 yield Kept(metrics)
-        scores = fit_scores(examples)
-        self._tuned |= {
-            (order.job_id, step): _Tuned(known, scores, model) for step, known in learned.items()
-        }
         yield Trained(epochs * sum(example.characters for example in examples))
 
     def answer(self, model: Model, body: Json) -> Reply:
@@ -944,6 +1162,16 @@ class CharacterEngine:
         asked = sum(map(len, map(_text, body["messages"])))
         cut = text[:limit]
         return Reply(cut, asked, len(cut), "stop" if cut == text else "length")
+
+    def weights(self, model: Model) -> Mapping[str, bytes | Path]:
+        """See `Engine`; named as an adapter's, though nothing but this engine has such weights."""
+        learned = self._tuned[str(model.job_id), model.step or 0].model
+        about = {"base_model_name_or_path": model.base, "peft_type": "CHARACTERS"}
+        known = json.dumps({"likeliest": learned.likeliest, "openings": learned.openings})
+        return {
+            "adapter_config.json": json.dumps(about).encode("ascii"),
+            "adapter_model.safetensors": known.encode("ascii"),
+        }
 
     def forget(self, job_id: str) -> None:
         """See `Engine`."""
@@ -985,6 +1213,13 @@ def _answer_text(body: Json, user_text: str, tuned: _Tuned | None) -> str:
 class _Upload:
     shown: Json
     parts: dict[str, bytes] = field(default_factory=dict)
+
+
+class Deployment(NamedTuple):
+    """A name under which a model answers, and what was asked to answer under it."""
+
+    source: str
+    model: Model
 
 
 @dataclass
@@ -1146,12 +1381,13 @@ class _Service:
     def __init__(
         self,
         engine: Engine,
+        dialect: Dialect,
         folder: Path | None,
         api_key: str | None,
         latency: float,
         max_in_flight: int | None,
     ) -> None:
-        self.engine, self.api_key = engine, api_key
+        self.engine, self.dialect, self.api_key = engine, dialect, api_key
         self.latency, self.max_in_flight = latency, max_in_flight
         self.state = threading.Condition()
         self.closing = threading.Event()
@@ -1162,6 +1398,7 @@ class _Service:
         self.uploads: dict[str, _Upload] = {}
         self.jobs: dict[str, Job] = {}
         self.tuned: dict[str, Model] = {}
+        self.deployments: dict[str, Deployment] = {}
         self.diary = _Diary(folder) if folder else _Memory()
         for change in self.diary.read():
             self._apply(change)
@@ -1173,23 +1410,24 @@ class _Service:
         try:
             return self._operate(request)
         except ApiError as problem:
-            return problem.answer
+            return self.dialect.refusal(problem)
 
     def work(self, job: Job) -> Generator[None, None, None]:
         """What is left of a job, in pieces; between two it may be held or cancelled, or `fail`.
 
         Raises `TrainingFailed` where it can't go on.
         """
-        if job.status == "validating_files":
+        validating, queued = self.dialect.waiting
+        if job.status == validating:
             for purpose in MIN_EXAMPLES:
                 yield
                 data = self._data(job, purpose)
                 if data and (problem := judge_training_file(data, purpose=purpose)):
                     return self.fail(job, problem.code, problem.message, f"{purpose}_file")
             yield
-            self._say(job, "Files validated, moving job to queued state")
-            self.move(job, "queued")
-        if job.status == "queued":
+            self._say(job, f"Files validated, moving job to {queued} state")
+            self.move(job, queued)
+        if job.status == queued:
             yield
             self.move(job, "running")
             self._say(job, "Fine-tuning job started")
@@ -1200,7 +1438,7 @@ class _Service:
         sent = request.headers.get("Authorization", "").encode()
         if self.api_key and not hmac.compare_digest(sent, f"Bearer {self.api_key}".encode()):
             raise ApiError(401, "Incorrect API key provided.", None, "invalid_api_key")
-        operation, name = _route(request)
+        operation, name = _route(request, self.dialect)
         # A chat computes for a while, and touches no shared state.
         with self._chat_slot() if operation is _Service.chat else self.state:
             result = operation(self, request, name)
@@ -1223,16 +1461,19 @@ class _Service:
             self.state.notify_all()
 
     def _apply(self, change: Json) -> None:
-        """A file is new, a job is new or changed, a file or a job's models are gone."""
+        """A file, a job or a deployment is new or changed, a file or a job's models are gone."""
         if file := change.get("file"):
             self.files[file["id"]] = file
+        elif name := change.get("deployed"):
+            self.deployments[name] = Deployment(change["source"], Model(*change["model"]))
         elif name := change.get("job"):
             self._apply_to_job(self.jobs.setdefault(name, Job()), change)
         elif name := change.get("deleted"):
             del self.files[name]
         else:
-            tuned = self.tuned.items()
-            self.tuned = {key: at for key, at in tuned if at.job_id != change["forgotten"]}
+            gone, tuned, deployed = change["forgotten"], self.tuned, self.deployments
+            self.tuned = {key: at for key, at in tuned.items() if at.job_id != gone}
+            self.deployments = {k: at for k, at in deployed.items() if at.model.job_id != gone}
 
     def _apply_to_job(self, job: Job, change: Json) -> None:
         job.shown |= change.get("shown", {})
@@ -1241,31 +1482,46 @@ class _Service:
         job.seen += change.get("seen", 0)
         if job.status not in TERMINAL:
             job.work = job.work or self.work(job)
-        elif name := job.shown["fine_tuned_model"]:
-            steps = {c["fine_tuned_model_checkpoint"]: c["step_number"] for c in job.checkpoints}
-            steps[name] = job.checkpoints[-1]["step_number"]
+        elif job.status == "succeeded":
+            steps = {
+                c["fine_tuned_model_checkpoint"] or f"{job.id}:{c['id']}": c["step_number"]
+                for c in job.checkpoints
+            }
+            if name := job.shown["fine_tuned_model"]:
+                steps[name] = job.checkpoints[-1]["step_number"]
             base = job.shown["model"]
             self.tuned |= {known: Model(base, job.id, step) for known, step in steps.items()}
 
     # Models
 
+    def _models(self, kinds: Sequence[_Kind]) -> dict[str, Model]:
+        """The models of these kinds, by their names."""
+        deployed = self.deployments.items()
+        known: dict[_Kind, dict[str, Model]] = {
+            "base": {name: Model(base) for name, base in self.engine.base_models.items()},
+            "tuned": self.tuned,
+            "deployed": {name: deployment.model for name, deployment in deployed},
+        }
+        return {name: model for kind in kinds for name, model in known[kind].items()}
+
     def _shown_model(self, name: str) -> Json:
         """A model by its name; 404 for one that isn't here."""
-        base, job_id = self.engine.base_models.get(name), self._asked_model(name).job_id
+        job_id = self._asked_model(name, self.dialect.lists).job_id
         created = self.jobs[job_id].shown["finished_at"] if job_id else self._now()
-        owner = self.engine.owner if base else f"org-{self.engine.owner}"
+        owner = f"org-{self.engine.owner}" if job_id else self.engine.owner
         shown = {"id": name, "object": "model", "created": created, "owned_by": owner}
-        ends = self.engine.shutdown_date
+        ends = self.engine.shutdown_date if self.dialect.shows_shutdown else None
         return shown | ({"shutdown_date": ends} if ends else {})
 
-    def _asked_model(self, name: str) -> Model:
-        if base := self.engine.base_models.get(name):
-            return Model(base)
-        message = f"The model `{name}` does not exist or you do not have access to it."
-        return _found(self.tuned, name, ApiError(404, message, "model", "model_not_found"))
+    def _asked_model(
+        self, name: str, kinds: Sequence[_Kind], missing: Missing | None = None
+    ) -> Model:
+        message, code = missing or self.dialect.missing_model
+        unknown = ApiError(404, message.format(name), "model", code)
+        return _found(self._models(kinds), name, unknown)
 
     def list_models(self, request: Request, name: str) -> Json:
-        names = (*self.engine.base_models, *self.tuned)
+        names = self._models(self.dialect.lists)
         return {"object": "list", "data": [self._shown_model(known) for known in names]}
 
     def retrieve_model(self, request: Request, name: str) -> Json:
@@ -1273,11 +1529,68 @@ class _Service:
 
     def delete_model(self, request: Request, name: str) -> Json:
         """A tuned model, and with it the job's checkpoints."""
-        job_id = self._asked_model(name).job_id
+        job_id = self._asked_model(name, ("base", "tuned")).job_id
         _check(job_id, f"The base model {name} can't be deleted.", "model")
         self._change(forgotten=job_id)
         self.engine.forget(str(job_id))
         return {"id": name, "object": "model", "deleted": True}
+
+    # Deployments
+
+    def deploy(self, name: str, model: str) -> Deployment:
+        """Let a model answer under a name; a checkpoint without a name is ``JOBID:CKPTID``.
+
+        Raises `ApiError` for an unknown model, ValueError where the dialect has no deployments.
+        """
+        if "deployed" not in self.dialect.answers:
+            raise ValueError("この方言の接続先に、デプロイはありません")
+        with self.state:
+            found = self._asked_model(model, ("base", "tuned"))
+            self._change(deployed=name, source=model, model=list(found))
+            return self.deployments[name]
+
+    def put_deployment(self, request: Request, name: str) -> Answer:
+        """As the control plane of Azure does it."""
+        _check("api-version" in request.query, "The api-version query parameter is required.")
+        body = request.body
+        sku = _field(body, "sku", dict, needed=True)
+        properties = _field(body, "properties", dict, needed=True)
+        model = _field(properties, "model", dict, where="properties.", needed=True)
+        for key in ("format", "name", "version"):
+            _field(model, key, str, where="properties.model.", needed=True)
+        if model["format"] != "OpenAI" or model["name"] not in self._models(("base", "tuned")):
+            message = f"The model '{model['name']}' of '{model['format']}' is not supported."
+            raise ApiError(400, message, code="DeploymentModelNotSupported")
+        self.deploy(name, model["name"])
+        shown = {
+            "id": urlsplit(request.target).path,
+            "type": "Microsoft.CognitiveServices/accounts/deployments",
+            "name": name,
+            "sku": sku,
+            "properties": {"model": model, "provisioningState": "Succeeded"},
+        }
+        return _json_answer(shown, 201)
+
+    def deploy_checkpoint(self, request: Request, name: str) -> Json:
+        """As Nebius does it."""
+        keys = ("source", "base_model", "name")
+        source, base, asked = (_field(request.body, key, str, needed=True) for key in keys)
+        found = self._asked_model(source, ("tuned",), Missing("No such checkpoint: {}"))
+        _check(found.base == base, f"{source} was tuned from {found.base}.", "base_model")
+        letters = "".join(secrets.choice(string.ascii_letters) for _ in range(4))
+        known = f"{base}-LoRa:{asked}-{letters}"
+        self.deploy(known, source)
+        return self.show_deployment(request, known)
+
+    def show_deployment(self, request: Request, name: str) -> Json:
+        message, code = self.dialect.missing_model
+        missing = ApiError(404, message.format(name), "model", code)
+        source, model = _found(self.deployments, name, missing)
+        return {"name": name, "status": "active", "source": source, "base_model": model.base}
+
+    def list_deployments(self, request: Request, name: str) -> Json:
+        shown = [self.show_deployment(request, known) for known in self.deployments]
+        return {"object": "list", "data": shown}
 
     # Files
 
@@ -1285,17 +1598,19 @@ class _Service:
         file = _field(request.body, "file", SentFile, needed=True)
         purpose = request.body.get("purpose")
         self._check_file(file.name, purpose, len(file.data))
-        return self._add_file(file.name, str(purpose), file.data)
+        first = self.dialect.file_statuses[0]
+        return self._add_file(file.name, str(purpose), file.data, first)
 
     def _check_file(self, name: str, purpose: Any, size: int) -> None:
         known = isinstance(purpose, str) and purpose in FILE_PURPOSES
-        _check(known, f"Invalid 'purpose': expected one of {sorted(FILE_PURPOSES)}.", "purpose")
+        message = f"Invalid 'purpose': expected one of {sorted(FILE_PURPOSES)}."
+        _check(known, message, "purpose", "enum")
         right = purpose != "fine-tune" or name.lower().endswith(".jsonl")
         _check(right, f"Invalid extension of '{name}': fine-tune files must be .jsonl.", "file")
         _check(size > 0, "File is empty.", "file")
 
-    def _add_file(self, name: str, purpose: str, data: bytes) -> Json:
-        more = {"bytes": len(data), "filename": name, "purpose": purpose, "status": "processed"}
+    def _add_file(self, name: str, purpose: str, data: bytes, status: str | None) -> Json:
+        more = {"bytes": len(data), "filename": name, "purpose": purpose, "status": status}
         shown = self._new("file-", "file", **more)
         self.diary.keep(shown["id"], data)
         self._change(file=shown)
@@ -1310,8 +1625,41 @@ class _Service:
     def file(self, name: str) -> Json:
         return _found(self.files, name, ApiError(404, f"No such File object: {name}", "id"))
 
+    def retrieve_file(self, request: Request, name: str) -> Json:
+        """A file; where a service takes its time with files, this look moves it on."""
+        shown, statuses = self.file(name), self.dialect.file_statuses
+        if shown["status"] in statuses[:-1]:
+            status = statuses[statuses.index(shown["status"]) + 1]
+            problem = self._file_problem(shown) if status == statuses[-1] else None
+            told = {"status": "error", "status_details": problem} if problem else {"status": status}
+            self._change(file=shown | told)
+        return self.file(name)
+
+    def _file_problem(self, shown: Json) -> str | None:
+        """What a service says of a file that it looks at before any job."""
+        if shown["purpose"] != "fine-tune":
+            return None
+        data = self.diary.data(shown["id"])
+        if self.dialect.bom and not data.startswith(BOM):
+            return "The file must be UTF-8 encoded with a byte order mark (BOM)."
+        problem = judge_training_file(self._without_bom(data), purpose="validation")
+        return problem.message if problem else None
+
+    def _without_bom(self, data: bytes) -> bytes:
+        return data.removeprefix(BOM) if self.dialect.bom else data
+
     def file_content(self, request: Request, name: str) -> Answer:
-        return Answer(200, self.diary.data(self.file(name)["id"]), "application/octet-stream")
+        """The bytes of a file, or those from where a ``Range: bytes=N-`` says."""
+        data, kind = self.diary.data(self.file(name)["id"]), "application/octet-stream"
+        asked = re.fullmatch("bytes=([0-9]{1,15})-", request.headers.get("Range", ""))
+        if asked is None:
+            return Answer(200, data, kind)
+        start, size = int(asked[1]), len(data)
+        if start >= size:
+            headers = {"Content-Range": f"bytes */{size}"}
+            raise ApiError(416, "Requested range not satisfiable.", headers=headers)
+        headers = {"Content-Range": f"bytes {start}-{size - 1}/{size}"}
+        return Answer(206, data[start:], kind, headers)
 
     def delete_file(self, request: Request, name: str) -> Json:
         self.file(name)
@@ -1353,7 +1701,8 @@ class _Service:
         data, size = b"".join(upload.parts[part] for part in ids), upload.shown["bytes"]
         message = f"The parts have {len(data)} bytes, the upload {size}."
         _check(len(data) == size, message, "part_ids")
-        file = self._add_file(upload.shown["filename"], upload.shown["purpose"], data)
+        facts = (upload.shown["filename"], upload.shown["purpose"])
+        file = self._add_file(*facts, data, self.dialect.file_statuses[0])
         upload.parts.clear()
         upload.shown |= {"status": "completed", "file": file}
         return upload.shown
@@ -1361,11 +1710,11 @@ class _Service:
     # Jobs: requests
 
     def create_job(self, request: Request, name: str) -> Json:
-        body = request.body
+        body = self._understood(request.body)
         asked = _field(body, "model", str, needed=True)
         metadata = _field(body, "metadata", dict)
         texts = all(isinstance(value, str) for value in (metadata or {}).values())
-        _check(texts, "Invalid 'metadata': expected strings.", "metadata")
+        _check(texts, "Invalid 'metadata': expected strings.", "metadata", "string_type")
         base = self.engine.base_models.get(asked)
         if base is None:
             message = f"Model {asked} is not available for fine-tuning."
@@ -1373,23 +1722,22 @@ class _Service:
         training = self._training_file(body, "training_file")
         given = body.get("validation_file") is not None
         validation = self._training_file(body, "validation_file") if given else None
-        chosen, seed = _hyperparameters(body), _field(body, "seed", int, (0, 2**31 - 1))
+        chosen, seed = self.dialect.hyperparameters(body), _field(body, "seed", int, (0, 2**31 - 1))
         shown = self._new(
             "ftjob-",
             "fine_tuning.job",
             **dict.fromkeys(("error", "estimated_finish", "fine_tuned_model", "finished_at")),
-            hyperparameters=chosen,
+            **self._shown_hyperparameters(chosen),
             integrations=[],
-            metadata=metadata,
-            method={"type": "supervised", "supervised": {"hyperparameters": chosen}},
+            metadata=metadata if self.dialect.keeps_metadata else None,
             model=base,
             organization_id=f"org-{self.engine.owner}",
             result_files=[],
             seed=secrets.randbelow(2**31) if seed is None else seed,
-            status="validating_files",
+            status=self.dialect.waiting[0],
             trained_tokens=None,
             training_file=training,
-            user_provided_suffix=_field(body, "suffix", str, (1, 64)),
+            user_provided_suffix=self._suffix(body),
             validation_file=validation,
         )
         created = self._event(f"Created fine-tuning job: {shown['id']}")
@@ -1397,10 +1745,40 @@ class _Service:
         self._change(job=shown["id"], shown=shown, events=[created, validating])
         return shown
 
+    def _understood(self, body: Json) -> Json:
+        """Of a job's request what the service takes; the rest is dropped, or refused."""
+        keys, kinds = self.dialect.job_keys, self.dialect.training_types
+        if kinds and "trainingType" not in body:
+            message = "The specified base model does not support fine-tuning."
+            raise ApiError(400, message, code="invalidPayload")
+        if kinds and body["trainingType"] not in sorted(kinds):
+            message = f"Invalid 'trainingType': expected one of {sorted(kinds)}."
+            raise ApiError(400, message, code="invalidPayload")
+        if keys is None:
+            return body
+        if self.dialect.forbids_extra:
+            _check_extra(body, keys)
+        return {key: value for key, value in body.items() if key in keys}
+
+    def _suffix(self, body: Json) -> str | None:
+        suffix: str | None = _field(body, "suffix", str, (1, self.dialect.longest_suffix))
+        right = self.dialect.dots_in_suffix or "." not in (suffix or "")
+        _check(right, "Invalid 'suffix': it must have no dots.", "suffix")
+        return suffix
+
+    def _shown_hyperparameters(self, chosen: Json) -> Json:
+        shown: Json = {"hyperparameters": chosen}
+        if self.dialect.shows_method:
+            shown["method"] = {"type": "supervised", "supervised": shown.copy()}
+        return shown
+
     def _training_file(self, body: Json, key: str) -> str:
         name: str = _field(body, key, str, needed=True)
         file = _found(self.files, name, ApiError(400, f"invalid {key}: {name}", key))
         _check(file["purpose"] == "fine-tune", f"{key} must have purpose fine-tune.", key)
+        if file["status"] != self.dialect.file_statuses[-1]:
+            message = f"The file {name} is not in a processed state ({file['status']})."
+            raise ApiError(400, message, key, "invalidPayload")
         return name
 
     def job(self, name: str) -> Job:
@@ -1411,12 +1789,24 @@ class _Service:
     def list_jobs(self, request: Request, name: str) -> Json:
         found = re.compile(r"metadata\[(.*)\]").fullmatch
         wanted = {match[1]: text for key, text in request.query.items() if (match := found(key))}
+        if not self.dialect.keeps_metadata:
+            wanted.clear()
         jobs = [
             job.shown
             for job in reversed(self.jobs.values())
             if wanted.items() <= (job.shown["metadata"] or {}).items()
         ]
         return _page(jobs, request.query)
+
+    def list_events(self, request: Request, name: str) -> Json:
+        shown = map(self._shown_event, reversed(self.job(name).events))
+        return _page(list(shown), request.query)
+
+    def _shown_event(self, event: Json) -> Json:
+        if self.dialect.event_metrics or event["type"] != "metrics":
+            return event
+        message = "Step {step}/{total_steps} completed".format_map(event["data"])
+        return event | {"type": "message", "message": message, "data": {}}
 
     def cancel_job(self, request: Request, name: str) -> Json:
         job = self.job(name)
@@ -1493,17 +1883,24 @@ class _Service:
             if name is not None and name not in self.files:
                 message = f"The file {name} has been deleted."
                 raise TrainingFailed("file_not_found", message, f"{purpose}_file")
-            return None if name is None else self.diary.data(name)
+            return None if name is None else self._without_bom(self.diary.data(name))
 
     def _train(self, job: Job) -> Generator[None, None, None]:
         training, validation = self._data(job, "training"), self._data(job, "validation")
         training = training or b""
         examples = sum(1 for line in training.split(b"\n") if line.strip())
-        chosen = _resolve(job.shown["hyperparameters"], examples)
-        method = {"type": "supervised", "supervised": {"hyperparameters": chosen}}
-        self._change(job=job.id, shown={"hyperparameters": chosen, "method": method})
-        base, seed = job.shown["model"], job.shown["seed"]
-        order = Order(job.id, base, training, validation, **chosen, seed=seed, seen=job.seen)
+        rate, usual = "learning_rate_multiplier", 1.0
+        if self.dialect.absolute_rate:
+            rate, usual = "learning_rate", self.engine.learning_rate
+        chosen = _resolve(job.shown["hyperparameters"], examples, {rate: usual})
+        self._change(job=job.id, shown=self._shown_hyperparameters(chosen))
+        order = Order(
+            *(job.id, job.shown["model"], training, validation),
+            *(chosen["n_epochs"], chosen["batch_size"], chosen[rate] / usual),
+            seed=job.shown["seed"],
+            seen=job.seen,
+            kept_epochs=self.dialect.kept_epochs,
+        )
         with contextlib.closing(self.engine.train(order)) as pieces:
             for progress in pieces:
                 with self.state:
@@ -1528,35 +1925,54 @@ class _Service:
                 assert_never(progress)
         self._change(**change)
 
-    def _model_name(self, job: Job) -> str:
+    def _model_name(self, job: Job) -> str | None:
         suffix = job.shown["user_provided_suffix"] or ""
-        return f"ft:{job.shown['model']}:{self.engine.owner}:{suffix}:{job.id[-8:]}"
+        return self.dialect.model_name(job.shown["model"], self.engine.owner, suffix, job.id)
 
     def _checkpoint(self, job: Job, metrics: Json) -> Json:
-        step = metrics["step"]
-        return self._new(
-            "ftckpt_",
+        step, name = metrics["step"], self._model_name(job)
+        shown = self._new(
+            self.dialect.checkpoint_id,
             "fine_tuning.job.checkpoint",
-            fine_tuned_model_checkpoint=f"{self._model_name(job)}:ckpt-step-{step}",
+            fine_tuned_model_checkpoint=f"{name}:ckpt-step-{step}" if name else None,
             fine_tuning_job_id=job.id,
             metrics=metrics,
             step_number=step,
         )
+        if self.dialect.result_columns is None:
+            shown["result_files"] = self._add_weights(job, shown)
+        return shown
+
+    def _add_weights(self, job: Job, checkpoint: Json) -> list[str]:
+        """The ids of a checkpoint's files, which are files like any other from now on."""
+        model = Model(job.shown["model"], job.id, checkpoint["step_number"])
+        ids = []
+        for name, content in self.engine.weights(model).items():
+            data = content if isinstance(content, bytes) else content.read_bytes()
+            ids.append(self._add_result(f"{job.id}/{checkpoint['id']}/{name}", data))
+        return ids
+
+    def _add_result(self, name: str, data: bytes) -> str:
+        status = self.dialect.file_statuses[-1]
+        return str(self._add_file(name, "fine-tune-results", data, status)["id"])
 
     def _success(self, job: Job, tokens: int) -> Json:
-        name = self._model_name(job)
-        table = _result_csv(job.metrics).encode()
-        result = self._add_file("step_metrics.csv", "fine-tune-results", table)
-        created = self._event(f"New fine-tuned model created: {name}")
-        completed = self._event("The job has successfully completed")
+        name, columns = self._model_name(job), self.dialect.result_columns
+        if columns is None:
+            results = job.checkpoints[-1]["result_files"]
+        else:
+            table = _result_csv(job.metrics, columns).encode()
+            results = [self._add_result("step_metrics.csv", table)]
+        said = [f"New fine-tuned model created: {name}"] if name else []
         shown = {
             "fine_tuned_model": name,
             "finished_at": self._now(),
-            "result_files": [result["id"]],
+            "result_files": results,
             "status": "succeeded",
             "trained_tokens": tokens,
         }
-        return {"shown": shown, "events": [created, completed]}
+        said.append("The job has successfully completed")
+        return {"shown": shown, "events": [*map(self._event, said)]}
 
     # Answers of models
 
@@ -1564,7 +1980,8 @@ class _Service:
         body = request.body
         _check_chat(body)
         with self.state:
-            model = self._asked_model(body["model"])
+            dialect = self.dialect
+            model = self._asked_model(body["model"], dialect.answers, dialect.missing_answer)
         reply = self.engine.answer(model, body)
         message = {"role": "assistant", "content": reply.text, "refusal": None}
         asked, written = reply.prompt_tokens, reply.completion_tokens
@@ -1606,19 +2023,14 @@ class _Service:
                 self.in_flight -= 1
 
 
-def _resolve(asked: Json, examples: int) -> Json:
+def _resolve(asked: Json, examples: int, rate: Mapping[str, float]) -> Json:
     """Numbers for every "auto": three epochs, up to 256 in a batch by a 500th of the examples."""
-    usual = {
-        "n_epochs": 3,
-        "batch_size": min(256, max(1, math.ceil(examples / 500))),
-        "learning_rate_multiplier": 1.0,
-    }
-    return {key: usual[key] if value == "auto" else value for key, value in asked.items()}
+    usual = {"n_epochs": 3, "batch_size": min(256, max(1, math.ceil(examples / 500))), **rate}
+    return usual | {key: value for key, value in asked.items() if value != "auto"}
 
 
-def _result_csv(rows: list[Json]) -> str:
+def _result_csv(rows: list[Json], head: str) -> str:
     """The service's result file; cells of steps without validation stay empty."""
-    head = "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
     keys = head.replace("train_accuracy", "train_mean_token_accuracy").split(",")
     lines = (",".join(str(row.get(key, "")) for key in keys) for row in rows)
     return "\n".join([head, *lines, ""])
@@ -1627,28 +2039,28 @@ def _result_csv(rows: list[Json]) -> str:
 def _check_chat(body: Json) -> None:
     for key, only in (("n", 1), ("stream", False)):
         rehearsed = body.get(key) is None or body[key] == only
-        _check(rehearsed, f"'{key}' other than {only} is not rehearsed here.", key)
+        _check(rehearsed, f"'{key}' other than {only} is not rehearsed here.", key, "value_error")
     _field(body, "model", str, needed=True)
     for key in ("max_completion_tokens", "max_tokens"):
         _field(body, key, int, (1, 1_000_000))
     messages = _field(body, "messages", list, needed=True)
-    _check(messages, "Invalid 'messages': expected at least one.", "messages")
+    _check(messages, "Invalid 'messages': expected at least one.", "messages", "too_short")
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
         why = _message_problem(message, MESSAGE_KEYS)
-        _check(why is None, f"Invalid '{where}': {why}", where)
+        _check(why is None, f"Invalid '{where}': {why}", where, "value_error")
 
 
 # --- HTTP -----------------------------------------------------------------------------------------
 
 _Operation = Callable[[_Service, Request, str], Json | Answer]
-_ROUTES: Final[dict[str, _Operation]] = {
+_ROUTES: Final[dict[str, _Operation]] = {  # under each root of a dialect
     "GET /models": _Service.list_models,
-    "GET /models/*": _Service.retrieve_model,
-    "DELETE /models/*": _Service.delete_model,
+    "GET /models/**": _Service.retrieve_model,
+    "DELETE /models/**": _Service.delete_model,
     "POST /files": _Service.create_file,
     "GET /files": _Service.list_files,
-    "GET /files/*": lambda service, _, name: service.file(name),
+    "GET /files/*": _Service.retrieve_file,
     "GET /files/*/content": _Service.file_content,
     "DELETE /files/*": _Service.delete_file,
     "POST /uploads": _Service.create_upload,
@@ -1658,9 +2070,7 @@ _ROUTES: Final[dict[str, _Operation]] = {
     "GET /fine_tuning/jobs": _Service.list_jobs,
     "GET /fine_tuning/jobs/*": lambda service, _, name: service.job(name).shown,
     "POST /fine_tuning/jobs/*/cancel": _Service.cancel_job,
-    "GET /fine_tuning/jobs/*/events": lambda service, request, name: _page(
-        service.job(name).events[::-1], request.query
-    ),
+    "GET /fine_tuning/jobs/*/events": _Service.list_events,
     "GET /fine_tuning/jobs/*/checkpoints": lambda service, request, name: _page(
         service.job(name).checkpoints[::-1], request.query
     ),
@@ -1668,13 +2078,33 @@ _ROUTES: Final[dict[str, _Operation]] = {
 }
 
 
-def _route(request: Request) -> tuple[_Operation, str]:
-    """The operation of a request, and the id in its path."""
-    path = urlsplit(request.target).path
+_CONTROL: Final[dict[str, _Operation]] = {  # outside of them; see `Dialect.control`
+    "PUT /subscriptions/*/resourceGroups/*/providers/Microsoft.CognitiveServices/accounts/*"
+    "/deployments/*": _Service.put_deployment,
+    "POST /v0/models": _Service.deploy_checkpoint,
+    "GET /v0/models": _Service.list_deployments,
+    "GET /v0/models/**": _Service.show_deployment,
+}
+
+
+def _routes_of(dialect: Dialect) -> Iterator[tuple[str, _Operation]]:
+    """All routes whole, as the dialect has them."""
+    for route in sorted(dialect.control):
+        yield route, _CONTROL[route]
     for route, operation in _ROUTES.items():
-        pattern = route.replace(" ", " /v1").replace("*", "([^/]+)")
+        for root in dialect.roots:
+            yield route.replace(" ", f" {root}"), operation
+        if dialect.project and " /uploads" not in route:
+            yield route.replace(" ", f" {dialect.project}"), operation
+
+
+def _route(request: Request, dialect: Dialect) -> tuple[_Operation, str]:
+    """The operation of a request, and the last id or name in its path."""
+    path = urlsplit(request.target).path
+    for route, operation in _routes_of(dialect):
+        pattern = re.escape(route).replace(r"\*\*", "(.+)").replace(r"\*", "([^/]+)")
         if match := re.fullmatch(pattern, f"{request.method} {path.rstrip('/')}"):
-            return operation, unquote("".join(match.groups()))
+            return operation, unquote("".join(match.groups()[-1:]))
     raise ApiError(404, f"Invalid URL ({request.method} {path})")
 
 
@@ -1764,10 +2194,10 @@ class _Handler(BaseHTTPRequestHandler):
             request = Request(self.command, self.path, self.headers, content, self.connection)
             answer = self.server.service.answer(request)
         except ApiError as problem:
-            answer = problem.answer
+            answer = self.server.service.dialect.refusal(problem)
         self._send(answer)
 
-    do_POST = do_DELETE = do_GET
+    do_POST = do_PUT = do_DELETE = do_GET
 
     def finish(self) -> None:
         try:
@@ -1806,7 +2236,8 @@ class _Handler(BaseHTTPRequestHandler):
 class Rehearsal(_Service):
     """The endpoint: a context manager, or `start` and `close`.
 
-    `engine` trains and answers, `CharacterEngine` unless told. What `folder` holds of an earlier
+    `engine` trains and answers, `CharacterEngine` unless told; `dialect` names the service whose
+    ways it has. What `folder` holds of an earlier
     endpoint is taken up again. With an `api_key` nobody else is answered. `latency` seconds are
     added to each chat completion; more than `max_in_flight` of them at a time get 429.
     """
@@ -1817,6 +2248,7 @@ class Rehearsal(_Service):
         *,
         host: str = "127.0.0.1",
         engine: Engine | None = None,
+        dialect: DialectName = "openai",
         folder: Path | None = None,
         api_key: str | None = None,
         latency: float = 0.0,
@@ -1825,13 +2257,16 @@ class Rehearsal(_Service):
         """Binds the port; port 0 is any that is free.
 
         Raises OSError where the port is taken or the folder can't be used, ValueError for a host
-        that others reach without an `api_key`.
+        that others reach without an `api_key` and for a dialect that there isn't.
         """
+        if dialect not in DIALECTS:
+            raise ValueError(f"方言 {dialect} はありません（{'、'.join(DIALECTS)} のどれか）")
         if not (api_key or _is_loopback(host)):
             raise ValueError(f"{host} はほかのマシンからも届くため、APIキーが必要です")
         self._server = _Server((host, port), self)
         try:
-            super().__init__(engine or CharacterEngine(), folder, api_key, latency, max_in_flight)
+            engine, spoken = engine or CharacterEngine(dialect), DIALECTS[dialect]
+            super().__init__(engine, spoken, folder, api_key, latency, max_in_flight)
         except OSError:
             self._server.server_close()
             raise
@@ -1873,8 +2308,19 @@ class Rehearsal(_Service):
     @property
     def url(self) -> str:
         """What a client takes as its ``base_url``."""
+        return f"{self._origin}/v1"
+
+    @property
+    def project_url(self) -> str:
+        """The same of a project, under which there are no uploads; ValueError where none is."""
+        if self.dialect.project is None:
+            raise ValueError("この方言の接続先に、プロジェクトのURLはありません")
+        return self._origin + self.dialect.project.replace("*", "rehearsal")
+
+    @property
+    def _origin(self) -> str:
         host, port = self._server.server_address[:2]
-        return f"http://{host!s}:{port}/v1"
+        return f"http://{host!s}:{port}"
 
     def hold(self, status: str) -> None:
         """Stop every job that is in this status or gets there, until `release`."""
@@ -1929,6 +2375,12 @@ def build_parser() -> argparse.ArgumentParser:
         default="character",
         help="学習と応答をするもの。character は小さな文字モデル、trl は本当のモデル",
     )
+    parser.add_argument(
+        "--dialect",
+        choices=tuple(DIALECTS),
+        default="openai",
+        help="どのサービスの流儀で答えるか（azure、nebius、litellm は OpenAI と違うところがある）",
+    )
     parser.add_argument("--latency", type=float, default=0.0, help="チャットの応答に加える秒数")
     parser.add_argument("--max-in-flight", type=int, help="同時に受けるチャットの上限")
     real = parser.add_argument_group("--engine trl のとき（pip install 'openai-sft[local]'）")
@@ -1950,7 +2402,7 @@ def _engine_of(arguments: argparse.Namespace) -> Engine:
     if arguments.engine == "character":
         if arguments.model or arguments.state or any(how.values()):
             raise ValueError("--engine trl のときの指定があります。--engine trl を足してください")
-        return CharacterEngine()
+        return CharacterEngine(arguments.dialect)
     if not (arguments.model and arguments.state):
         raise ValueError("--engine trl には --model と --state が要ります")
     from openai_sft_local import LocalEngine
@@ -1965,7 +2417,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     received: list[int] = []
     signals = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, lambda got, _: received.append(got)) for number in signals]
-    names = ("port", "host", "latency", "max_in_flight")
+    names = ("port", "host", "dialect", "latency", "max_in_flight")
     try:
         with Rehearsal(
             **{name: getattr(arguments, name) for name in names},
