@@ -134,7 +134,7 @@ class Rehearsal(openai_sft_rehearsal.Rehearsal):
         if fault and kind in ("reset_before", "stall"):
             self._vanish(request, fault)
         if fault and kind in _REFUSALS:
-            answer = _refusal(fault)
+            answer = self.dialect.refusal(_refusal(fault))
         else:
             with self.state if kind in _WORK else contextlib.nullcontext():
                 answer = super().answer(request)
@@ -186,13 +186,13 @@ class Rehearsal(openai_sft_rehearsal.Rehearsal):
         raise ConnectionResetError
 
 
-def _refusal(fault: Fault) -> Answer:
+def _refusal(fault: Fault) -> ApiError:
     status, message, code, error_type = _REFUSALS[fault.kind]
     seconds = 0 if fault.kind == "429" and fault.seconds is None else fault.seconds
     headers = {}
     if seconds is not None:
         headers = {"Retry-After": f"{seconds:g}", "retry-after-ms": f"{seconds * 1000:g}"}
-    return ApiError(status, message, None, code, error_type, headers).answer
+    return ApiError(status, message, None, code, error_type, headers)
 
 
 # --- What becomes of an answer --------------------------------------------------------------------
@@ -217,7 +217,7 @@ def _another_choice(change: Callable[[str], dict[str, Any]]) -> Callable[[Answer
 
 
 _SPOIL: Final[dict[str, Callable[[Answer], Answer]]] = {
-    "500_after": lambda _: _refusal(Fault("500")),
+    "500_after": lambda _: _refusal(Fault("500")).answer,
     "truncated": lambda answer: answer._replace(body=answer.body[: len(answer.body) // 2]),
     "malformed": lambda answer: answer._replace(
         body=b"<html><body>Bad gateway</body></html>", content_type="application/json"

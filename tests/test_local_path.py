@@ -395,6 +395,35 @@ def ended(client: openai.OpenAI, job: Any) -> Any:
     raise AssertionError("it never ended")
 
 
+def test_weights_trained_here_are_files_where_a_service_gives_them(
+    sdk: openai.OpenAI, tmp_path: Path
+) -> None:
+    engine = LocalEngine("tiny", tmp_path)
+    with Rehearsal(engine=engine, dialect="nebius", folder=tmp_path) as endpoint:
+        client = connected(sdk, endpoint).with_options(timeout=60)
+        asked = {"n_epochs": 2, "batch_size": 4, "learning_rate": 2 * engine.learning_rate}
+        started = start_job(client, examples(12), model="tiny", hyperparameters=asked)
+        job = ended(client, started)
+        last, first = client.fine_tuning.jobs.checkpoints.list(job.id)
+        found = {
+            client.files.retrieve(file).filename: client.files.content(file).content
+            for file in last.result_files
+        }
+        endpoint.deploy("mine", f"{job.id}:{last.id}")
+        answer = ask(client, "mine", max_tokens=4, seed=1)
+
+    folder = tmp_path / "trainers" / job.id
+    here = folder / f"checkpoint-{last.step_number}"
+    assert job.result_files == last.result_files
+    assert len(first.result_files) == len(found)
+    assert found == {
+        f"{job.id}/{last.id}/{path.name}": path.read_bytes() for path in here.iterdir()
+    }
+    assert f"{job.id}/{last.id}/model.safetensors" in found
+    assert json.loads((folder / "spec.json").read_text())["learning_rate_multiplier"] == 2
+    assert answer.choices[0].finish_reason in ("stop", "length")
+
+
 def test_a_plain_client_trains_and_is_answered_as_openai_describes_it(
     sdk: openai.OpenAI, tmp_path: Path
 ) -> None:
