@@ -27,7 +27,7 @@ from calls import (
     upload,
     wait_until,
 )
-from endpoint import Rehearsal
+from endpoint import Fault, Rehearsal
 
 from openai_sft_rehearsal import ApiError, CharacterEngine, main
 
@@ -172,6 +172,30 @@ def test_the_command_knows_no_other_dialect(capsys: pytest.CaptureFixture[str]) 
 
     assert caught.value.code == 2
     assert "litellm" in capsys.readouterr().err
+
+
+def test_openais_last_day_of_a_model_is_not_that_of_azure(start: Start) -> None:
+    _, client = start("azure")
+
+    assert "shutdown_date" not in client.models.retrieve(BASE).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("dialect", "answer"),
+    [
+        ("azure", {"error": {"code": "500", "message": "The server had an error."}}),
+        ("nebius", {"detail": "The server had an error."}),
+    ],
+)
+def test_what_goes_wrong_is_told_in_the_words_of_the_dialect(
+    start: Start, dialect: str, answer: Any
+) -> None:
+    endpoint, client = start(dialect)
+    endpoint.inject(Fault("500"))
+    with pytest.raises(openai.InternalServerError) as caught:
+        client.models.list()
+
+    assert refusal(caught) == answer
 
 
 @pytest.mark.parametrize("dialect", ["openai", "litellm"])
@@ -360,6 +384,8 @@ def test_azures_control_plane_refuses_what_it_cannot_deploy(azure: Any) -> None:
     status, shown = put_deployment(endpoint, "x", "gpt-nobody")
 
     assert (status, shown["error"]["code"]) == (400, "DeploymentModelNotSupported")
+    other = {"model": {"format": "Mistral AI", "name": BASE, "version": "1"}}
+    assert put_deployment(endpoint, "x", BASE, properties=other)[0] == 400
     assert put_deployment(endpoint, "x", BASE, sku=None)[0] == 400
     assert put_deployment(endpoint, "x", BASE, properties={"model": {"name": BASE}})[0] == 400
     assert send(endpoint, "PUT", f"{DEPLOYMENTS}/x", {})[0] == 400
@@ -481,6 +507,7 @@ def test_a_job_on_nebius_ends_with_weights_of_every_epoch(nebius: Any) -> None:
 
     assert (started.status, job.status) == ("validating_files", "succeeded")
     assert (job.fine_tuned_model, job.result_files) == (None, points[0].result_files)
+    assert (started.method, job.method) == (None, None)
     assert job.hyperparameters.to_dict() == {
         **{"n_epochs": 5, "batch_size": 4, "learning_rate": 2e-5, "lora": True}
     }
