@@ -1395,7 +1395,8 @@ class Question:
     """One request for an answer: where it is sent, to which model, with what messages.
 
     ``options`` are what goes with these, as the API names it (``temperature``, ``tools``, …).
-    ``number`` tells apart the times that one evaluation asks the same.
+    ``number`` tells apart the times that one evaluation asks the same. ``tuned`` is the model that
+    was deployed as ``model``: a deployment's name may be given to another model later.
     """
 
     place: str
@@ -1403,11 +1404,13 @@ class Question:
     messages: Sequence[Message]
     options: Mapping[str, Any]
     number: int = 0
+    tuned: str | None = None
 
     @functools.cached_property
     def key(self) -> str:
         """What an answer to it is found again by."""
-        asked = [self.place, self.model, list(self.messages), dict(self.options), self.number]
+        model = self.tuned or self.model
+        asked = [self.place, model, list(self.messages), dict(self.options), self.number]
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
@@ -9531,6 +9534,15 @@ class FineTuning:
         self._record_outcome(job, bar)
         return job
 
+    def watch_and_download(
+        self, timeout: float | None, target: str | os.PathLike[str] | None
+    ) -> FineTuningJob:
+        """:meth:`watch`, then :meth:`download_weights` where there is a ``target``."""
+        job = self.watch(timeout)
+        if target is not None:
+            self.download_weights(Path(target))
+        return job
+
     def watch_to_model(self, timeout: float | None) -> None:
         """:meth:`watch`; raises where no model comes of it."""
         job = self.watch(timeout)
@@ -9598,6 +9610,7 @@ class FineTuning:
             "--evaluate-only --local %s --model-id %s%s",
             *(place, place, folder),
         )
+        self._tell_licence()
 
     def _record_model(self, job: FineTuningJob, heard: Sequence[Mapping[str, float]]) -> None:
         if job.fine_tuned_model:
@@ -9634,6 +9647,9 @@ class FineTuning:
             logger.info("%s", line)
         folder = folder_flag(self._settings.output_dir)
         logger.info("アダプターを統合したモデルを書き出すには: openai-sft --export DIR%s", folder)
+        self._tell_licence()
+
+    def _tell_licence(self) -> None:
         if "kokorochat" in (self._settings.dataset or "").casefold():
             logger.info("%s", WEIGHTS_LICENCE)
 
@@ -9960,13 +9976,14 @@ class Asked(NamedTuple):
     """Whom an evaluation asks what: the models, and the cases and size of each split.
 
     ``constants`` are mean, median and mode of the training data's scores, which the score task
-    compares with.
+    compares with. ``tuned`` is the model that was deployed as the evaluated one.
     """
 
     models: Sequence[str]
     cases: Mapping[str, Sequence[Case]]
     sizes: Mapping[str, int]
     constants: Mapping[ConstantKind, Mapping[str, float]] | None = None
+    tuned: str | None = None
 
     @classmethod
     def of(cls, model: str, splits: Splits, asking: Asking, settings: Settings) -> Asked:
@@ -10246,7 +10263,8 @@ class Evaluation:
                 options = {**self._asking.generation, **self._task.request}
                 if case.tools:
                     options["tools"] = case.tools
-                question = Question(place, model, case.input, options)
+                tuned = asked.tuned if model == asked.evaluated else None
+                question = Question(place, model, case.input, options, tuned=tuned)
                 yield _Item(name, case, _numbered(question, numbers))
 
     def results(self, asked: Asked, asked_at: str) -> EvaluationResults:
@@ -11556,10 +11574,7 @@ class OpenAISFT:
         patience = math.inf if timeout is None else timeout
         self._endpoint_of(self.settings).job(job_id, patience=patience)  # before it is recorded
         tuning = self._tuning(self._begin("job", job_id=job_id))
-        job = tuning.watch(timeout)
-        if download_weights is not None:
-            tuning.download_weights(Path(download_weights))
-        return job
+        return tuning.watch_and_download(timeout, download_weights)
 
     def cancel_job(self, job_id: str) -> FineTuningJob:
         """Cancel a job; what it has trained so far is still billed. An ended job is left alone."""
@@ -11676,10 +11691,11 @@ class OpenAISFT:
     def _where_tuned(self, run: Run) -> Settings:
         """A tuned model answers where it was tuned, unless another place is asked for."""
         given = self.settings.given & {"base_url", "local"}
+        here = replace(self.settings, model=run.settings.model)
         if given or (run.settings.base_url is None and run.settings.local is None):
-            return self.settings
+            return here
         _require_trust(run, self.settings, self._trust, asked=self._client is not None)
-        return self.settings.working_at(run.settings)
+        return here.working_at(run.settings)
 
     def export_weights(self, target: str | os.PathLike[str], model_id: str | None = None) -> Path:
         """Write a model that was trained on this machine (the newest) as one that needs no adapter.
@@ -12011,6 +12027,7 @@ class OpenAISFT:
 
     def _judge_at(self, settings: Settings, asking: Asking, *, told: bool = True) -> Endpoint:
         """The endpoint of the judge, kept too. ``told``: the user has named its URL himself."""
+        _require_named_baseline(settings, asking)
         if (url := _url_of_judge(settings, asking)) is None:
             return self._endpoint_of(settings)
         if (place := f"judge {url}") not in self._endpoints:
@@ -12231,6 +12248,15 @@ def _estimate_evaluation(settings: Settings, splits: Splits, plan: Plan) -> Cost
     """Price the evaluation of a model that is still being trained."""
     both = _estimate_run(settings, splits, plan.training, None, plan.asking)
     return replace(both, epochs=None, training_usd=0.0)
+
+
+def _require_named_baseline(settings: Settings, asking: Asking) -> None:
+    """Raise :class:`ConfigurationError` for a base model that doesn't answer to its own name."""
+    if asking.baseline is True and settings.speaks.base_deployed:
+        raise ConfigurationError(
+            f"{settings.speaks.label} では、元のモデルも配置した名前で答えます。--baseline NAME の"
+            "ように、配置した名前を指定してください。"
+        )
 
 
 def _url_of_judge(settings: Settings, asking: Asking) -> str | None:
@@ -12502,10 +12528,12 @@ def _asked_by(plan: Plan, run: Run, runs: Runs, splits: Splits, settings: Settin
         model_id = _model_to_ask(plan.asking.checkpoint, model_id, run, runs)
     if settings.task == "score":
         splits = splits._replace(train=_scored_train_data(runs, model_id, splits.train))
-    tuned = run if model_id in run.models else runs.of_model(model_id)
+    tuned, answering = (run if model_id in run.models else runs.of_model(model_id)), model_id
     if tuned is not None and settings.base_url == tuned.settings.base_url:
-        model_id = tuned.deployments.get(model_id, model_id)
-    return Asked.of(model_id, splits, plan.asking, settings)
+        model_id = tuned.tuned_as(model_id)
+        answering = tuned.deployments.get(model_id, model_id)
+    asked = Asked.of(answering, splits, plan.asking, settings)
+    return asked if answering == model_id else asked._replace(tuned=model_id)
 
 
 def _training_options(options: PipelineOptions) -> TrainingOptions:
@@ -12557,8 +12585,8 @@ def _deployment_told(run: Run, asked: Asked, asker: Asker, runs: Runs) -> Iterat
         (name,) = {asked.evaluated} if known else {*asker.missing}
         flag = "--deployment か --model-id" if known else "--baseline か --judge"
         raise ConfigurationError(
-            f"{printable(name)} という配置は {asker.endpoint.url} にありません（{flag} の指定）。"
-            "名前を確認してください。作成した直後なら、使えるまで数分かかることがあります。"
+            f"{printable(name)} は {asker.endpoint.url} にありません（{flag} の指定）。"
+            "名前を確認してください。配置した直後なら、使えるまで数分かかることがあります。"
         ) from error
 
 
@@ -12575,7 +12603,8 @@ def _to_be_deployed(run: Run, tuned: Run, model: str, asker: Asker) -> ToBeDeplo
         mode += f" --model-id {shlex.quote(printable(model))}"
     back = f"openai-sft {mode}{settings.recorded.flags}{place}"
     lines += ["配置できたら:", f"  {back} --deployment {name}"]
-    if any(checkpoint.files for checkpoint in tuned.checkpoints) and run.kind == "pipeline":
+    given_away = any(checkpoint.files for checkpoint in tuned.checkpoints)
+    if given_away and not tuned.weights and run.kind == "pipeline":
         lines += ["重みをダウンロードするには:", f"  {back} --download-weights DIR"]
     return ToBeDeployed(model, lines)
 
