@@ -9370,10 +9370,11 @@ class FineTuning:
         return job.id
 
     def _hold_to_request(self, job: FineTuningJob) -> None:
-        """Where a job has got other hyperparameters than it was asked for, tell it and pass the
-        door to payment again, with what they cost; who doesn't agree has the job cancelled."""
+        """Where a job has got other hyperparameters than it was asked for, tell it and, unless it
+        has ended, pass the door to payment again, with what they cost; who doesn't agree has the
+        job cancelled."""
         intent, told = self._run.job_intent, _settled(job)
-        if intent is None or job.status in TERMINAL_STATUSES:
+        if intent is None:
             return
         changed = {
             name: told[name]
@@ -9394,19 +9395,24 @@ class FineTuning:
             shlex.quote(printable(job.id)),
             self._settings.recorded.flags,
         )
-        self._run.passed.discard("training")
         before = self._run.estimate or {}
         epochs = told.get("n_epochs", intent.hyperparameters.get("n_epochs"))
         estimate = self._price(Training(epochs), intent.request["training_file"])
+        if job.status not in TERMINAL_STATUSES:
+            self._run.passed.discard("training")
+            self._require_or_cancel(job, estimate)
+        self._run.save(estimate=_with_training(before, estimate))
+
+    def _require_or_cancel(self, job: FineTuningJob, estimate: CostEstimate) -> None:
         try:
             self._ledger.require(estimate, "training")
         except (BudgetError, Declined) as error:
             job = self._endpoint.cancel(job.id)
             self._run.save(job_status=job.status)
+            end = "取り消しました" if job.status == "cancelled" else "終わっていました"
             raise type(error)(
-                f"{error}ジョブ {printable(job.id)} は取り消しました（{printable(job.status)}）。"
+                f"{error}ジョブ {printable(job.id)} は{end}（{printable(job.status)}）。"
             ) from error
-        self._run.save(estimate=_with_training(before, estimate))
 
     def _price(self, training: Training, file_id: str) -> CostEstimate:
         """What training alone costs on the file that was sent as ``file_id``."""
@@ -9716,9 +9722,15 @@ def _require_same_request(job_id: str, sent: Mapping[str, Any], request: Mapping
 
 def _with_training(before: Mapping[str, Any], estimate: CostEstimate) -> Mapping[str, Any]:
     """An estimate on record with the training of another one."""
-    total, old, new = before.get("total_usd"), before.get("training_usd"), estimate.training_usd
-    corrected = None if total is None or old is None or new is None else total - old + new
-    return {**before, "epochs": estimate.epochs, "training_usd": new, "total_usd": corrected}
+    judge = before.get("judge") or {"usd": 0.0}
+    parts = (estimate.training_usd, before.get("evaluation_usd"), judge["usd"])
+    known = [part for part in parts if part is not None]
+    return {
+        **before,
+        "epochs": estimate.epochs,
+        "training_usd": estimate.training_usd,
+        "total_usd": sum(known) if len(known) == len(parts) else None,
+    }
 
 
 def _settled(job: FineTuningJob) -> Mapping[str, Any]:
