@@ -8392,7 +8392,7 @@ class Endpoint:
             goes_on = answer.http_response.status_code == 206
             with part.open("ab" if goes_on else "wb") as file:
                 try:
-                    file.writelines(answer.iter_bytes(2**20))
+                    file.writelines(answer.iter_bytes())
                 except _transport_errors(answer.http_response) as error:
                     raise BrokenAnswer(f"ダウンロードが途中で切れました（{error}）。") from error
         if size is not None and part.stat().st_size != size:
