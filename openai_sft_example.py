@@ -1156,7 +1156,7 @@ def what_now(sft: OpenAISFT, results: EvaluationResults) -> Iterator[str]:
         return
     if "weights" in sft.files:
         yield f"重み: {sft.files['weights']}"
-    if ("weights" not in sft.files or "deployment_of" in results) and results["task"] != "score":
+    if sft.settings.local is None and results.get("task") != "score":
         url = printable(results.get("base_url") or "")
         url = "" if url in ("", OPENAI_BASE_URL) else f'base_url="{url}"'
         yield "このモデルを使うには:"

@@ -728,12 +728,23 @@ def _from_hub(path: str) -> Iterator[None]:
         ) from error
 
 
+ADAPTER: Final = "adapter_config.json"  # what a folder with an adapter has
+
+
+def _place_of(file: str, path: str) -> str:
+    """Where a file of a model is: of an adapter that came without it, where its base is."""
+    adapter = Path(path) / ADAPTER
+    if not adapter.is_file() or (Path(path) / file).is_file():
+        return path
+    return str(json.loads(adapter.read_text("utf-8"))["base_model_name_or_path"])
+
+
 def load_tokenizer(path: str) -> Any:
     """The tokenizer of a model, with a token to pad with."""
     from transformers import AutoTokenizer
 
     with _from_hub(path):
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(_place_of("tokenizer_config.json", path))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -1166,7 +1177,6 @@ def _columns(examples: Sequence[Example]) -> dict[str, list[list[int]]]:
 
 # --- Answering ------------------------------------------------------------------------------------
 
-ADAPTER: Final = "adapter_config.json"  # what a folder with an adapter has
 SMALL_MODEL: Final = 10**7  # parameters below which threads wait for one another by spinning
 MAX_BATCH: Final = 16  # questions in one generate
 MAX_ANSWER: Final = 4096  # tokens of an answer for which no limit is asked
@@ -2104,7 +2114,7 @@ def _check_model(model: str) -> Generator[Checked, None, int | None]:
 
     try:
         with _from_hub(model):
-            config = AutoConfig.from_pretrained(model)
+            config = AutoConfig.from_pretrained(_place_of("config.json", model))
     except TrainingFailed as failure:
         yield name, "fail", failure.message, "--local を確認してください"
         return None

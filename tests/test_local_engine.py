@@ -6,6 +6,7 @@ Most models here are made to speak: their weights say one letter after the other
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import itertools
 import json
 import logging
@@ -500,6 +501,21 @@ def old_engine(random_model: Path, left: Path) -> Iterator[LocalEngine]:
     engine = LocalEngine(str(random_model), left)
     yield engine
     engine.close()
+
+
+def test_an_adapter_alone_answers_from_its_folder_with_the_tokenizer_of_its_base(
+    old_engine: LocalEngine, left: Path, tmp_path: Path
+) -> None:
+    checkpoint = left / "trainers" / JOB / "checkpoint-3"
+    folder = tmp_path / "downloaded"
+    folder.mkdir()
+    for path in checkpoint.glob("adapter_*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    with contextlib.closing(LocalEngine(str(folder), tmp_path / "state")) as engine:
+        alone = engine.answer(Model("downloaded"), QUESTION)
+
+    assert alone.text == old_engine.answer(Model("random", JOB, 3), QUESTION).text
+    assert alone.text != old_engine.answer(Model("random"), QUESTION).text
 
 
 def test_each_adapter_answers_as_itself_and_the_base_without_any(

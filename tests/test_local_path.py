@@ -32,7 +32,13 @@ from helpers import (
     write_jsonl,
 )
 
-from openai_sft import ConfigurationError, CostEstimate, EvaluationResults, OpenAISFT
+from openai_sft import (
+    ConfigurationError,
+    CostEstimate,
+    EvaluationResults,
+    OpenAISFT,
+    ToBeDeployed,
+)
 from openai_sft_local import LocalEngine, load_model
 from openai_sft_rehearsal import example_dialogues, hold_lock
 
@@ -422,6 +428,31 @@ def test_weights_trained_here_are_files_where_a_service_gives_them(
     assert f"{job.id}/{last.id}/model.safetensors" in found
     assert json.loads((folder / "spec.json").read_text())["learning_rate_multiplier"] == 2
     assert answer.choices[0].finish_reason in ("stop", "length")
+
+
+def test_weights_that_a_service_gives_away_answer_here_on_the_split_of_their_run(
+    sdk: openai.OpenAI, tmp_path: Path, data: Path
+) -> None:
+    weights = tmp_path / "重み"
+    options: Any = {"dataset": str(data), "output_dir": tmp_path / "out", "verbose": False}
+    engine = LocalEngine("tiny", tmp_path / "state")
+    with Rehearsal(engine=engine, dialect="nebius") as endpoint:
+        place: Any = {"base_url": endpoint.url, "dialect": "nebius", "model": "tiny"}
+        with (
+            OpenAISFT("k", **place, **options, poll_interval=0.1) as sft,
+            pytest.raises(ToBeDeployed),
+        ):
+            sft.run_full_pipeline(1, 4, **BRIEFLY, download_weights=weights)
+    with OpenAISFT(local=str(weights), **options) as sft:
+        results = sft.run_evaluation(str(weights), **BRIEFLY)
+
+    records = map(read_json, (tmp_path / "out").glob("run_*.json"))
+    (run,) = (record for record in records if "job_id" in record)
+    assert results["model_id"] == str(weights)
+    assert results["data"]["test"] == {
+        name: run["data"]["test"][name] for name in ("sha256", "examples")
+    }
+    assert results["training"]["job_id"] == run["job_id"]
 
 
 def test_a_plain_client_trains_and_is_answered_as_openai_describes_it(
