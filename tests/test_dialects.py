@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import hashlib
 import json
 import re
 import shlex
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import openai
 import pytest
 from edges import Forward, Gateway, Reply, Request, saying
 from endpoint import Fault, Rehearsal
-from faults import CHAT, JOBS, Clock, asked, made
+from faults import CHAT, JOBS, asked, made
 from helpers import Ended, posts, read_json, records, training_file, write_jsonl
+from services import LLAMA, MINI, SHORT, Service, service
 
 from openai_sft import (
     DIALECTS,
@@ -38,50 +38,10 @@ from openai_sft import (
 from openai_sft_rehearsal import CharacterEngine, Order, Progress
 
 BOM = b"\xef\xbb\xbf"
-LLAMA = "meta-llama/Llama-3.1-8B-Instruct"
-MINI = "gpt-4o-mini-2024-07-18"
-SHORT: dict[str, Any] = {"epochs": 2, "batch_size": 4, "max_test_cases": 1}
 PRICE = Price(10.0, 1.0, 2.0, 1.0, 2.0)
 
 Log = Callable[[], list[str]]
 Cli = Callable[..., Ended]
-Make = Callable[..., OpenAISFT]
-
-
-class Service(NamedTuple):
-    """A service as it is played, its clock, and what makes instances that talk to it."""
-
-    endpoint: Rehearsal
-    clock: Clock
-    make: Make
-    options: Mapping[str, Any]  # of a run
-
-
-@contextlib.contextmanager
-def service(
-    dialect: str, sdk: openai.OpenAI, folder: Path, dataset: Path, **more: Any
-) -> Iterator[Service]:
-    models = {"nebius": LLAMA}
-    options = {"azure": {"training_type": "Standard"}, "nebius": {"learning_rate": 2e-5}}
-    with Rehearsal(dialect=dialect, **more) as endpoint, contextlib.ExitStack() as opened:
-        clock = Clock(endpoint, moment=0.05)
-
-        def make(**settings: Any) -> OpenAISFT:
-            usual = {
-                "client": sdk.with_options(base_url=endpoint.url),
-                "api_key": "k",
-                "base_url": endpoint.url,
-                "dialect": dialect,
-                "model": models.get(dialect, MINI),
-                "dataset": str(dataset),
-                "output_dir": folder / "out",
-                "clock": clock,
-                "sleep": clock.sleep,
-                "verbose": False,
-            }
-            return opened.enter_context(OpenAISFT(**(usual | settings)))
-
-        yield Service(endpoint, clock, make, {**SHORT, **options.get(dialect, {})})
 
 
 @pytest.fixture

@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 
 import openai
 import pytest
-from endpoint import Fault, Rehearsal
+from endpoint import Exchange, Fault, Rehearsal
 from faults import CHAT, JOBS, asked, made, until
 from helpers import PROJECT, read_json, records, write_jsonl
 from kills import Mother, everything
+from services import MINI, MODELS, OPTIONS, service
 
-from openai_sft import OpenAISFT
+from openai_sft import OpenAISFT, ToBeDeployed
 
 MakeSFT = Callable[..., OpenAISFT]
 
@@ -54,10 +55,10 @@ def run(order):
         return time.time()
 
     sft = OpenAISFT(
-        api_key="k", base_url=order["url"], dialect="openai", dataset=order["dataset"],
-        output_dir=out, poll_interval=0.05, verbose=False, confirm=confirm, clock=clock,
+        api_key="k", base_url=order["url"], dataset=order["dataset"], output_dir=out,
+        poll_interval=0.05, verbose=False, confirm=confirm, clock=clock, **order["settings"],
     )
-    sft.run_full_pipeline(2, 4, max_test_cases=2)
+    sft.run_full_pipeline(**order["run"])
 
 for line in sys.stdin:
     child = os.fork()
@@ -90,8 +91,9 @@ MOMENTS = {
     "before the last write": Moment(halt="saved"),
 }
 
-KillAt = Callable[[str], None]
+KillAt = Callable[..., None]
 
+RUN: dict[str, Any] = {"epochs": 2, "batch_size": 4, "max_test_cases": 2}
 STAMP = re.compile(r"\d{8}_\d{6}")
 
 
@@ -111,12 +113,11 @@ def mother(vocabulary: Path) -> Iterator[subprocess.Popen[str]]:
         process.stdin.close()
 
 
-@pytest.fixture
-def kill_at(
-    mother: subprocess.Popen[str], endpoint: Rehearsal, dataset: Path, clean_environment: Path
+def kill_at_of(
+    mother: subprocess.Popen[str], endpoint: Rehearsal, dataset: Path, **settings: Any
 ) -> KillAt:
     """Starts a run in a process of its own and kills it at one of the moments."""
-    out = clean_environment / "out"
+    out = dataset.parent / "out"
 
     def arrived(moment: Moment) -> bool:
         if moment.halt:
@@ -128,7 +129,7 @@ def kill_at(
             return met and (moment.fault.path != CHAT or lines.count("\n") == 3)
         return any(read_json(path).get("job_status") == moment.held for path in only_runs(out))
 
-    def kill(name: str) -> None:
+    def kill(name: str, **more: Any) -> None:
         moment = MOMENTS[name]
         if moment.fault:
             endpoint.inject(moment.fault)
@@ -137,7 +138,8 @@ def kill_at(
         assert mother.stdin
         assert mother.stdout
         order = {"url": endpoint.url, "dataset": str(dataset), "out": str(out)}
-        mother.stdin.write(json.dumps(order | {"halt": moment.halt}) + "\n")
+        order |= {"halt": moment.halt, "settings": settings, "run": {**RUN, **more}}
+        mother.stdin.write(json.dumps(order) + "\n")
         mother.stdin.flush()
         child = int(mother.stdout.readline())
         try:
@@ -150,6 +152,11 @@ def kill_at(
         assert ended == signal.SIGKILL, "it ended before it was killed"
 
     return kill
+
+
+@pytest.fixture
+def kill_at(mother: subprocess.Popen[str], endpoint: Rehearsal, dataset: Path) -> KillAt:
+    return kill_at_of(mother, endpoint, dataset, dialect="openai")
 
 
 def only_runs(folder: Path) -> list[Path]:
@@ -207,7 +214,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, sdk: openai.OpenAI) ->
             verbose=False,
         ) as sft,
     ):
-        sft.run_full_pipeline(2, 4, max_test_cases=2)
+        sft.run_full_pipeline(**RUN)
     return end_result(folder / "out")
 
 
@@ -262,6 +269,39 @@ def test_a_file_that_a_killed_process_left_half_written_is_cleared_away(
     assert not half.exists()
     assert all(json.loads(line) for line in journal.read_bytes().splitlines()[-1:])
     assert len(asked(endpoint, "POST", CHAT)) == 5
+
+
+@pytest.mark.parametrize("dialect", ["azure", "nebius", "litellm"])
+@pytest.mark.parametrize("moment", ["in the upload", "after the creation", "while polling"])
+def test_a_run_killed_at_another_service_makes_one_job_and_is_taken_up_to_its_end(
+    mother: subprocess.Popen[str],
+    sdk: openai.OpenAI,
+    clean_environment: Path,
+    dataset: Path,
+    dialect: str,
+    moment: str,
+) -> None:
+    with service(dialect, sdk, clean_environment, dataset) as place:
+        settings = {"dialect": dialect, "model": MODELS.get(dialect, MINI)}
+        kill_at = kill_at_of(mother, place.endpoint, dataset, **settings)
+        kill_at(moment, **OPTIONS.get(dialect, {}))
+        results = None
+        try:
+            results = place.make().resume()
+        except ToBeDeployed as trained:
+            place.endpoint.deploy("相談", trained.model)
+            results = place.make().resume(deployment="相談")
+        asked_of = Counter(json.dumps(e.request["messages"]) for e in answered(place.endpoint))
+
+    assert results is not None
+    assert len(place.endpoint.jobs) == 1
+    assert made(place.endpoint, "/files") == 2
+    assert set(asked_of.values()) == {1}
+    assert len(asked_of) == 4
+
+
+def answered(endpoint: Rehearsal) -> list[Exchange]:
+    return [e for e in asked(endpoint, "POST", CHAT) if e.status == 200]
 
 
 def test_whatever_is_killed_or_goes_astray_at_random_nothing_is_lost_or_paid_twice(
