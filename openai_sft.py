@@ -11354,8 +11354,7 @@ class OpenAISFT:
         )
         self.settings = Settings(
             **_resolve(
-                *(api_key, model, base_url, dataset, output_dir),
-                *(options.get("local"), options.get("dialect")),
+                *(api_key, model, base_url, dataset, output_dir, options),
                 rehearse=rehearse,
             ),
             **_resolve_options(options, client if base_url is None else None),
@@ -12378,13 +12377,13 @@ def _resolve(
     base_url: str | None,
     dataset: str | None,
     output_dir: str | os.PathLike[str],
-    local: str | None,
-    dialect: str | None,
+    options: InstanceOptions,
     *,
     rehearse: bool,
 ) -> dict[str, Any]:
     """Settings by their names: the argument, then the environment, then ``.env``, the default."""
     _require_filled(api_key=api_key, model=model, base_url=base_url, dataset=dataset)
+    local, dialect = options.get("local"), options.get("dialect")
     _require_filled(output_dir=output_dir, local=local)
     here = [name for name, value in (("rehearse", rehearse), ("local", local)) if value]
     given = {"model": model, "base_url": base_url, "dialect": dialect}
