@@ -2130,7 +2130,7 @@ class Checkpoint:
     step: int | None = None
     full_valid_loss: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
-    files: Sequence[str] = ()
+    files: Sequence[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         loss = self.full_valid_loss
@@ -9668,7 +9668,7 @@ class FineTuning:
             row, model = _checkpoint_row(told), told.fine_tuned_model_checkpoint
             step = told.step_number
             loss = row.get("full_valid_loss", losses.get(step))
-            files = getattr(told, "result_files", None) or ()
+            files = list(getattr(told, "result_files", None) or ())
             if model or files:
                 model = model or f"{self._run.job_id}:{told.id}"
                 checkpoints.append(Checkpoint(model, told.id, step, loss, row, files))

@@ -508,7 +508,7 @@ class Checkpoint:
     step: int | None = None
     full_valid_loss: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
-    files: Sequence[str] = ...
+    files: Sequence[str] = field(default_factory=list)
     def __str__(self) -> str: ...
 @dataclass(frozen=True)
 class WeightFile:
