@@ -1805,11 +1805,6 @@ class Settings(RunSettings):
         """Who is the assistant and who the user of the data."""
         return Speakers(self.assistant, self.user)
 
-    @property
-    def host(self) -> str:
-        """The host of ``base_url``, or nothing."""
-        return urllib.parse.urlsplit(self.base_url or "").hostname or ""
-
 
 def _require_range(name: str, value: object, ok: bool, allowed: str) -> None:
     """Raise :class:`ConfigurationError` unless ``ok``: ``name`` has to be ``allowed``."""
@@ -11118,7 +11113,7 @@ def _check_local(settings: Settings, runs: Runs, now: float) -> Iterator[CheckIt
     remedy = "" if level == "ok" else "不要なファイルを削除してください"
     yield CheckItem("ディスク", level, f"空き {free / 2**30:.1f}GB", remedy)
     today = datetime.fromtimestamp(now).date()
-    if not settings.rehearse and settings.host == OPENAI_HOST:
+    if not settings.brings_endpoint and settings.speaks is DIALECTS["openai"]:
         left = (date.fromisoformat(LAST_NEW_JOB_DATE) - today).days
         until = f"あと{left}日" if left > 0 else "終了"
         yield CheckItem(
@@ -11186,9 +11181,10 @@ def _check_endpoint(settings: Settings, endpoint: Endpoint, now: float) -> Itera
         text = settings.recorded.base_url or "不明"
         yield CheckItem("エンドポイント", "fail", text, explain_api_error(error))
         return
-    yield CheckItem("エンドポイント", "ok", f"{address} につながりました")
+    label = "" if settings.brings_endpoint else f"（{settings.speaks.label}）"
+    yield CheckItem("エンドポイント", "ok", f"{address} につながりました{label}")
     shutdown = _read_shutdown_date(model)
-    if shutdown is None and settings.host == OPENAI_HOST and price_of(model_name):
+    if shutdown is None and settings.speaks is DIALECTS["openai"] and price_of(model_name):
         shutdown = date.fromisoformat(MODEL_SHUTDOWN_DATE)
     if shutdown is None:
         yield CheckItem("モデル", "ok", f"{model_name}（停止日の情報なし）")

@@ -117,7 +117,7 @@ def test_the_days_of_the_platforms_end_are_shown_where_it_is_openais(
     openais = make_sft(
         base_url="https://api.openai.com/v1", client=client, clock=at("2026-12-07")
     ).check()
-    others = make_sft(clock=at("2026-12-07")).check()
+    others = make_sft(dialect=None, clock=at("2026-12-07")).check()
     text = "\n".join(map(str, openais))
 
     assert "2027-01-06" in text
