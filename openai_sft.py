@@ -1295,7 +1295,7 @@ class CostEstimate:
                 "エポック数 auto はサービスが決めるため、料金は事前に分かりません"
                 f"（最大の{MAX_EPOCHS}エポックで {money(self.most_usd)}）。"
             )
-        free = "検証データは無料です。" if self.price is not None else ""
+        free = "検証データは無料です。" if self.price_source.startswith(PRICES_SOURCE) else ""
         lines.append(f"単価: {self.price_source}、1ドル={self.yen_per_dollar:g}円と仮定。{free}")
         return lines
 
@@ -8381,6 +8381,7 @@ class Endpoint:
         had = part.stat().st_size if part.exists() else 0
         if size is not None and had == size:
             return True
+        had = 0 if size is not None and had > size else had
         files = self.given(ANSWER_SECONDS + (size or 0) / MIN_BYTES_A_SECOND, firm=True).files
         wanted = {"Range": f"bytes={had}-"} if had else {}
         with files.with_streaming_response.content(file_id, extra_headers=wanted) as answer:
