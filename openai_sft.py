@@ -5298,9 +5298,12 @@ def _choose_for(splits: Splits, asking: Asking) -> dict[str, list[Case]]:
     return chosen
 
 
-def _choose_checkpoint(wanted: str, model: str, checkpoints: Sequence[Checkpoint]) -> str:
+def _choose_checkpoint(
+    wanted: str, model: str, checkpoints: Sequence[Checkpoint], *, tell: bool = False
+) -> str:
     """The name under which the ``wanted`` checkpoint of a tuned ``model`` answers; the last is the
-    model itself. Where the best on validation is another one, that is told, with the losses.
+    model itself. Where the best on validation is another one, that is told, with the losses, if
+    it is to be asked now (``tell``).
 
     Raises :class:`ConfigurationError` for one that isn't there.
     """
@@ -5317,7 +5320,8 @@ def _choose_checkpoint(wanted: str, model: str, checkpoints: Sequence[Checkpoint
     if wanted not in ("best", "last"):
         for checkpoint in checkpoints:
             if wanted in (checkpoint.id, checkpoint.model, str(checkpoint.step)):
-                logger.info("チェックポイントを評価します: %s", checkpoint)
+                if tell:
+                    logger.info("チェックポイントを評価します: %s", checkpoint)
                 return checkpoint.model
         raise ConfigurationError(
             f"チェックポイント {printable(wanted)} は {printable(model)} の学習にありません。"
@@ -5325,18 +5329,24 @@ def _choose_checkpoint(wanted: str, model: str, checkpoints: Sequence[Checkpoint
         )
     if best is None or last is None:
         return model
+    if tell:
+        _tell_best(wanted, best, last)
+    return best.model if wanted == "best" and best is not last else model
+
+
+def _tell_best(wanted: str, best: Checkpoint, last: Checkpoint) -> None:
+    """Say which checkpoint has the lowest loss, and which is the one that is asked."""
     if best is last:
         logger.info(
             "検証の損失は最後のチェックポイントが最も低く、%.4fです。", best.full_valid_loss
         )
-        return model
+        return
     loss = "不明" if last.full_valid_loss is None else f"{last.full_valid_loss:.4f}"
     told = f"検証の損失が最も低いのは、最後（{loss}）ではなく {best} です。"
     if wanted == "best":
         logger.info("%sこれを評価します。", told)
-        return best.model
-    logger.info("%s最後のモデルを評価します（--checkpoint best で変えられます）。", told)
-    return model
+    else:
+        logger.info("%s最後のモデルを評価します（--checkpoint best で変えられます）。", told)
 
 
 def _named_checkpoints(checkpoints: Iterable[Checkpoint]) -> str:
@@ -8003,7 +8013,7 @@ class Endpoint:
         if told is not None:
             logger.warning("%s: %s", told, explain_api_error(failure))
         else:
-            minutes = patience // 60
+            minutes = math.ceil(patience / 60)
             logger.info("最大%d分やり直します: %s", minutes, explain_api_error(failure))
 
     def look(self, find: Callable[[], T | None], delays: Sequence[float] = LOOK_DELAYS) -> T | None:
@@ -8445,6 +8455,7 @@ class Endpoint:
         (:data:`REFUSED_OPTIONS`), of this question and of all that come after.
         """
         until = self._loading.get(question.model, 0.0)
+        patience = functools.partial(_patience_with, loading=until - self._timer())
         told: list[str] = []
 
         def loads(error: Exception) -> bool:
@@ -8466,7 +8477,7 @@ class Endpoint:
                 create, model=question.model, messages=question.messages, **request
             )
             try:
-                answer = self.call(send, passes=loads, patience=_patience_with)
+                answer = self.call(send, passes=loads, patience=patience)
             except _openai().BadRequestError as error:
                 if not self._adapt(question.model, request, error):
                     raise
@@ -8494,11 +8505,13 @@ class Endpoint:
         return True
 
 
-def _patience_with(error: Exception) -> float:
+def _patience_with(error: Exception, loading: float) -> float:
     """For how many seconds a question is repeated: a limit of the rate passes, and so does a
-    model's loading; anything else is soon taken for an outage."""
+    model's ``loading``; anything else is soon taken for an outage."""
     status = getattr(error, "status_code", None)
-    if status in (404, 429):
+    if status == 404:
+        return loading
+    if status == 429:
         return RETRY_SECONDS
     nobody = status in OUTAGE_STATUSES or _connection_fault(error) is not None
     return OUTAGE_SECONDS if nobody else QUESTION_SECONDS
@@ -10078,7 +10091,7 @@ class Asker:
     request: Mapping[str, Any]
     find_fault: Callable[[str], str | None]
     deed: str = "評価"
-    missing: set[str] = field(default_factory=set, init=False)  # models that aren't there
+    missing: dict[str, str] = field(default_factory=dict)  # models that aren't there, and where
     _failing_since: float | None = field(default=None, init=False)  # since when nothing is answered
 
     def known(self, items: Sequence[_Item]) -> dict[str, Response]:
@@ -10162,7 +10175,7 @@ class Asker:
         except (openai.APIError, BrokenAnswer) as error:
             if "usage" not in response and self._meets_every_case(error, began):
                 if isinstance(error, openai.NotFoundError):
-                    self.missing.add(question.model)
+                    self.missing[question.model] = self.endpoint.url
                 raise
             reason = explain_api_error(error)
             response["error"] = reason
@@ -11535,6 +11548,7 @@ class OpenAISFT:
         _refuse_rehearsal(self.settings, "再開")
         found = self._runs.newest_unfinished() if run is None else self._runs.named(run)
         if found is None or not found.unfinished:
+            _require_nothing_new(found, deployment, download_weights)
             logger.info("再開する実行はありません。")
             return None
         _require_recorded_task(found, self.settings)
@@ -11675,7 +11689,7 @@ class OpenAISFT:
         tuned = self._runs.of_model(model_id, lambda its: local in (None, its.local))
         model_id = model_id or (tuned.fine_tuned_model if tuned else None)
         model_id = _require_model(model_id, self.output_dir)
-        model_id = _model_to_ask(asking.checkpoint, model_id, tuned, self._runs)
+        model_id = _model_to_ask(asking.checkpoint, model_id, tuned, self._runs, tell=True)
         settings = self.settings if tuned is None else self._where_tuned(tuned)
         if deployment is not None:
             with _held(_tuned_here(tuned, model_id), self._run) as held:
@@ -12494,11 +12508,14 @@ def _require_untrained_choice(checkpoint: str) -> None:
         )
 
 
-def _model_to_ask(wanted: str, model_id: str, tuned: Run | None, runs: Runs) -> str:
-    """The name of the checkpoint that is ``wanted`` of a model, whose record is ``tuned``."""
+def _model_to_ask(
+    wanted: str, model_id: str, tuned: Run | None, runs: Runs, *, tell: bool = False
+) -> str:
+    """The name of the checkpoint that is ``wanted`` of a model, whose record is ``tuned``; see
+    :func:`_choose_checkpoint`."""
     is_final = tuned is not None and tuned.fine_tuned_model == model_id
     if tuned is not None and is_final:
-        return _choose_checkpoint(wanted, model_id, runs.checkpoints_of(tuned))
+        return _choose_checkpoint(wanted, model_id, runs.checkpoints_of(tuned), tell=tell)
     if wanted == "last":
         return model_id
     reason = "はチェックポイントです" if tuned else "の学習記録が、この保存先にありません"
@@ -12521,7 +12538,7 @@ def _replan(run: Run, checkpoint: str, runs: Runs) -> None:
     if model_id is not None:
         tuned = run if run.fine_tuned_model else runs.of_model(model_id)
         final = tuned.fine_tuned_model if tuned and tuned.fine_tuned_model else model_id
-        chosen = _model_to_ask(checkpoint, final, tuned, runs)
+        chosen = _model_to_ask(checkpoint, final, tuned, runs, tell=plan.model_id is not None)
         model_id = chosen if plan.model_id else None
     run.save(plan=replace(plan, asking=asking, model_id=model_id))
 
@@ -12533,7 +12550,7 @@ def _asked_by(plan: Plan, run: Run, runs: Runs, splits: Splits, settings: Settin
     model_id = plan.model_id
     if model_id is None:
         model_id = run.known("fine_tuned_model")
-        model_id = _model_to_ask(plan.asking.checkpoint, model_id, run, runs)
+        model_id = _model_to_ask(plan.asking.checkpoint, model_id, run, runs, tell=True)
     if settings.task == "score":
         splits = splits._replace(train=_scored_train_data(runs, model_id, splits.train))
     tuned, answering = (run if model_id in run.models else runs.of_model(model_id)), model_id
@@ -12567,6 +12584,11 @@ def _note_deployment(run: Run, name: str | None, runs: Runs, model: str | None =
     if name is None:
         return
     _require_filled(deployment=name)
+    if run.kind == "evaluation":
+        raise ConfigurationError(
+            f"{run.path} は評価だけの実行です。--resume の代わりに --evaluate-only を指定して"
+            "ください（受け取った応答は使い回します）。"
+        )
     if run.fine_tuned_model is None:
         raise ConfigurationError(
             f"{run.path} の学習はまだ終わっていません。--deployment は、その後で指定してください。"
@@ -12574,6 +12596,20 @@ def _note_deployment(run: Run, name: str | None, runs: Runs, model: str | None =
     if model is None:
         model = _model_to_ask(run.known("plan").asking.checkpoint, run.fine_tuned_model, run, runs)
     run.save(deployments={**run.deployments, run.tuned_as(model): name})
+
+
+def _require_nothing_new(
+    run: Run | None, deployment: str | None, weights_to: str | os.PathLike[str] | None
+) -> None:
+    """Raise :class:`ConfigurationError` for what a run can't be given any more that has ended."""
+    names, folder = (run.deployments, run.files.get("weights")) if run else ({}, None)
+    if deployment is not None and deployment not in names.values():
+        way = "--deployment は --evaluate-only と"
+    elif weights_to is not None and str(Path(weights_to)) != folder:
+        way = "--download-weights は --job-id ID と"
+    else:
+        return
+    raise ConfigurationError(f"再開する実行はありません。{way}指定してください。")
 
 
 @contextlib.contextmanager
@@ -12590,10 +12626,10 @@ def _deployment_told(run: Run, asked: Asked, asker: Asker, runs: Runs) -> Iterat
             raise
         if known and tuned is not None and asked.evaluated not in tuned.deployments.values():
             raise _to_be_deployed(run, tuned, asked.evaluated, asker) from error
-        (name,) = {asked.evaluated} if known else {*asker.missing}
+        name = asked.evaluated if known else next(iter(asker.missing))
         flag = "--deployment か --model-id" if known else "--baseline か --judge"
         raise ConfigurationError(
-            f"{printable(name)} は {asker.endpoint.url} にありません（{flag} の指定）。"
+            f"{printable(name)} は {asker.missing[name]} にありません（{flag} の指定）。"
             "名前を確認してください。配置した直後なら、使えるまで数分かかることがあります。"
         ) from error
 
@@ -12604,6 +12640,8 @@ def _to_be_deployed(run: Run, tuned: Run, model: str, asker: Asker) -> ToBeDeplo
     name, lines = "NAME", list[str]()
     if settings.speaks.deploying is not None:
         own = tuned.run_id.replace("_", "-")
+        if model != tuned.fine_tuned_model:  # another name than the last checkpoint's
+            own += "".join(f"-{c.step}" for c in tuned.checkpoints if c.model == model)
         how = settings.speaks.deploying(model, tuned.settings.model, own, asker.endpoint.url)
         name, lines = how.name, [how.note, f"  {how.command}"]
     mode = f"--resume {run.run_id}" if run.kind == "pipeline" else "--evaluate-only"

@@ -946,7 +946,7 @@ class Asker:
     request: Mapping[str, Any]
     find_fault: Callable[[str], str | None]
     deed: str = '評価'
-    missing: set[str] = field(default_factory=set, init=False)
+    missing: dict[str, str] = field(default_factory=dict)
     _failing_since: float | None = field(default=None, init=False)
     def known(self, items: Sequence[_Item]) -> dict[str, Response]: ...
     def ask_all(self, missing: Sequence[_Item], responses: dict[str, Response], evaluated: str) -> None: ...

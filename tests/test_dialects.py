@@ -367,6 +367,95 @@ def test_a_deployment_that_is_still_loading_is_waited_for(azure: Service) -> Non
     assert azure.make().resume(deployment="d") is not None
 
 
+def test_a_deployment_that_is_not_there_is_waited_for_as_long_as_is_said(
+    azure: Service, log: Log
+) -> None:
+    trained(azure)
+    with pytest.raises(ConfigurationError, match="typo"):
+        azure.make().resume(deployment="typo")
+    (told,) = (line for line in log() if "やり直します" in line)
+
+    assert told.startswith("最大2分")
+
+
+def test_a_judge_that_is_not_deployed_is_named(azure: Service) -> None:
+    ended = trained(azure)
+    azure.endpoint.deploy("d", ended.model)
+    with pytest.raises(ConfigurationError, match="nobody は .*--judge"):
+        azure.make().run_evaluation(
+            deployment="d", max_test_cases=1, judge="nobody", judge_against="reference"
+        )
+
+
+def test_a_name_for_a_run_that_has_ended_is_not_passed_over(
+    azure: Service, clean_environment: Path
+) -> None:
+    azure.endpoint.deploy("d", trained(azure).model)
+    azure.make().resume(deployment="d")
+    run = only_run(azure.make().output_dir).stem
+
+    assert azure.make().resume(run, deployment="d") is None
+    for name in (run, None):
+        with pytest.raises(ConfigurationError, match="--evaluate-only"):
+            azure.make().resume(name, deployment="e")
+        with pytest.raises(ConfigurationError, match="--job-id"):
+            azure.make().resume(name, download_weights=clean_environment / "w")
+
+
+def test_a_new_name_for_an_evaluation_that_was_cut_is_told_how_to_go_on(azure: Service) -> None:
+    ended = trained(azure)
+    azure.endpoint.deploy("d", ended.model)
+    azure.endpoint.deploy("mini", MINI)
+    azure.endpoint.inject(Fault("401", "POST", CHAT, skip=3))
+    with azure.make() as sft, pytest.raises(openai.AuthenticationError):
+        sft.run_evaluation(deployment="d", max_test_cases=2, concurrency=1, baseline="mini")
+    azure.endpoint.deploy("e", ended.model)
+    with pytest.raises(ConfigurationError, match="--evaluate-only"):
+        azure.make().resume(deployment="e")
+    before = len(asked(azure.endpoint, "POST", CHAT))
+    azure.make().run_evaluation(deployment="e", max_test_cases=2, concurrency=1, baseline="mini")
+
+    assert len(asked(azure.endpoint, "POST", CHAT)) - before == 5
+
+
+def test_checkpoints_of_a_model_are_deployed_under_different_names(azure: Service) -> None:
+    def name(ended: ToBeDeployed) -> str:
+        (command,) = (line for line in ended.commands if "az cognitiveservices" in line)
+        words = shlex.split(command)
+        return words[words.index("--deployment-name") + 1]
+
+    last = trained(azure)
+    first = min(record_of(azure)["checkpoints"], key=lambda c: c["step"])
+    with pytest.raises(ToBeDeployed) as other:
+        azure.make().run_evaluation(checkpoint=first["id"], max_test_cases=1)
+
+    assert name(other.value) == f"{name(last)}-{first['step']}"
+    assert other.value.commands[-1].endswith(name(other.value))
+
+
+def test_which_checkpoint_is_best_is_told_once_by_each_command(
+    nebius: Service, azure: Service, example_file: Path, clean_environment: Path, log: Log
+) -> None:
+    def told(act: Callable[[], object]) -> int:
+        before = len(log())
+        act()
+        return sum("検証の損失が最も低いのは、" in line for line in log()[before:])
+
+    def with_weights() -> None:
+        with pytest.raises(ToBeDeployed):
+            nebius.make(**there).run_full_pipeline(
+                **nebius.options, download_weights=clean_environment / "w"
+            )
+
+    there = {"dataset": str(example_file), "output_dir": clean_environment / "n"}
+    azure.endpoint.deploy("d", trained(azure, dataset=str(example_file)).model)
+
+    assert told(with_weights) == 1
+    with azure.make(dataset=str(example_file)) as sft:
+        assert told(lambda: sft.resume(deployment="d")) == 1
+        assert told(lambda: sft.run_evaluation(deployment="d")) == 1
+
+
 def test_a_deployment_before_the_end_of_training_is_refused(azure: Service) -> None:
     azure.endpoint.hold("running")
     with azure.make() as sft, pytest.raises(WaitTimeout):
