@@ -9413,14 +9413,18 @@ class FineTuning:
         self._run.save(estimate=_with_training(before, estimate))
 
     def _require_or_cancel(self, job: FineTuningJob, estimate: CostEstimate) -> None:
+        going = self._run.meanwhile
         try:
             self._ledger.require(estimate, "training")
         except (BudgetError, Declined) as error:
             job = self._endpoint.cancel(job.id)
-            self._run.save(job_status=job.status)
-            end = "取り消しました" if job.status == "cancelled" else "終わっていました"
+            is_cancelled = job.status == "cancelled"
+            declined = self._run.declined if is_cancelled else None  # what was trained is there
+            self._run.save(job_status=job.status, declined=declined)
+            end = "取り消しました" if is_cancelled else "終わっていました"
             raise type(error)(
-                f"{error}ジョブ {printable(job.id)} は{end}（{printable(job.status)}）。"
+                f"{str(error).removesuffix(going)}ジョブ {printable(job.id)} は{end}"
+                f"（{printable(job.status)}）。"
             ) from error
 
     def _price(self, training: Training, file_id: str) -> CostEstimate:

@@ -15,7 +15,7 @@ import openai
 import pytest
 from edges import Forward, Gateway, Reply, Request, saying
 from endpoint import Fault, Rehearsal
-from faults import CHAT, JOBS, asked, made
+from faults import CHAT, JOBS, asked, made, until
 from helpers import Ended, posts, read_json, records, training_file, write_jsonl
 from services import LLAMA, MINI, SHORT, Service, service
 
@@ -381,7 +381,7 @@ def test_a_deployment_that_is_not_there_is_waited_for_as_long_as_is_said(
 def test_a_judge_that_is_not_deployed_is_named(azure: Service) -> None:
     ended = trained(azure)
     azure.endpoint.deploy("d", ended.model)
-    with pytest.raises(ConfigurationError, match="nobody は .*--judge"):
+    with pytest.raises(ConfigurationError, match=r"nobody は .*--judge"):
         azure.make().run_evaluation(
             deployment="d", max_test_cases=1, judge="nobody", judge_against="reference"
         )
@@ -764,13 +764,37 @@ def test_who_does_not_agree_to_another_job_than_he_asked_for_has_it_cancelled(
     place, _ = patient
     answers = iter([True, False])
     sft = place.make(dialect="gateway", price=PRICE, confirm=lambda _: next(answers))
-    with pytest.raises(Declined, match="取り消しました"):
+    with pytest.raises(Declined, match="取り消しました") as declined:
         sft.run_full_pipeline(**place.options)
     (job,) = place.endpoint.jobs.values()
 
     assert job.status == "cancelled"
+    assert "続いて" not in str(declined.value)
     assert record_of(place)["job_status"] == "cancelled"
     assert place.make().resume() is None
+
+
+def test_a_job_that_has_ended_while_he_was_asked_is_there_to_be_evaluated(
+    patient: tuple[Service, Waiting],
+) -> None:
+    place, engine = patient
+    asked_before: list[CostEstimate] = []
+
+    def confirm(estimate: CostEstimate) -> bool:
+        asked_before.append(estimate)
+        if len(asked_before) == 2:
+            engine.may = True
+            (job,) = place.endpoint.jobs.values()
+            until(lambda: job.status == "succeeded")
+        return len(asked_before) == 1
+
+    with (
+        place.make(dialect="gateway", price=PRICE, confirm=confirm) as sft,
+        pytest.raises(Declined, match="終わっていました"),
+    ):
+        sft.run_full_pipeline(**place.options)
+
+    assert place.make(dialect="gateway", price=PRICE).resume() is not None
 
 
 def test_a_limit_holds_for_the_job_that_there_is(patient: tuple[Service, Waiting]) -> None:
