@@ -12550,19 +12550,28 @@ def _replan(run: Run, checkpoint: str, runs: Runs) -> None:
 def _asked_by(plan: Plan, run: Run, runs: Runs, splits: Splits, settings: Settings) -> Asked:
     """Whom a plan asks what: as it was kept, or chosen from the splits."""
     if plan.asked is not None:
-        return Asked.read(run.file("asked"), plan.asked)
-    model_id = plan.model_id
-    if model_id is None:
-        model_id = run.known("fine_tuned_model")
-        model_id = _model_to_ask(plan.asking.checkpoint, model_id, run, runs, tell=True)
-    if settings.task == "score":
-        splits = splits._replace(train=_scored_train_data(runs, model_id, splits.train))
-    tuned, answering = (run if model_id in run.models else runs.of_model(model_id)), model_id
-    if tuned is not None and settings.base_url == tuned.settings.base_url:
-        model_id = tuned.tuned_as(model_id)
-        answering = tuned.deployments.get(model_id, model_id)
-    asked = Asked.of(answering, splits, plan.asking, settings)
-    return asked if answering == model_id else asked._replace(tuned=model_id)
+        asked = Asked.read(run.file("asked"), plan.asked)
+        model, name = _deployed_as(asked.tuned or asked.evaluated, run, runs, settings)
+    else:
+        model_id = plan.model_id
+        if model_id is None:
+            model_id = run.known("fine_tuned_model")
+            model_id = _model_to_ask(plan.asking.checkpoint, model_id, run, runs, tell=True)
+        if settings.task == "score":
+            splits = splits._replace(train=_scored_train_data(runs, model_id, splits.train))
+        model, name = _deployed_as(model_id, run, runs, settings)
+        asked = Asked.of(name, splits, plan.asking, settings)
+    models = (name, *asked.models[1:])
+    return asked._replace(models=models, tuned=None if name == model else model)
+
+
+def _deployed_as(name: str, run: Run, runs: Runs, settings: Settings) -> tuple[str, str]:
+    """The tuned model that is meant by a name, and the name to which it answers."""
+    tuned = run if name in run.models else runs.of_model(name)
+    if tuned is None or settings.base_url != tuned.settings.base_url:
+        return name, name
+    model = tuned.tuned_as(name)
+    return model, tuned.deployments.get(model, model)
 
 
 def _training_options(options: PipelineOptions) -> TrainingOptions:
@@ -12588,7 +12597,8 @@ def _note_deployment(run: Run, name: str | None, runs: Runs, model: str | None =
     if name is None:
         return
     _require_filled(deployment=name)
-    if run.kind == "evaluation":
+    plan = run.known("plan")
+    if plan.model_id not in (None, *run.models):
         raise ConfigurationError(
             f"{run.path} は評価だけの実行です。--resume の代わりに --evaluate-only を指定して"
             "ください（受け取った応答は使い回します）。"
@@ -12598,7 +12608,9 @@ def _note_deployment(run: Run, name: str | None, runs: Runs, model: str | None =
             f"{run.path} の学習はまだ終わっていません。--deployment は、その後で指定してください。"
         )
     if model is None:
-        model = _model_to_ask(run.known("plan").asking.checkpoint, run.fine_tuned_model, run, runs)
+        model = plan.model_id or _model_to_ask(
+            plan.asking.checkpoint, run.fine_tuned_model, run, runs
+        )
     run.save(deployments={**run.deployments, run.tuned_as(model): name})
 
 

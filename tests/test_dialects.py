@@ -418,6 +418,26 @@ def test_a_new_name_for_an_evaluation_that_was_cut_is_told_how_to_go_on(azure: S
     assert len(asked(azure.endpoint, "POST", CHAT)) - before == 5
 
 
+def test_an_evaluation_that_was_called_by_itself_goes_on_under_the_name_too(
+    azure: Service,
+) -> None:
+    sft = azure.make()
+    train, test, valid = sft.load_and_split_dataset()
+    parts = [sft.prepare_dataset(part) for part in (test, valid)]
+    files = sft.save_all_datasets(sft.prepare_dataset(train), *parts)
+    uploaded = sft.upload_training_file(files["train"])
+    job_id = sft.create_fine_tune_job(uploaded, 2, 4, training_type="Standard")
+    model = sft.monitor_fine_tune_job(job_id).fine_tuned_model
+    assert model is not None
+    with pytest.raises(ToBeDeployed):
+        sft.evaluate_model_comprehensive(model, *parts)
+    azure.endpoint.deploy("d", model)
+    results = sft.resume(deployment="d")
+
+    assert results is not None
+    assert (results["model_id"], results["deployment_of"]) == ("d", model)
+
+
 def test_checkpoints_of_a_model_are_deployed_under_different_names(azure: Service) -> None:
     def name(ended: ToBeDeployed) -> str:
         (command,) = (line for line in ended.commands if "az cognitiveservices" in line)
