@@ -423,14 +423,14 @@ def test_an_evaluation_that_was_called_by_itself_goes_on_under_the_name_too(
 ) -> None:
     sft = azure.make()
     train, test, valid = sft.load_and_split_dataset()
-    parts = [sft.prepare_dataset(part) for part in (test, valid)]
-    files = sft.save_all_datasets(sft.prepare_dataset(train), *parts)
+    held_out = sft.prepare_dataset(test), sft.prepare_dataset(valid)
+    files = sft.save_all_datasets(sft.prepare_dataset(train), *held_out)
     uploaded = sft.upload_training_file(files["train"])
     job_id = sft.create_fine_tune_job(uploaded, 2, 4, training_type="Standard")
     model = sft.monitor_fine_tune_job(job_id).fine_tuned_model
     assert model is not None
     with pytest.raises(ToBeDeployed):
-        sft.evaluate_model_comprehensive(model, *parts)
+        sft.evaluate_model_comprehensive(model, *held_out)
     azure.endpoint.deploy("d", model)
     results = sft.resume(deployment="d")
 
