@@ -6727,17 +6727,16 @@ def explain_api_error(error: Exception) -> str:
 
 
 def _said_by(body: object) -> object:
-    """What the body of an error says: OpenAI's ``message``, or the ``detail`` of FastAPI, a text
-    or a list of what is wrong where."""
-    if not isinstance(body, Mapping):
+    """What the body of an error says: OpenAI's ``message``, or the ``detail`` of FastAPI, a text,
+    a list of what is wrong where, or as LiteLLM has it an ``error``; else all of it."""
+    if isinstance(body, list):
+        return "; ".join(str(_said_by(item)) for item in body)
+    if not isinstance(body, Mapping) or not body:
         return body
-    said = body.get("message") or body.get("detail")
-    if not isinstance(said, list):
-        return said
-    wrong = [item for item in said if isinstance(item, Mapping)]
-    return "; ".join(
-        f"{'.'.join(map(str, item.get('loc') or ()))}: {item.get('msg')}" for item in wrong
-    )
+    if "msg" in body:
+        return f"{'.'.join(map(str, body.get('loc') or ()))}: {body['msg']}"
+    said = body.get("message") or body.get("detail") or body.get("error")
+    return _said_by(said) if said else _dump(body)
 
 
 def parse_result_file(content: bytes) -> list[dict[str, float]]:

@@ -873,13 +873,18 @@ SAYINGS = [
     ),
     ({"error": "モデルが違います😢"}, None),
     ({"message": "モデルが違います😢"}, None),
+    ({"detail": {"error": "モデルが違います😢", "code": "x"}}, "404: モデル"),
+    ({"errors": [{"text": "モデルが違います😢"}]}, "errors"),
 ]
 
 
 @pytest.mark.parametrize("path", [JOBS, "/files"])
 @pytest.mark.parametrize(
     ("status", "body", "where"),
-    [(status, *said) for status, said in zip((400, 403, 413, 422, 404), SAYINGS, strict=True)],
+    [
+        (status, *said)
+        for status, said in zip((400, 403, 413, 422, 404, 404, 403), SAYINGS, strict=True)
+    ],
 )
 def test_a_definite_refusal_is_told_in_the_words_of_the_service(
     azure: Service, path: str, status: int, body: Any, where: str | None
