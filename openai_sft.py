@@ -12610,7 +12610,15 @@ def _note_deployment(run: Run, name: str | None, runs: Runs, model: str | None =
         model = plan.model_id or _model_to_ask(
             plan.asking.checkpoint, run.fine_tuned_model, run, runs
         )
-    run.save(deployments={**run.deployments, run.tuned_as(model): name})
+    model, other = run.tuned_as(model), runs.of_model(name)
+    if other is not None and other.tuned_as(name) != model:
+        logger.warning(
+            "%s は、前に %s の名前でした。いまは %s を配置していることを確認してください。",
+            printable(name),
+            printable(other.tuned_as(name)),
+            printable(model),
+        )
+    run.save(deployments={**run.deployments, model: name})
 
 
 def _require_nothing_new(

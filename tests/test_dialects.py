@@ -485,7 +485,9 @@ def test_a_deployment_before_the_end_of_training_is_refused(azure: Service) -> N
     azure.endpoint.release()
 
 
-def test_answers_are_known_by_what_was_deployed_and_not_by_its_name(azure: Service) -> None:
+def test_answers_are_known_by_what_was_deployed_and_not_by_its_name(
+    azure: Service, log: Log
+) -> None:
     def answered() -> int:
         return sum(e.status == 200 for e in asked(azure.endpoint, "POST", CHAT))
 
@@ -501,9 +503,11 @@ def test_answers_are_known_by_what_was_deployed_and_not_by_its_name(azure: Servi
     azure.make().run_evaluation(first, deployment="e", max_test_cases=1)
     assert answered() == count
     second = trained(azure).model
-    azure.endpoint.deploy("d", second)
-    resume("d")
+    azure.endpoint.deploy("e", second)
+    assert not any("前に" in line for line in log())
+    resume("e")
 
+    assert any(f"e は、前に {first} の名前でした" in line for line in log())
     assert first != second
     assert answered() == 2 * count
 
