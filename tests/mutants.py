@@ -194,20 +194,20 @@ MONEY = (
     ),
     Mutant(
         "another model's answer is taken",
-        "asked = [self.place, self.model, list(self.messages), dict(self.options), self.number]",
+        "asked = [self.place, model, list(self.messages), dict(self.options), self.number]",
         "asked = [self.place, list(self.messages), dict(self.options), self.number]",
         "test_asking.py::test_an_answer_to_another_model_or_with_other_settings_is_none",
     ),
     Mutant(
         "another endpoint's answer is taken",
-        "asked = [self.place, self.model, list(self.messages), dict(self.options), self.number]",
-        "asked = [self.model, list(self.messages), dict(self.options), self.number]",
+        "asked = [self.place, model, list(self.messages), dict(self.options), self.number]",
+        "asked = [model, list(self.messages), dict(self.options), self.number]",
         "test_asking.py::test_an_answer_of_another_endpoint_or_with_other_tools_is_none",
     ),
     Mutant(
         "an answer with other settings is taken",
-        "asked = [self.place, self.model, list(self.messages), dict(self.options), self.number]",
-        "asked = [self.place, self.model, list(self.messages), self.number]",
+        "asked = [self.place, model, list(self.messages), dict(self.options), self.number]",
+        "asked = [self.place, model, list(self.messages), self.number]",
         "test_asking.py::test_an_answer_to_another_model_or_with_other_settings_is_none",
     ),
     Mutant(
@@ -1067,8 +1067,8 @@ RECOVERY = (
     ),
     Mutant(
         "a checkpoint's model is unknown",
-        "return [*named, *(checkpoint.model for checkpoint in self.checkpoints)]",
-        "return named",
+        "named += [checkpoint.model for checkpoint in self.checkpoints]",
+        "pass",
         "test_manifest.py::test_a_checkpoint_is_asked_the_split_of_its_own_run",
     ),
     Mutant(
@@ -1116,8 +1116,8 @@ RECOVERY = (
     ),
     Mutant(
         "a model that loads is not waited for",
-        "+ MODEL_LOADING_SECONDS",
-        "+ 0",
+        "self._timer() + seconds",
+        "self._timer()",
         "test_recovery.py::test_a_model_that_is_still_loading_is_waited_for_with_the_first_case_and_no_probe",
         within="expect",
     ),
@@ -2108,10 +2108,24 @@ HOUSE = (
         "test_edges_job.py::test_a_job_that_an_earlier_process_made_turns_up_by_the_token_that_all_requests_share",
     ),
     Mutant(
+        "a job that nobody agrees to goes on",
+        "job = self._endpoint.cancel(job.id)",
+        "pass",
+        "test_dialects.py::test_a_limit_holds_for_the_job_that_there_is",
+        within="_require_or_cancel",
+    ),
+    Mutant(
+        "a job that has ended is given up",
+        "self._run.declined if is_cancelled else None",
+        "self._run.declined",
+        "test_dialects.py::test_a_job_that_has_ended_while_he_was_asked_is_there_to_be_evaluated",
+    ),
+    Mutant(
         "a surplus job goes on",
         "job = self._endpoint.cancel(job.id)",
         "pass",
         "test_edges_job.py::test_a_surplus_job_that_turns_up_later_is_cancelled_and_named",
+        within="cancel_surplus",
     ),
     Mutant(
         "a job of another model is ours",
