@@ -1651,7 +1651,7 @@ class RunSettings:
 
     def prices_at(self, url: str | None) -> Mapping[str, Price]:
         """The prices of the endpoint, or of another one whose ``url`` is given."""
-        if url is None or self.base_url is None or _origin(url) == _origin(self.base_url):
+        if url is None or (self.base_url and _origin(url) == _origin(self.base_url)):
             return self.speaks.prices
         return DIALECTS[_dialect_at(url)].prices
 
@@ -1775,11 +1775,13 @@ class Settings(RunSettings):
 
     def working_as(self, run: RunSettings) -> Settings:
         """These settings with what a run was begun with; a limit, a price or a dialect of now goes
-        first."""
+        first, but no dialect that only a client's host tells."""
         changes = vars(run).copy()
-        for name in ("max_cost_usd", "price", "dialect"):
+        for name in ("max_cost_usd", "price"):
             if getattr(self, name) is not None:
                 del changes[name]
+        if "dialect" in self.given or run.dialect is None:
+            del changes["dialect"]
         if run.base_url == self.recorded.base_url:
             del changes["base_url"]  # it may hold credentials here
         return replace(self, **changes)
@@ -8369,9 +8371,9 @@ class Endpoint:
         has its name.
         """
         file = self.call(lambda: self.client.files.retrieve(file_id), needs="id")
-        name = (file.filename or file_id).replace("\\", "/").rpartition("/")[2]
+        name = _bare_name(file.filename or "") or _bare_name(file_id)
         path, size = folder / name, file.bytes
-        part = folder / f".{file_id}.part"
+        part = folder / f".{_bare_name(file_id)}.part"
         if known is not None and path.is_file() and _sha256_of(path) == known.sha256:
             logger.info("ダウンロード済みです: %s", path)
             return known
@@ -8387,10 +8389,12 @@ class Endpoint:
 
     def _fetch(self, file_id: str, part: Path, size: int | None) -> bool:
         """Fetch what is left of a file; raises :class:`BrokenAnswer` where it is cut."""
-        had = part.stat().st_size if part.exists() else 0
-        if size is not None and had == size:
+        part.touch()
+        had = part.stat().st_size
+        if had == size:
             return True
-        had = 0 if size is not None and had > size else had
+        if size is None or had > size:
+            had = 0  # nothing tells whether it is the beginning of this file
         files = self.given(ANSWER_SECONDS + (size or 0) / MIN_BYTES_A_SECOND, firm=True).files
         wanted = {"Range": f"bytes={had}-"} if had else {}
         with files.with_streaming_response.content(file_id, extra_headers=wanted) as answer:
@@ -8645,6 +8649,11 @@ def _local_endpoint(settings: Settings) -> Rehearsal:
         raise ConfigurationError(f"手元のエンドポイントを開始できません: {error}。") from error
 
 
+def _bare_name(told: str) -> str:
+    """A name that a service gives as one of a file in a folder, on Windows too; "" for none."""
+    return re.sub(r"[^\w.+-]", "_", re.split(r"[/\\]", told)[-1]).lstrip(".")
+
+
 class _InTime:
     """The pieces of an answer, until a moment of the timer: a client's own time-outs only bound
     the silence between two of them."""
@@ -8686,6 +8695,11 @@ def _hide(key: str, error: Any) -> None:
 # ── Money ────────────────────────────────────────────────────────────────────────────────────
 
 Door = Literal["training", "evaluation"]
+
+
+def _shown(estimate: CostEstimate) -> Mapping[str, Any]:
+    """An estimate as a run's record has it."""
+    return {**asdict(estimate), "total_usd": estimate.total_usd}
 
 
 class Ledger:
@@ -8782,15 +8796,16 @@ class Ledger:
             if self._settings.rehearse:
                 logger.info("リハーサルのため、実際の課金はありません。")
             elif "training" in doors or not (self._run.estimate or self._run.job_id):
-                shown = {**asdict(estimate), "total_usd": estimate.total_usd}
-                self._run.save(estimate=shown)
+                self._run.save(estimate=_shown(estimate))
         if not (self._settings.rehearse or free):
             self._require_limit(estimate, spent)
             if not agreed and self._confirm is not None and not self._confirm(estimate):
-                # A request whose answer was lost may have made a job, which is looked for again.
-                lost = self._run.job_intent is not None and self._run.job_id is None
-                self._run.save(declined=None if lost else True)
-                kept = self._run.meanwhile
+                # A job that was asked for is looked for again, or cancelled by who asked.
+                run = self._run
+                ended = run.job_intent is None or run.job_status in TERMINAL_STATUSES
+                goes_on = "training" in doors and not ended
+                run.save(declined=None if goes_on else True)
+                kept = "" if goes_on and run.job_id else run.meanwhile
                 raise Declined(f"中止しました。この先は何も送信していません。{kept}")
         self._run.passed.update(doors)
 
@@ -9355,7 +9370,7 @@ class FineTuning:
             _require_same_request(found, self._run.job_intent.request, request)
             logger.info("前に送信したジョブを引き継ぎます: %s", printable(found))
             return found
-        self._ledger.require(self._price(training, file_id), "training")
+        self._ledger.require(self._price(training.epochs, file_id), "training")
         # All requests of a run share the token and the moment of the first.
         first = self._run.job_intent or Intent(uuid.uuid4().hex, _time_text(self._clock()), {})
         intent = Intent(first.token, first.at, request)
@@ -9391,7 +9406,6 @@ class FineTuning:
         }
         if not changed or changed.items() <= self._run.hyperparameters.items():
             return
-        self._run.save(hyperparameters=told)
         logger.warning(
             "ジョブ %s の設定が、依頼したものと違います: %s。間のゲートウェイが設定を落としたのかも"
             "しれません（LiteLLMなら --dialect litellm）。取り消すには: openai-sft --cancel %s%s",
@@ -9403,13 +9417,16 @@ class FineTuning:
             shlex.quote(printable(job.id)),
             self._settings.recorded.flags,
         )
-        before = self._run.estimate or {}
         epochs = told.get("n_epochs", intent.hyperparameters.get("n_epochs"))
-        estimate = self._price(Training(epochs), intent.request["training_file"])
+        is_number = type(epochs) is int and epochs > 0
+        training = self._price(epochs if is_number else "auto", intent.request["training_file"])
+        estimate = _with_asking(training, self._run.estimate or {})
         if job.status not in TERMINAL_STATUSES:
             self._run.passed.discard("training")
-            self._require_or_cancel(job, estimate)
-        self._run.save(estimate=_with_training(before, estimate))
+            # An evaluation that had no price has a door of its own.
+            self._require_or_cancel(job, training if estimate.asking_usd is None else estimate)
+        # Only now, for whoever stops before he has agreed is asked again.
+        self._run.save(hyperparameters=told, estimate=_shown(estimate))
 
     def _require_or_cancel(self, job: FineTuningJob, estimate: CostEstimate) -> None:
         going = self._run.meanwhile
@@ -9426,12 +9443,12 @@ class FineTuning:
                 f"（{printable(job.status)}）。"
             ) from error
 
-    def _price(self, training: Training, file_id: str) -> CostEstimate:
+    def _price(self, epochs: int | Literal["auto"], file_id: str) -> CostEstimate:
         """What training alone costs on the file that was sent as ``file_id``."""
         counted = self._runs.tokens_sent(self._run, file_id)
         return estimate_cost(
             counted.tokens if counted else None,
-            training.epochs,
+            epochs,
             model=self._settings.model,
             price=self._settings.effective_price,
             prices=self._settings.speaks.prices,
@@ -9557,7 +9574,7 @@ class FineTuning:
     ) -> FineTuningJob:
         """:meth:`watch`, then :meth:`download_weights` where there is a ``target``."""
         job = self.watch(timeout)
-        if target is not None:
+        if target is not None and job.status == "succeeded":
             self.download_weights(Path(target))
         return job
 
@@ -9732,17 +9749,13 @@ def _require_same_request(job_id: str, sent: Mapping[str, Any], request: Mapping
         )
 
 
-def _with_training(before: Mapping[str, Any], estimate: CostEstimate) -> Mapping[str, Any]:
-    """An estimate on record with the training of another one."""
-    judge = before.get("judge") or {"usd": 0.0}
-    parts = (estimate.training_usd, before.get("evaluation_usd"), judge["usd"])
-    known = [part for part in parts if part is not None]
-    return {
-        **before,
-        "epochs": estimate.epochs,
-        "training_usd": estimate.training_usd,
-        "total_usd": sum(known) if len(known) == len(parts) else None,
-    }
+def _with_asking(training: CostEstimate, before: Mapping[str, Any]) -> CostEstimate:
+    """An estimate of training with what an estimate on record says of the evaluation."""
+    names = ("evaluation_input_tokens", "evaluation_output_tokens", "evaluation_usd", "baseline")
+    kept = {name: before[name] for name in (*names, "unpriced", "images") if name in before}
+    judge = before.get("judge")
+    kept["judge"] = JudgeEstimate(**_pick(JudgeEstimate, judge)) if judge else None
+    return replace(training, **kept)
 
 
 def _settled(job: FineTuningJob) -> Mapping[str, Any]:
@@ -11388,7 +11401,7 @@ class OpenAISFT:
             raise ConfigurationError(NO_KEY)
         self._client, self._clock, self._sleep = client, clock, sleep
         self._confirm, self._trust = confirm, trust
-        self._endpoints: dict[str | None, Endpoint] = {}
+        self._endpoints: dict[tuple[str, str | None, str | None], Endpoint] = {}
         self._runs = Runs(self.settings.output_dir, clock)
         self._preparation = Preparation(self.settings)
         self._run: Run | None = None
@@ -11569,7 +11582,7 @@ class OpenAISFT:
             self._judge_at(settings, asking, told=asking.judge_base_url == judge_base_url)
             if checkpoint is not None:
                 _replan(found, checkpoint, self._runs)
-            _note_deployment(found, deployment, self._runs)
+            _note_deployment(found, deployment, self._runs, found)
             _expect_models(self._endpoint_of(settings), found, settings.speaks)
             return self._go_on(found, timeout=timeout, weights_to=download_weights)
 
@@ -11696,7 +11709,7 @@ class OpenAISFT:
         settings = self.settings if tuned is None else self._where_tuned(tuned)
         if deployment is not None:
             with _held(_tuned_here(tuned, model_id), self._run) as held:
-                _note_deployment(held, deployment, self._runs, model_id)
+                _note_deployment(held, deployment, self._runs, self._run, model_id)
             self._endpoint_of(settings).expect(deployment, DEPLOYMENT_SECONDS)
         self._require_ready(settings)
         self._judge_at(settings, asking)
@@ -12043,19 +12056,19 @@ class OpenAISFT:
 
     def _endpoint_of(self, settings: Settings) -> Endpoint:
         """The endpoint of some settings, kept: it knows what is lacking there."""
-        url = settings.base_url
-        if url not in self._endpoints:
-            self._endpoints[url] = Endpoint(
+        place = ("model", settings.base_url, settings.dialect)
+        if place not in self._endpoints:
+            self._endpoints[place] = Endpoint(
                 settings, client=self._client, clock=self._clock, sleep=self._sleep
             )
-        return self._endpoints[url]
+        return self._endpoints[place]
 
     def _judge_at(self, settings: Settings, asking: Asking, *, told: bool = True) -> Endpoint:
         """The endpoint of the judge, kept too. ``told``: the user has named its URL himself."""
         _require_named_baseline(settings, asking)
         if (url := _url_of_judge(settings, asking)) is None:
             return self._endpoint_of(settings)
-        if (place := f"judge {url}") not in self._endpoints:
+        if (place := ("judge", url, settings.dialect)) not in self._endpoints:
             own = _settings_of_judge(settings, url, self._trust, told=told)
             self._endpoints[place] = Endpoint(
                 own, client=None, clock=self._clock, sleep=self._sleep
@@ -12588,16 +12601,20 @@ def _tuned_here(run: Run | None, model_id: str) -> Run:
     return run
 
 
-def _note_deployment(run: Run, name: str | None, runs: Runs, model: str | None = None) -> None:
-    """Record the name to which the model that a run evaluates, or another of it, answers.
+def _note_deployment(
+    run: Run, name: str | None, runs: Runs, current: Run | None, model: str | None = None
+) -> None:
+    """Record the name to which the model that a run evaluates, or another of it, answers; it is
+    nobody else's at this endpoint any more.
 
-    Raises :class:`ConfigurationError` where nothing was trained yet.
+    Raises :class:`ConfigurationError` where nothing was trained yet, or another process drives a
+    run that has the name.
     """
     if name is None:
         return
     _require_filled(deployment=name)
-    plan = run.known("plan")
-    if plan.model_id not in (None, *run.models):
+    asked_for = run.plan.model_id if run.plan else None
+    if asked_for not in (None, *run.models):
         raise ConfigurationError(
             f"{run.path} は評価だけの実行です。--resume の代わりに --evaluate-only を指定して"
             "ください（受け取った応答は使い回します）。"
@@ -12607,18 +12624,26 @@ def _note_deployment(run: Run, name: str | None, runs: Runs, model: str | None =
             f"{run.path} の学習はまだ終わっていません。--deployment は、その後で指定してください。"
         )
     if model is None:
-        model = plan.model_id or _model_to_ask(
-            plan.asking.checkpoint, run.fine_tuned_model, run, runs
-        )
-    model, other = run.tuned_as(model), runs.of_model(name)
-    if other is not None and other.tuned_as(name) != model:
-        logger.warning(
-            "%s は、前に %s の名前でした。いまは %s を配置していることを確認してください。",
-            printable(name),
-            printable(other.tuned_as(name)),
-            printable(model),
-        )
-    run.save(deployments={**run.deployments, model: name})
+        wanted = run.plan.asking.checkpoint if run.plan else "last"
+        model = asked_for or _model_to_ask(wanted, run.fine_tuned_model, run, runs)
+    tuned = run.tuned_as(model)
+    for other in runs:
+        if other.settings.base_url != run.settings.base_url:
+            continue
+        if other.tuned_as(name) not in (name, tuned):
+            logger.warning(
+                "%s は、前に %s の名前でした。いまは %s を配置していることを確認してください。",
+                *map(printable, (name, other.tuned_as(name), tuned)),
+            )
+        if other.path != run.path and name in other.deployments.values():
+            with _held(other, current) as held:
+                held.save(deployments=_without(held.deployments, name))
+    run.save(deployments={**_without(run.deployments, name), tuned: name})
+
+
+def _without(deployments: Mapping[str, str], name: str) -> dict[str, str]:
+    """The deployments but for those of a name, which is another model's from now on."""
+    return {model: told for model, told in deployments.items() if told != name}
 
 
 def _require_nothing_new(

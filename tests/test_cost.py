@@ -919,3 +919,18 @@ def test_a_judge_elsewhere_has_the_prices_of_its_own_service(make_sft: MakeSFT) 
         (there.judge.input_tokens * 0.15 + there.judge.output_tokens * 0.60) / 1e6
     )
     assert here.judge.usd is None
+
+
+def test_a_judge_of_a_model_on_this_machine_has_the_prices_of_its_own_service(
+    clean_environment: Path,
+) -> None:
+    sft = OpenAISFT(local="tiny", output_dir=clean_environment, verbose=False)
+    splits = Splits(*([example("d", "眠れません", "そうですか")] for _ in range(3)))
+    options: dict[str, Any] = {"judge": MINI, "judge_against": "reference"}
+
+    def priced(url: str) -> bool:
+        judge = sft.estimate(splits, 1, judge_base_url=url, **options).judge
+        return judge is not None and judge.usd is not None
+
+    assert priced("https://api.openai.com/v1")
+    assert not priced("https://api.studio.nebius.com/v1")

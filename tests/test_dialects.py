@@ -30,6 +30,7 @@ from openai_sft import (
     JobFailed,
     OpenAISFT,
     Price,
+    RunSettings,
     ToBeDeployed,
     WaitTimeout,
     check_file,
@@ -125,6 +126,34 @@ def test_a_model_on_this_machine_has_no_dialect() -> None:
         OpenAISFT(local="tiny", dialect="azure")
 
 
+def test_who_began_a_run_tells_its_dialect_better_than_the_host_of_a_client(
+    litellm: Service, sdk: openai.OpenAI, tmp_path: Path
+) -> None:
+    begun = RunSettings(base_url=litellm.endpoint.url, dialect="litellm")
+    client = sdk.with_options(base_url=litellm.endpoint.url)
+    later = OpenAISFT(client=client, output_dir=tmp_path)
+    given = OpenAISFT(client=client, output_dir=tmp_path, dialect="azure")
+
+    assert later.settings.speaks is DIALECTS["gateway"]
+    assert later.settings.working_as(begun).speaks is DIALECTS["litellm"]
+    assert given.settings.working_as(begun).speaks is DIALECTS["azure"]
+
+
+def test_an_instance_that_has_looked_at_the_endpoint_takes_a_run_up_in_the_runs_own_dialect(
+    azure: Service,
+) -> None:
+    azure.endpoint.inject(Fault("403", "POST", "/files"))
+    with pytest.raises(openai.PermissionDeniedError):
+        azure.make().run_full_pipeline(**azure.options)
+    (path,) = azure.make().output_dir.glob("run_*.json")
+    sft = azure.make(dialect=None)
+    sft.check()
+    with pytest.raises(ToBeDeployed):
+        sft.resume(path.stem)
+
+    assert {azure.endpoint.diary.data(name)[:3] for name in names(azure)} == {BOM}
+
+
 # Azure
 
 
@@ -148,7 +177,8 @@ def test_azure_gets_a_mark_before_each_file_and_waits_until_it_is_taken_in(azure
 
 def names(place: Service) -> list[str]:
     """The files that were sent."""
-    return [e.response["id"] for e in asked(place.endpoint, "POST", "/files")]
+    sent = asked(place.endpoint, "POST", "/files")
+    return [e.response["id"] for e in sent if e.status == 200]
 
 
 @pytest.mark.parametrize("kind", ["Standard", "GlobalStandard", "developerTier"])
@@ -476,6 +506,37 @@ def test_which_checkpoint_is_best_is_told_once_by_each_command(
         assert told(lambda: sft.run_evaluation(deployment="d")) == 1
 
 
+def test_a_name_is_that_of_the_model_that_was_last_deployed_under_it(azure: Service) -> None:
+    first = trained(azure).model
+    azure.endpoint.deploy("d", first)
+    with azure.make() as sft:
+        assert sft.resume(deployment="d") is not None
+        second = trained(azure).model
+        azure.endpoint.deploy("d", second)
+        assert sft.run_evaluation(second, deployment="d", max_test_cases=1)["model_id"] == "d"
+    with pytest.raises(ToBeDeployed) as ended:
+        azure.make().run_evaluation(first, max_test_cases=2)
+    azure.endpoint.deploy("d", first)
+    again = azure.make().run_evaluation(first, deployment="d", max_test_cases=1)
+    later = azure.make().run_evaluation("d", max_test_cases=1)
+
+    assert ended.value.model == first
+    assert again["deployment_of"] == later["deployment_of"] == first
+    assert later["training"]["run_id"] == again["training"]["run_id"]
+
+
+def test_two_checkpoints_of_a_run_do_not_share_the_name_of_a_deployment(azure: Service) -> None:
+    last = trained(azure).model
+    early = min(record_of(azure)["checkpoints"], key=lambda c: c["step"])
+    azure.endpoint.deploy("d", last)
+    azure.make().run_evaluation(deployment="d", max_test_cases=1)
+    azure.endpoint.deploy("d", early["model"])
+    results = azure.make().run_evaluation(checkpoint=early["id"], deployment="d", max_test_cases=1)
+
+    assert results["deployment_of"] == early["model"]
+    assert record_of(azure)["deployments"] == {early["model"]: "d"}
+
+
 def test_a_deployment_before_the_end_of_training_is_refused(azure: Service) -> None:
     azure.endpoint.hold("running")
     with azure.make() as sft, pytest.raises(WaitTimeout):
@@ -697,6 +758,88 @@ def test_no_file_that_is_there_is_overwritten_and_none_lands_outside_of_the_fold
     assert not (clean_environment / "adapter_config.json").exists()
 
 
+def renamed(place: Service, **facts: Any) -> str:
+    """The id of the first file of weights, which the service shows with other ``facts``."""
+    last = max(record_of(place)["checkpoints"], key=lambda c: c["step"])
+    first = str(last["files"][0])
+    place.endpoint.files[first] |= facts
+    return first
+
+
+@pytest.mark.parametrize("told", ["..", "w/..", ".", "", None, "a/", "C:\\w\\..", "\0", "\n"])
+def test_a_name_that_is_none_of_a_file_gives_way_to_the_id(
+    nebius: Service, clean_environment: Path, told: str | None
+) -> None:
+    trained(nebius)
+    first = renamed(nebius, filename=told)
+    target = clean_environment / "w"
+    with pytest.raises(ToBeDeployed):
+        nebius.make().resume(download_weights=target)
+    found = {path.name for path in target.iterdir()}
+
+    assert len(found) == 2
+    assert "adapter_model.safetensors" in found
+    assert found & {first, "_"}
+
+
+def test_an_id_of_a_file_leads_out_of_no_folder(nebius: Service, clean_environment: Path) -> None:
+    trained(nebius)
+    path = only_run(nebius.make().output_dir)
+    target = clean_environment / "a" / "w"
+    run = read_json(path)
+    last = max(run["checkpoints"], key=lambda c: c["step"])
+    last["files"] = ["/../../file"]
+
+    def serve(request: Request, forward: Forward) -> Reply:
+        if not request.path.startswith("/files/"):
+            return forward(request)
+        is_content = request.path.endswith("/content")
+        return Reply(200, b"w") if is_content else saying({"id": "x", "bytes": 2})  # always cut
+
+    with Gateway(nebius.endpoint, serve) as gateway:
+        run["settings"]["base_url"] = gateway.url
+        path.write_text(json.dumps(run, ensure_ascii=False), "utf-8")
+        with pytest.raises(BrokenAnswer, match="2バイトのはず"):
+            nebius.make(client=None, base_url=gateway.url).resume(download_weights=target)
+
+    assert [part.parent for part in clean_environment.rglob("*.part")] == [target]
+
+
+@pytest.mark.parametrize("size", ["too long", "untold", "nothing"])
+def test_what_is_left_of_a_download_counts_only_as_the_beginning_of_the_file(
+    nebius: Service, clean_environment: Path, size: str
+) -> None:
+    trained(nebius)
+    target = clean_environment / "w"
+    target.mkdir()
+    first = renamed(nebius)
+    if size == "untold":
+        renamed(nebius, bytes=None)
+    if size == "nothing":
+        renamed(nebius, bytes=0)
+        nebius.endpoint.diary.keep(first, b"")
+    else:
+        (target / f".{first}.part").write_bytes(b"x" * 10**6)
+    with pytest.raises(ToBeDeployed):
+        nebius.make().resume(download_weights=target)
+
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == weights_at(nebius)
+
+
+def test_a_job_that_failed_is_given_back_and_not_searched_for_weights(
+    nebius: Service, clean_environment: Path
+) -> None:
+    nebius.endpoint.inject(Fault("job_failed", "POST", JOBS))
+    with pytest.raises(JobFailed):
+        nebius.make().run_full_pipeline(**nebius.options)
+    (job_id,) = nebius.endpoint.jobs
+    out = clean_environment / "elsewhere"
+    job = nebius.make(output_dir=out).attach(job_id, download_weights=clean_environment / "w")
+
+    assert getattr(job, "status", None) == "failed"
+    assert not (clean_environment / "w").exists()
+
+
 def test_a_job_watched_by_its_id_gives_its_weights_too(
     nebius: Service, clean_environment: Path
 ) -> None:
@@ -843,6 +986,89 @@ def test_a_difference_that_was_agreed_to_is_not_asked_about_again(
     place.make(**agree).resume()
 
     assert [e.epochs for e in seen if e.epochs is not None] == [2, "auto", 3]
+
+
+def test_who_stops_before_he_has_agreed_to_another_job_is_asked_again(
+    patient: tuple[Service, Waiting],
+) -> None:
+    place, _ = patient
+    answers = iter([True, KeyboardInterrupt(), True, False])
+    place.endpoint.hold("validating_files")  # so that nothing of it changes
+
+    def confirm(_: CostEstimate) -> bool:
+        answer = next(answers)
+        if isinstance(answer, KeyboardInterrupt):
+            raise answer
+        return answer
+
+    agree = {"dialect": "gateway", "price": PRICE, "confirm": confirm}
+    with place.make(**agree) as sft, pytest.raises(KeyboardInterrupt):
+        sft.run_full_pipeline(**place.options)
+    with pytest.raises(Declined, match="取り消しました"):
+        place.make(**agree).resume(timeout=60)
+    place.endpoint.release()
+    (job,) = place.endpoint.jobs.values()
+
+    assert job.status == "cancelled"
+
+
+def test_a_job_that_could_not_be_cancelled_is_still_there_to_be_declined(
+    patient: tuple[Service, Waiting],
+) -> None:
+    place, _ = patient
+    answers = iter([True, False, True, False])
+    agree = {"dialect": "gateway", "price": PRICE, "confirm": lambda _: next(answers)}
+    place.endpoint.inject(Fault("403", "POST", f"{JOBS}/*/cancel"))
+    with place.make(**agree) as sft, pytest.raises(openai.PermissionDeniedError):
+        sft.run_full_pipeline(**place.options)
+    with pytest.raises(Declined) as declined:
+        place.make(**agree).resume()
+    (job,) = place.endpoint.jobs.values()
+
+    assert job.status == "cancelled"
+    assert "続いていて" not in str(declined.value)
+
+
+def test_the_price_of_another_job_is_held_against_the_limit_with_its_evaluation(
+    patient: tuple[Service, Waiting],
+) -> None:
+    place, _ = patient
+    seen: list[CostEstimate] = []
+
+    def confirm(estimate: CostEstimate) -> bool:
+        seen.append(estimate)
+        return len(seen) < 2
+
+    sft = place.make(dialect="gateway", price=PRICE, confirm=confirm)
+    with pytest.raises(Declined):
+        sft.run_full_pipeline(**place.options)
+
+    assert [estimate.epochs for estimate in seen] == [2, "auto"]
+    assert seen[0].asking_usd == seen[1].asking_usd
+    assert (seen[1].asking_usd or 0) > 0
+
+
+@pytest.mark.parametrize(
+    ("epochs", "priced"), [(-1, "auto"), (2.5, "auto"), (100, 100), ("3", 3), (None, 2)]
+)
+def test_whatever_a_job_calls_its_epochs_its_price_is_asked_about(
+    litellm: Service, epochs: object, priced: object
+) -> None:
+    def serve(request: Request, forward: Forward) -> Reply:
+        reply = forward(request)
+        if request.line == ("POST", JOBS) and reply.status == 200:
+            told = {**reply.json["hyperparameters"], "n_epochs": epochs, "batch_size": 9}
+            return saying(reply.json | {"hyperparameters": told})
+        return reply
+
+    seen: list[CostEstimate] = []
+    with Gateway(litellm.endpoint, serve) as gateway:
+        place = {"client": None, "base_url": gateway.url, "price": PRICE}
+        sft = litellm.make(**place, confirm=lambda e: seen.append(e) or len(seen) < 2)
+        with pytest.raises(Declined, match="ジョブ"):
+            sft.run_full_pipeline(**litellm.options)
+
+    assert seen[1].epochs == priced
 
 
 def test_a_job_that_has_ended_with_other_hyperparameters_is_told_of_too(
