@@ -1843,7 +1843,7 @@ CHECKPOINTS = (
 HOUSE = (
     Mutant(
         "a job is made without passing the door to payment",
-        'self._ledger.require(self._price(training, file_id), "training")',
+        'self._ledger.require(self._price(training.epochs, file_id), "training")',
         "pass",
         "test_edges_money.py::test_a_job_made_step_by_step_is_asked_about_with_its_price",
     ),
@@ -2054,14 +2054,14 @@ HOUSE = (
     ),
     Mutant(
         "a recorded limit goes before one of now",
-        'for name in ("max_cost_usd", "price", "dialect"):',
-        'for name in ("price", "dialect"):',
+        'for name in ("max_cost_usd", "price"):',
+        'for name in ("price",):',
         "test_recovery.py::test_a_limit_or_a_price_of_now_goes_before_the_recorded_one",
     ),
     Mutant(
         "a recorded price goes before one of now",
-        'for name in ("max_cost_usd", "price", "dialect"):',
-        'for name in ("max_cost_usd", "dialect"):',
+        'for name in ("max_cost_usd", "price"):',
+        'for name in ("max_cost_usd",):',
         "test_recovery.py::test_a_limit_or_a_price_of_now_goes_before_the_recorded_one",
     ),
     Mutant(
@@ -2195,20 +2195,20 @@ HOUSE = (
     ),
     Mutant(
         "a declined run can be resumed",
-        "self._run.save(declined=None if lost else True)",
+        "run.save(declined=None if goes_on else True)",
         "pass",
         "test_edges_money.py::test_a_run_that_was_declined_is_closed",
     ),
     Mutant(
         "a declined run that has sent something can be resumed",
-        "self._run.save(declined=None if lost else True)",
-        "self._run.save(declined=None if self._run.has_sent else True)",
+        "run.save(declined=None if goes_on else True)",
+        "run.save(declined=None if run.has_sent else True)",
         "test_edges_money.py::test_a_run_that_was_declined_when_it_was_resumed_is_closed_too",
     ),
     Mutant(
         "a declined run forgets the job that may be there",
-        "self._run.save(declined=None if lost else True)",
-        "self._run.save(declined=True)",
+        "run.save(declined=None if goes_on else True)",
+        "run.save(declined=True)",
         "test_edges_job.py::test_a_job_that_may_be_there_is_looked_for_again_although_another_was_declined",
     ),
     Mutant(
@@ -2588,7 +2588,244 @@ JUDGE = (
     ),
 )
 
-MUTANTS = (*MONEY, *STATISTICS, *RECOVERY, *DATA, *FILES, *TRAINED_ON, *CHECKPOINTS, *HOUSE, *JUDGE)
+SERVICES = (
+    Mutant(
+        "another job than was asked for is agreed to before anybody was asked",
+        'epochs = told.get("n_epochs", intent.',
+        'self._run.save(hyperparameters=told); epochs = told.get("n_epochs", intent.',
+        "test_dialects.py::test_who_stops_before_he_has_agreed_to_another_job_is_asked_again",
+    ),
+    Mutant(
+        "who has agreed once has agreed to any job",
+        'self._run.passed.discard("training")',
+        "pass",
+        "test_dialects.py::test_who_does_not_agree_to_another_job_than_he_asked_for_has_it_cancelled",
+    ),
+    Mutant(
+        "who doesn't agree pays for the job all the same",
+        "job = self._endpoint.cancel(job.id)",
+        "pass",
+        "test_dialects.py::test_a_limit_holds_for_the_job_that_there_is",
+        within="_require_or_cancel",
+    ),
+    Mutant(
+        "a job that differs is asked about at each look",
+        "if not changed or changed.items() <= self._run.hyperparameters.items():",
+        "if not changed:",
+        "test_dialects.py::test_a_difference_that_was_agreed_to_is_not_asked_about_again",
+    ),
+    Mutant(
+        "the evaluation is left out of what another job costs",
+        "estimate = _with_asking(training, self._run.estimate or {})",
+        "estimate = training",
+        "test_dialects.py::test_the_price_of_another_job_is_held_against_the_limit_with_its_evaluation",
+    ),
+    Mutant(
+        "a corrected price isn't kept",
+        "self._run.save(hyperparameters=told, estimate=_shown(estimate))",
+        "self._run.save(hyperparameters=told)",
+        "test_dialects.py::test_a_job_that_has_ended_with_other_hyperparameters_is_told_of_too",
+    ),
+    Mutant(
+        "hyperparameters at the top aren't held against the job",
+        '{**method, **self.request}.get("hyperparameters", {})',
+        'method.get("hyperparameters", {})',
+        "test_dialects.py::test_hyperparameters_at_the_top_are_held_against_the_job_too",
+    ),
+    Mutant(
+        "whoever couldn't have the job cancelled has declined for good",
+        "run.save(declined=None if goes_on else True)",
+        "run.save(declined=None if goes_on and not run.job_id else True)",
+        "test_dialects.py::test_a_job_that_could_not_be_cancelled_is_still_there_to_be_declined",
+    ),
+    Mutant(
+        "a judge has OpenAI's prices where a model answers on this machine",
+        "if url is None or (self.base_url and",
+        "if url is None or not self.base_url or (",
+        "test_cost.py::test_a_judge_of_a_model_on_this_machine_has_the_prices_of_its_own_service",
+    ),
+    Mutant(
+        "a client's host tells the dialect of a run",
+        'if "dialect" in self.given or run.dialect is None:',
+        "if self.dialect is not None or run.dialect is None:",
+        "test_dialects.py::test_who_began_a_run_tells_its_dialect_better_than_the_host_of_a_client",
+    ),
+    Mutant(
+        "what one dialect has asked for answers another",
+        'place = ("model", settings.base_url, settings.dialect)',
+        'place = ("model", settings.base_url, None)',
+        "test_dialects.py::test_an_instance_that_has_looked_at_the_endpoint_takes_a_run_up_in_the_runs_own_dialect",
+    ),
+    Mutant(
+        "a deployment's name stays another run's",
+        "if other.path != run.path and same_place and name in other.deployments.values():",
+        "if False:",
+        "test_dialects.py::test_a_name_is_that_of_the_model_that_was_last_deployed_under_it",
+    ),
+    Mutant(
+        "a deployment's name stays another checkpoint's",
+        "{**_without(run.deployments, name), tuned: name}",
+        "{**run.deployments, tuned: name}",
+        "test_dialects.py::test_two_checkpoints_of_a_run_do_not_share_the_name_of_a_deployment",
+    ),
+    Mutant(
+        "a name that is deployed elsewhere is taken from there",
+        "if other.path != run.path and same_place and name in",
+        "if other.path != run.path and name in",
+        "test_dialects.py::test_a_name_that_is_deployed_at_another_endpoint_stays_there",
+    ),
+    Mutant(
+        "an answer is known by the deployment's name",
+        "model = self.tuned or self.model",
+        "model = self.model",
+        "test_dialects.py::test_answers_are_known_by_what_was_deployed_and_not_by_its_name",
+    ),
+    Mutant(
+        "a deployed model is asked by its own name",
+        "answering = tuned.deployments.get(model_id, model_id)",
+        "answering = model_id",
+        "test_dialects.py::test_a_deployed_model_is_evaluated_on_the_split_of_its_own_run",
+    ),
+    Mutant(
+        "a model is waited for where it has to be deployed",
+        "if self._settings.speaks.deploying is None:",
+        "if True:",
+        "test_dialects.py::test_a_run_at_azure_ends_at_once_with_how_to_deploy_its_model",
+    ),
+    Mutant(
+        "a deployment that loads isn't waited for",
+        "endpoint.expect(model, DEPLOYMENT_SECONDS)",
+        "pass",
+        "test_dialects.py::test_a_deployment_that_is_still_loading_is_waited_for",
+    ),
+    Mutant(
+        "a job's checkpoint without a name is nobody's",
+        "if model or files:",
+        "if model:",
+        "test_dialects.py::test_a_job_without_a_model_name_lists_its_checkpoints_and_says_how_to_deploy_one",
+    ),
+    Mutant(
+        "a file goes without its head",
+        "_copy_after(head, path) if head else path",
+        "path",
+        "test_dialects.py::test_azure_gets_a_mark_before_each_file_and_waits_until_it_is_taken_in",
+    ),
+    Mutant(
+        "a sent file's size is told without its head",
+        "path.stat().st_size + len(self._settings.speaks.file_head)",
+        "path.stat().st_size",
+        "test_dialects.py::test_azure_gets_a_mark_before_each_file_and_waits_until_it_is_taken_in",
+    ),
+    Mutant(
+        "a file that was sent isn't waited for",
+        "        self._endpoint.take_in(file_id)\n",
+        "",
+        "test_dialects.py::test_azure_gets_a_mark_before_each_file_and_waits_until_it_is_taken_in",
+    ),
+    Mutant(
+        "a file that can't be used is waited for",
+        'if file.status == "error":',
+        'if file.status == "failed":',
+        "test_dialects.py::test_a_file_that_azure_cannot_use_is_told_in_its_own_words",
+    ),
+    Mutant(
+        "a large file goes in parts where there are none",
+        "if size > limit and speaks.whole_files_at and speaks.whole_files_at in self.url:",
+        "if False:",
+        "test_dialects.py::test_a_large_file_goes_in_parts_where_azure_takes_parts_and_not_to_a_project",
+    ),
+    Mutant(
+        "a download that was cut begins anew",
+        'wanted = {"Range": f"bytes={had}-"} if had else {}',
+        "wanted = dict[str, str]()",
+        "test_dialects.py::test_a_download_that_was_cut_goes_on_and_what_is_there_is_not_fetched_again",
+    ),
+    Mutant(
+        "what comes from the beginning is put after what there was",
+        '"ab" if goes_on else "wb"',
+        '"ab"',
+        "test_dialects.py::test_a_download_that_was_cut_goes_on_and_what_is_there_is_not_fetched_again",
+    ),
+    Mutant(
+        "half a file is taken for a whole one",
+        "if size is not None and part.stat().st_size != size:",
+        "if False:",
+        "test_dialects.py::test_an_id_of_a_file_leads_out_of_no_folder",
+    ),
+    Mutant(
+        "any leftover is the beginning of a file",
+        "if size is None or had > size:",
+        "if False:",
+        "test_dialects.py::test_what_is_left_of_a_download_counts_only_as_the_beginning_of_the_file",
+    ),
+    Mutant(
+        "weights overwrite another file",
+        "if path.exists() and _sha256_of(path) != fetched.sha256:",
+        "if False:",
+        "test_dialects.py::test_no_file_that_is_there_is_overwritten_and_none_lands_outside_of_the_folder",
+    ),
+    Mutant(
+        "weights that are there are fetched again",
+        "if known is not None and path.is_file() and _sha256_of(path) == known.sha256:",
+        "if False:",
+        "test_dialects.py::test_a_download_that_was_cut_goes_on_and_what_is_there_is_not_fetched_again",
+    ),
+    Mutant(
+        "a file of a service goes where its id says",
+        'f".{_bare_name(file_id)}.part"',
+        'f".{file_id}.part"',
+        "test_dialects.py::test_an_id_of_a_file_leads_out_of_no_folder",
+    ),
+    Mutant(
+        "what FastAPI says of a refusal isn't told",
+        'body.get("message") or body.get("detail")',
+        'body.get("message")',
+        "test_dialects.py::test_a_definite_refusal_is_told_in_the_words_of_the_service",
+    ),
+    Mutant(
+        "a refusal is to be tried again",
+        "if remedy is None and status and not is_transient(error) and status < 500:",
+        "if False:",
+        "test_dialects.py::test_a_definite_refusal_is_told_in_the_words_of_the_service",
+    ),
+    Mutant(
+        "auto is sent to who doesn't know it",
+        'left_out = (None,) if dialect.takes_auto else (None, "auto")',
+        "left_out = (None,)",
+        "test_dialects.py::test_what_nebius_may_choose_itself_is_left_out",
+    ),
+    Mutant(
+        "a multiplier is dropped where a rate is wanted",
+        "if getattr(self, name) is not None and name != dialect.rate:",
+        "if False:",
+        "test_dialects.py::test_a_multiplier_is_no_rate_for_nebius",
+    ),
+    Mutant(
+        "the training type isn't sent",
+        '"extra_body": told,',
+        '"extra_body": None,',
+        "test_dialects.py::test_azure_is_told_the_training_type_as_it_was_given",
+    ),
+    Mutant(
+        "a name that Azure refuses is sent",
+        "if len(suffix) > dialect.longest_suffix or set(suffix) & set(refused):",
+        "if False:",
+        "test_dialects.py::test_what_azure_would_refuse_is_refused_before_anything_is_sent",
+    ),
+)
+
+MUTANTS = (
+    *MONEY,
+    *STATISTICS,
+    *RECOVERY,
+    *DATA,
+    *FILES,
+    *TRAINED_ON,
+    *CHECKPOINTS,
+    *HOUSE,
+    *JUDGE,
+    *SERVICES,
+)
 
 
 class Misplaced(Exception):

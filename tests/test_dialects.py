@@ -525,6 +525,22 @@ def test_a_name_is_that_of_the_model_that_was_last_deployed_under_it(azure: Serv
     assert later["training"]["run_id"] == again["training"]["run_id"]
 
 
+def test_a_name_that_is_deployed_at_another_endpoint_stays_there(azure: Service) -> None:
+    first = trained(azure).model
+    azure.endpoint.deploy("d", first)
+    azure.make().resume(deployment="d")
+    path = only_run(azure.make().output_dir)
+    run = read_json(path)
+    run["settings"]["base_url"] = "https://other.openai.azure.com/openai/v1/"
+    path.write_text(json.dumps(run, ensure_ascii=False), "utf-8")
+    with pytest.raises(ToBeDeployed) as second:
+        azure.make().run_full_pipeline(**azure.options)
+    azure.endpoint.deploy("d", second.value.model)
+    azure.make().resume(deployment="d")
+
+    assert read_json(path)["deployments"] == {first: "d"}
+
+
 def test_two_checkpoints_of_a_run_do_not_share_the_name_of_a_deployment(azure: Service) -> None:
     last = trained(azure).model
     early = min(record_of(azure)["checkpoints"], key=lambda c: c["step"])
@@ -1069,6 +1085,21 @@ def test_whatever_a_job_calls_its_epochs_its_price_is_asked_about(
             sft.run_full_pipeline(**litellm.options)
 
     assert seen[1].epochs == priced
+
+
+def test_hyperparameters_at_the_top_are_held_against_the_job_too(
+    litellm: Service, log: Log
+) -> None:
+    def serve(request: Request, forward: Forward) -> Reply:
+        reply = forward(request)
+        if request.line == ("POST", JOBS):
+            return saying(reply.json | {"hyperparameters": {"n_epochs": 7}})
+        return reply
+
+    with Gateway(litellm.endpoint, serve) as gateway:
+        litellm.make(client=None, base_url=gateway.url).run_full_pipeline(**litellm.options)
+
+    assert any("n_epochs 2 → 7" in line for line in log())
 
 
 def test_a_job_that_has_ended_with_other_hyperparameters_is_told_of_too(
