@@ -86,7 +86,6 @@ __all__ = [
     "Answer",
     "ApiError",
     "CharacterEngine",
-    "Deployment",
     "Dialect",
     "DialectName",
     "Engine",
@@ -577,7 +576,7 @@ class Dialect:
     # Where it answers, and how it refuses
     roots: tuple[str, ...] = ("/v1",)
     project: str | None = None  # one more root, without uploads
-    control: frozenset[str] = frozenset()  # routes outside of these roots
+    control: Mapping[str, _Operation] = field(default_factory=dict)  # outside of these roots
     refusal: Callable[[ApiError], Answer] = lambda problem: problem.answer
 
     # Models
@@ -621,12 +620,10 @@ DIALECTS: Final[Mapping[DialectName, Dialect]] = {
     "azure": Dialect(
         roots=("/v1", "/openai/v1"),
         project="/api/projects/*/openai/v1",
-        control=frozenset(
-            {
-                "PUT /subscriptions/*/resourceGroups/*/providers/Microsoft.CognitiveServices"
-                "/accounts/*/deployments/*"
-            }
-        ),
+        control={
+            "PUT /subscriptions/*/resourceGroups/*/providers/Microsoft.CognitiveServices/accounts/*"
+            "/deployments/*": lambda service, *asked: service.put_deployment(*asked),
+        },
         refusal=_azure_refusal,
         shows_shutdown=False,
         answers=("deployed",),
@@ -653,7 +650,7 @@ DIALECTS: Final[Mapping[DialectName, Dialect]] = {
         "valid_mean_token_accuracy,full_valid_loss,full_valid_mean_token_accuracy",
     ),
     "nebius": Dialect(
-        control=frozenset({"POST /v0/models", "GET /v0/models", "GET /v0/models/**"}),
+        control={"POST /v0/models": lambda service, *asked: service.deploy_checkpoint(*asked)},
         refusal=_fastapi_refusal,
         base_models={
             name: name for name in ("meta-llama/Llama-3.1-8B-Instruct", "Qwen/Qwen3-0.6B")
@@ -1215,13 +1212,6 @@ class _Upload:
     parts: dict[str, bytes] = field(default_factory=dict)
 
 
-class Deployment(NamedTuple):
-    """A name under which a model answers, and what was asked to answer under it."""
-
-    source: str
-    model: Model
-
-
 @dataclass
 class Job:
     """A job; `shown` is what the API shows of it, `events` are in the order they happened."""
@@ -1398,7 +1388,7 @@ class _Service:
         self.uploads: dict[str, _Upload] = {}
         self.jobs: dict[str, Job] = {}
         self.tuned: dict[str, Model] = {}
-        self.deployments: dict[str, Deployment] = {}
+        self.deployments: dict[str, Model] = {}
         self.diary = _Diary(folder) if folder else _Memory()
         for change in self.diary.read():
             self._apply(change)
@@ -1465,7 +1455,7 @@ class _Service:
         if file := change.get("file"):
             self.files[file["id"]] = file
         elif name := change.get("deployed"):
-            self.deployments[name] = Deployment(change["source"], Model(*change["model"]))
+            self.deployments[name] = Model(*change["model"])
         elif name := change.get("job"):
             self._apply_to_job(self.jobs.setdefault(name, Job()), change)
         elif name := change.get("deleted"):
@@ -1473,7 +1463,7 @@ class _Service:
         else:
             gone, tuned, deployed = change["forgotten"], self.tuned, self.deployments
             self.tuned = {key: at for key, at in tuned.items() if at.job_id != gone}
-            self.deployments = {k: at for k, at in deployed.items() if at.model.job_id != gone}
+            self.deployments = {k: at for k, at in deployed.items() if at.job_id != gone}
 
     def _apply_to_job(self, job: Job, change: Json) -> None:
         job.shown |= change.get("shown", {})
@@ -1496,11 +1486,10 @@ class _Service:
 
     def _models(self, kinds: Sequence[_Kind]) -> dict[str, Model]:
         """The models of these kinds, by their names."""
-        deployed = self.deployments.items()
         known: dict[_Kind, dict[str, Model]] = {
             "base": {name: Model(base) for name, base in self.engine.base_models.items()},
             "tuned": self.tuned,
-            "deployed": {name: deployment.model for name, deployment in deployed},
+            "deployed": self.deployments,
         }
         return {name: model for kind in kinds for name, model in known[kind].items()}
 
@@ -1537,7 +1526,7 @@ class _Service:
 
     # Deployments
 
-    def deploy(self, name: str, model: str) -> Deployment:
+    def deploy(self, name: str, model: str) -> None:
         """Let a model answer under a name; a checkpoint without a name is ``JOBID:CKPTID``.
 
         Raises `ApiError` for an unknown model, ValueError where the dialect has no deployments.
@@ -1546,8 +1535,7 @@ class _Service:
             raise ValueError("この方言の接続先に、デプロイはありません")
         with self.state:
             found = self._asked_model(model, ("base", "tuned"))
-            self._change(deployed=name, source=model, model=list(found))
-            return self.deployments[name]
+            self._change(deployed=name, model=list(found))
 
     def put_deployment(self, request: Request, name: str) -> Answer:
         """As the control plane of Azure does it."""
@@ -1580,17 +1568,7 @@ class _Service:
         letters = "".join(secrets.choice(string.ascii_letters) for _ in range(4))
         known = f"{base}-LoRa:{asked}-{letters}"
         self.deploy(known, source)
-        return self.show_deployment(request, known)
-
-    def show_deployment(self, request: Request, name: str) -> Json:
-        message, code = self.dialect.missing_model
-        missing = ApiError(404, message.format(name), "model", code)
-        source, model = _found(self.deployments, name, missing)
-        return {"name": name, "status": "active", "source": source, "base_model": model.base}
-
-    def list_deployments(self, request: Request, name: str) -> Json:
-        shown = [self.show_deployment(request, known) for known in self.deployments]
-        return {"object": "list", "data": shown}
+        return {"name": known, "status": "active", "source": source, "base_model": base}
 
     # Files
 
@@ -2078,19 +2056,9 @@ _ROUTES: Final[dict[str, _Operation]] = {  # under each root of a dialect
 }
 
 
-_CONTROL: Final[dict[str, _Operation]] = {  # outside of them; see `Dialect.control`
-    "PUT /subscriptions/*/resourceGroups/*/providers/Microsoft.CognitiveServices/accounts/*"
-    "/deployments/*": _Service.put_deployment,
-    "POST /v0/models": _Service.deploy_checkpoint,
-    "GET /v0/models": _Service.list_deployments,
-    "GET /v0/models/**": _Service.show_deployment,
-}
-
-
 def _routes_of(dialect: Dialect) -> Iterator[tuple[str, _Operation]]:
     """All routes whole, as the dialect has them."""
-    for route in sorted(dialect.control):
-        yield route, _CONTROL[route]
+    yield from dialect.control.items()
     for route, operation in _ROUTES.items():
         for root in dialect.roots:
             yield route.replace(" ", f" {root}"), operation

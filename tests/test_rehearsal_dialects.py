@@ -561,9 +561,6 @@ def test_a_checkpoint_on_nebius_answers_once_it_is_deployed(nebius: Any) -> None
     assert (status, made["status"]) == (200, "active")
     assert re.fullmatch(rf"{QWEN}-LoRa:kokoro-[a-zA-Z]{{4}}", made["name"])
     assert said(ask(client, made["name"])) == said(ask(client, "mine")) != said(ask(client, QWEN))
-    listed = send(endpoint, "GET", "/v0/models")[1]["data"]
-    assert [shown["name"] for shown in listed] == [made["name"], "mine"]
-    assert send(endpoint, "GET", f"/v0/models/{made['name']}") == (200, made)
     assert client.models.retrieve(made["name"]).id == made["name"]
 
 
