@@ -8396,7 +8396,10 @@ class Endpoint:
         if size is None or had > size:
             had = 0  # nothing tells whether it is the beginning of this file
         files = self.given(ANSWER_SECONDS + (size or 0) / MIN_BYTES_A_SECOND, firm=True).files
-        wanted = {"Range": f"bytes={had}-"} if had else {}
+        # As it is, for bytes of what is compressed are counted otherwise.
+        wanted = {"Accept-Encoding": "identity", "Range": f"bytes={had}-"}
+        if not had:
+            del wanted["Range"]
         with files.with_streaming_response.content(file_id, extra_headers=wanted) as answer:
             goes_on = answer.http_response.status_code == 206
             with part.open("ab" if goes_on else "wb") as file:
@@ -12308,13 +12311,17 @@ def _url_of_judge(settings: Settings, asking: Asking) -> str | None:
         raise ConfigurationError(
             "リハーサルは外部へ何も送信しません。--judge-base-url（judge_base_url）を外してください。"
         )
-    if asking.judge_base_url is not None and asking.judge == settings.local:
-        raise ConfigurationError(
-            f"審査のモデルの名前が local と同じ {printable(settings.local)} のため、料金を区別でき"
-            "ません。別のモデルを指定するか、judge_base_url を外してください。"
-        )
     url = asking.judge_base_url
-    return None if url == settings.recorded.base_url else url
+    if url is None or url == settings.recorded.base_url:
+        return None
+    baseline = settings.model if asking.baseline is True else asking.baseline
+    for name, model in (("local", settings.local), ("baseline", baseline)):
+        if asking.judge == model:
+            raise ConfigurationError(
+                f"審査のモデルの名前が {name} と同じ {printable(model)} のため、料金を区別でき"
+                "ません。別のモデルを指定するか、judge_base_url を外してください。"
+            )
+    return url
 
 
 def _settings_of_judge(
@@ -12607,8 +12614,8 @@ def _note_deployment(
     """Record the name to which the model that a run evaluates, or another of it, answers; it is
     nobody else's at this endpoint any more.
 
-    Raises :class:`ConfigurationError` where nothing was trained yet, or another process drives a
-    run that has the name.
+    Raises :class:`ConfigurationError` where nothing was trained yet, for the name of the base
+    model, by which prices and data are told, and where another process drives a run that has it.
     """
     if name is None:
         return
@@ -12622,6 +12629,10 @@ def _note_deployment(
     if run.fine_tuned_model is None:
         raise ConfigurationError(
             f"{run.path} の学習はまだ終わっていません。--deployment は、その後で指定してください。"
+        )
+    if name == run.settings.model:
+        raise ConfigurationError(
+            f"{printable(name)} は元のモデルの名前です。別の名前で配置してください。"
         )
     if model is None:
         wanted = run.plan.asking.checkpoint if run.plan else "last"

@@ -2736,9 +2736,21 @@ SERVICES = (
     ),
     Mutant(
         "a download that was cut begins anew",
-        'wanted = {"Range": f"bytes={had}-"} if had else {}',
-        "wanted = dict[str, str]()",
+        "if not had:\n            del wanted",
+        "if True:\n            del wanted",
         "test_dialects.py::test_a_download_that_was_cut_goes_on_and_what_is_there_is_not_fetched_again",
+    ),
+    Mutant(
+        "a deployment takes the base model's name",
+        "if name == run.settings.model:",
+        "if False:",
+        "test_dialects.py::test_the_name_of_the_base_model_is_none_of_a_deployment",
+    ),
+    Mutant(
+        "a judge elsewhere has the price of a baseline of its name",
+        '("local", settings.local), ("baseline", baseline)',
+        '("local", settings.local),',
+        "test_cost.py::test_a_judge_elsewhere_of_the_baselines_name_is_refused",
     ),
     Mutant(
         "what comes from the beginning is put after what there was",

@@ -934,3 +934,13 @@ def test_a_judge_of_a_model_on_this_machine_has_the_prices_of_its_own_service(
 
     assert priced("https://api.openai.com/v1")
     assert not priced("https://api.studio.nebius.com/v1")
+
+
+@pytest.mark.parametrize("baseline", [MINI, True])
+def test_a_judge_elsewhere_of_the_baselines_name_is_refused(
+    make_sft: MakeSFT, baseline: str | bool
+) -> None:
+    sft = make_sft(price=Price(2.0, 0.5, 1.0, 0.5, 1.0))
+    options: dict[str, Any] = {"judge": MINI, "judge_base_url": "https://api.openai.com/v1"}
+    with pytest.raises(ConfigurationError, match="料金を区別"):
+        sft.run_full_pipeline(1, 4, baseline=baseline, **options)

@@ -541,6 +541,14 @@ def test_a_name_that_is_deployed_at_another_endpoint_stays_there(azure: Service)
     assert read_json(path)["deployments"] == {first: "d"}
 
 
+def test_the_name_of_the_base_model_is_none_of_a_deployment(azure: Service) -> None:
+    trained(azure)
+    with pytest.raises(ConfigurationError, match="元のモデルの名前"):
+        azure.make().resume(deployment=MINI)
+
+    assert "deployments" not in record_of(azure)
+
+
 def test_two_checkpoints_of_a_run_do_not_share_the_name_of_a_deployment(azure: Service) -> None:
     last = trained(azure).model
     early = min(record_of(azure)["checkpoints"], key=lambda c: c["step"])
@@ -754,6 +762,7 @@ def test_a_download_that_was_cut_goes_on_and_what_is_there_is_not_fetched_again(
     assert {path.name: path.read_bytes() for path in target.iterdir()} == weights_at(nebius)
     assert len(fetched) == 4  # two files, one of them cut twice; the second time none
     assert sum("range" in request.headers for request in fetched) == 2
+    assert {request.headers["accept-encoding"] for request in fetched} == {"identity"}
 
 
 def test_no_file_that_is_there_is_overwritten_and_none_lands_outside_of_the_folder(
