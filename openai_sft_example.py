@@ -591,7 +591,7 @@ def add_place(parser: argparse.ArgumentParser) -> None:
         "--dialect",
         choices=tuple(DIALECTS),
         metavar="NAME",
-        help="サービスの方言: openai、azure、nebius、litellm、gateway（既定: ホスト名で選ぶ）",
+        help=f"サービスの方言: {'、'.join(DIALECTS)}（既定: ホスト名で選ぶ）",
     )
     group.add_argument(
         "--deployment",
