@@ -1446,7 +1446,8 @@ class Response(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class RunRow:
-    """A run here and its job there; ``orphan`` says where one of the two is missing."""
+    """A run here and its job there; ``orphan`` says where one of the two is missing,
+    ``to_be_deployed`` that its model waits for that to be evaluated."""
 
     run_id: str | None
     job_id: str | None
@@ -1454,6 +1455,13 @@ class RunRow:
     model: str | None
     started_at: str | None
     orphan: Literal["no record", "no job"] | None = None
+    to_be_deployed: bool = False
+
+    @property
+    def note(self) -> str:
+        """What there is to know of it, in Japanese, or nothing."""
+        told = {None: "", "no record": "記録なし", "no job": "ジョブなし"}[self.orphan]
+        return told or ("配置待ち" if self.to_be_deployed else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -1509,7 +1517,8 @@ class Dialect:
     A name of more than ``longest_suffix`` characters, or with one of ``refused_in_suffix``, is
     refused. ``file_head`` is what a file that is sent has to begin with, and ``takes_files_in``
     says that it can't be used before it was worked through. ``whole_files_at`` is in an URL where
-    none can be sent in parts. ``result_table`` says that a job's result files are tables.
+    none can be sent in parts. ``result_table`` says that a job's result files are tables,
+    ``keeps_weights`` that the weights are nobody's to download.
     ``deploying`` gives, where a tuned model has to be deployed before it answers, how that is
     done, for a model, its base, a name and the endpoint's URL. With ``base_deployed`` every other
     model has to be deployed too.
@@ -1529,6 +1538,7 @@ class Dialect:
     takes_files_in: bool = False
     whole_files_at: str | None = None
     result_table: bool = True
+    keeps_weights: bool = False
     deploying: Callable[[str, str, str, str], Deploying] | None = None
     base_deployed: bool = False
 
@@ -1536,7 +1546,8 @@ class Dialect:
 def _deploying_at_azure(model: str, base: str, name: str, url: str) -> Deploying:
     """https://learn.microsoft.com/azure/ai-foundry/openai/how-to/fine-tuning-deploy, read
     2026-11-28: a tuned model has the version 1; the open models' format is another one."""
-    resource = (urllib.parse.urlsplit(url).hostname or "").split(".")[0]
+    host = urllib.parse.urlsplit(url).hostname or ""
+    resource = host.split(".")[0] if _dialect_at(url) == "azure" else "RESOURCE"
     is_own = re.match(r"gpt-(?!oss)|o\d", base) is not None
     command = (
         *("az", "cognitiveservices", "account", "deployment", "create"),
@@ -1545,9 +1556,7 @@ def _deploying_at_azure(model: str, base: str, name: str, url: str) -> Deploying
         *("--model-format", "OpenAI" if is_own else "OpenAI-OSS"),
         *("--sku-name", "Standard" if is_own else "GlobalStandard", "--sku-capacity", "50"),
     )
-    note = (
-        "配置している間は、時間あたりの料金がかかります。RESOURCE_GROUP はリソースグループの名前:"
-    )
+    note = "配置している間は、時間あたりの料金がかかります。大文字の所は書き換えてください:"
     return Deploying(note, shlex.join(command), name)
 
 
@@ -1566,7 +1575,7 @@ def _deploying_at_nebius(model: str, base: str, name: str, url: str) -> Deployin
 # A new one is one more entry. Where a document and the service are said to disagree, what is sent
 # is what the user gave.
 DIALECTS: dict[DialectName, Dialect] = {
-    "openai": Dialect("OpenAI", (OPENAI_HOST,), PRICES),
+    "openai": Dialect("OpenAI", (OPENAI_HOST,), PRICES, keeps_weights=True),
     # https://learn.microsoft.com/azure/ai-foundry/openai/how-to/fine-tuning, read 2026-11-25.
     "azure": Dialect(
         "Azure",
@@ -1578,6 +1587,7 @@ DIALECTS: dict[DialectName, Dialect] = {
         file_head=codecs.BOM_UTF8,
         takes_files_in=True,
         whole_files_at="/api/projects/",
+        keeps_weights=True,
         deploying=_deploying_at_azure,
         base_deployed=True,
     ),
@@ -1891,8 +1901,13 @@ class Training:
         ok = seed is None or _is_whole(seed, 0, MAX_SEED)
         _require_range("seed", seed, ok, f"0〜{MAX_SEED}の整数")
 
-    def require_fit(self, dialect: Dialect) -> None:
-        """Raise :class:`ConfigurationError` for what a service doesn't take, or lacks."""
+    def require_fit(self, dialect: Dialect, *, weights: bool = False) -> None:
+        """Raise :class:`ConfigurationError` for what a service doesn't take, or lacks: with
+        ``weights`` also the weights of what it trains."""
+        if weights and dialect.keeps_weights:
+            raise ConfigurationError(
+                f"{dialect.label} は重みを渡しません。--download-weights の指定を外してください。"
+            )
         for name, flag in (
             ("learning_rate", "--learning-rate（学習率そのもの）"),
             ("learning_rate_multiplier", "--learning-rate-multiplier（倍率）"),
@@ -7073,11 +7088,19 @@ class Run:
         named = [self.fine_tuned_model] if self.fine_tuned_model else []
         named += [checkpoint.model for checkpoint in self.checkpoints]
         downloaded = [self.files["weights"]] if self.weights else []
-        return [*named, *self.deployments.values(), *downloaded]
+        return [*named, *self.deployments.values(), *self.proposed, *downloaded]
 
     def tuned_as(self, name: str) -> str:
         """The tuned model that answers to a name."""
-        return next((model for model, told in self.deployments.items() if told == name), name)
+        named = {**self.proposed, **{told: model for model, told in self.deployments.items()}}
+        return named.get(name, name)
+
+    @property
+    def proposed(self) -> Mapping[str, str]:
+        """The names under which the run's models are best deployed, each with its model."""
+        own = self.run_id.replace("_", "-")
+        named = {f"{own}-{each.step}": each.model for each in self.checkpoints}
+        return {**named, own: self.fine_tuned_model} if self.fine_tuned_model else {}
 
     def known(self, name: str) -> Any:
         """A field that can't be done without. Raises :class:`DataError` where it is missing."""
@@ -7874,8 +7897,7 @@ class Endpoint:
 
         settings = self._settings
         if settings.local is None:
-            spoken = settings.dialect or "openai"
-            self._server = Rehearsal(dialect="openai" if spoken == "gateway" else spoken)
+            self._server = Rehearsal(dialect=settings.dialect or "openai")
             told = (
                 "リハーサル: ローカルの模擬エンドポイント %s を使います。課金も外部への送信も"
                 "ありません。損失や応答は小さな文字モデルのもので、GPTの性能とは無関係です。"
@@ -11502,7 +11524,7 @@ class OpenAISFT:
         """
         weights_to, special = options.pop("download_weights", None), _training_options(options)
         training = Training(epochs, batch_size, learning_rate_multiplier, suffix, seed, **special)
-        training.require_fit(self.settings.speaks)
+        training.require_fit(self.settings.speaks, weights=weights_to is not None)
         filters, asking = _read_options(options, max_test_cases, seed, self.task)
         _require_untrained_choice(asking.checkpoint)
         selection = Selection(max_samples, seed, **filters)
@@ -11710,6 +11732,7 @@ class OpenAISFT:
         model_id = _require_model(model_id, self.output_dir)
         model_id = _model_to_ask(asking.checkpoint, model_id, tuned, self._runs, tell=True)
         settings = self.settings if tuned is None else self._where_tuned(tuned)
+        deployment = deployment or _taken_as_proposed(tuned, model_id)
         if deployment is not None:
             with _held(_tuned_here(tuned, model_id), self._run) as held:
                 _note_deployment(held, deployment, self._runs, self._run, model_id)
@@ -12599,6 +12622,11 @@ def _training_options(options: PipelineOptions) -> TrainingOptions:
     return cast("TrainingOptions", {n: given.pop(n) for n in list(given) if n in names})
 
 
+def _taken_as_proposed(run: Run | None, name: str) -> str | None:
+    """A name that was proposed for a model of a run, where nobody has said yet that it has it."""
+    return name if run and name in run.proposed and name not in run.deployments.values() else None
+
+
 def _tuned_here(run: Run | None, model_id: str) -> Run:
     if run is None:
         raise ConfigurationError(
@@ -12698,9 +12726,7 @@ def _to_be_deployed(run: Run, tuned: Run, model: str, asker: Asker) -> ToBeDeplo
     settings, place = asker.settings, folder_flag(asker.settings.output_dir)
     name, lines = "NAME", list[str]()
     if settings.speaks.deploying is not None:
-        own = tuned.run_id.replace("_", "-")
-        if model != tuned.fine_tuned_model:  # another name than the last checkpoint's
-            own += "".join(f"-{c.step}" for c in tuned.checkpoints if c.model == model)
+        *_, own = (name for name, proposed in tuned.proposed.items() if proposed == model)
         how = settings.speaks.deploying(model, tuned.settings.model, own, asker.endpoint.url)
         name, lines = how.name, [how.note, f"  {how.command}"]
     mode = f"--resume {run.run_id}" if run.kind == "pipeline" else "--evaluate-only"
@@ -12838,9 +12864,8 @@ def _rows(runs: Iterable[Run], jobs: Mapping[str, FineTuningJob] | None) -> list
 
 
 def _run_cells(row: RunRow) -> Sequence[object]:
-    note = {None: "", "no record": "記録なし", "no job": "ジョブなし"}[row.orphan]
     told = (row.run_id, row.job_id, row.status, row.model, row.started_at)
-    return (*("-" if cell is None else cell for cell in told), note)
+    return (*("-" if cell is None else cell for cell in told), row.note)
 
 
 def _run_row(run: Run, jobs: Mapping[str, FineTuningJob] | None) -> RunRow:
@@ -12854,6 +12879,12 @@ def _run_row(run: Run, jobs: Mapping[str, FineTuningJob] | None) -> RunRow:
         model=run.fine_tuned_model or (job.fine_tuned_model if job else None),
         started_at=run.started_at,
         orphan="no job" if missing else None,
+        to_be_deployed=bool(
+            run.fine_tuned_model
+            and run.unfinished
+            and run.settings.speaks.deploying
+            and not run.deployments
+        ),
     )
 
 

@@ -867,12 +867,11 @@ def list_runs(sft: OpenAISFT, options: argparse.Namespace) -> int:
 
 def show_runs(rows: Sequence[RunRow]) -> None:
     """A table aligned by what a terminal shows, and cut to fit where it is one."""
-    notes = {None: "", "no record": "記録なし", "no job": "ジョブなし"}
     table = [["実行", "ジョブ", "状態", "モデル", "備考"]]
     for row in rows:
-        cells = (row.run_id, row.job_id, row.status, row.model, notes[row.orphan])
+        cells = (row.run_id, row.job_id, row.status, row.model, row.note)
         table.append([printable("-" if cell is None else cell) for cell in cells])
-    if not any(row.orphan for row in rows):
+    if not any(row.note for row in rows):
         table = [cells[:-1] for cells in table]
     if sys.stdout.isatty():
         table = fitted(table, shutil.get_terminal_size().columns)

@@ -114,7 +114,7 @@ _log = logging.getLogger("openai_sft_rehearsal")
 
 Json = dict[str, Any]
 Purpose = Literal["training", "validation"]
-DialectName = Literal["openai", "azure", "nebius", "litellm"]
+DialectName = Literal["openai", "azure", "nebius", "litellm", "gateway"]
 _Kept = TypeVar("_Kept")
 
 MIN_EXAMPLES: Final[dict[Purpose, int]] = {"training": 10, "validation": 1}
@@ -615,6 +615,9 @@ class Dialect:
     )
 
 
+_GATEWAY: Final = Dialect(
+    job_keys=_FORWARDED, hyperparameters=_of_method_or_body, keeps_metadata=False
+)
 DIALECTS: Final[Mapping[DialectName, Dialect]] = {
     "openai": Dialect(),
     "azure": Dialect(
@@ -672,9 +675,8 @@ DIALECTS: Final[Mapping[DialectName, Dialect]] = {
         model_name=lambda *_: None,
         result_columns=None,
     ),
-    "litellm": Dialect(
-        job_keys=_FORWARDED, hyperparameters=_of_method_or_body, keeps_metadata=False
-    ),
+    "litellm": _GATEWAY,
+    "gateway": _GATEWAY,  # whichever: the same is dropped by all that are known to drop something
 }
 
 
@@ -2347,7 +2349,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--dialect",
         choices=tuple(DIALECTS),
         default="openai",
-        help="どのサービスの流儀で答えるか（azure、nebius、litellm は OpenAI と違うところがある）",
+        help="どのサービスの流儀で答えるか（openai のほかは OpenAI と違うところがある）",
     )
     parser.add_argument("--latency", type=float, default=0.0, help="チャットの応答に加える秒数")
     parser.add_argument("--max-in-flight", type=int, help="同時に受けるチャットの上限")

@@ -2658,7 +2658,7 @@ SERVICES = (
     ),
     Mutant(
         "a deployment's name stays another run's",
-        "if other.path != run.path and same_place and name in other.deployments.values():",
+        "if other.path != run.path and name in other.deployments.values():",
         "if False:",
         "test_dialects.py::test_a_name_is_that_of_the_model_that_was_last_deployed_under_it",
     ),
@@ -2670,8 +2670,8 @@ SERVICES = (
     ),
     Mutant(
         "a name that is deployed elsewhere is taken from there",
-        "if other.path != run.path and same_place and name in",
-        "if other.path != run.path and name in",
+        "if other.settings.base_url != run.settings.base_url:",
+        "if False:",
         "test_dialects.py::test_a_name_that_is_deployed_at_another_endpoint_stays_there",
     ),
     Mutant(
@@ -2682,8 +2682,8 @@ SERVICES = (
     ),
     Mutant(
         "a deployed model is asked by its own name",
-        "answering = tuned.deployments.get(model_id, model_id)",
-        "answering = model_id",
+        "return model, tuned.deployments.get(model, model)",
+        "return model, model",
         "test_dialects.py::test_a_deployed_model_is_evaluated_on_the_split_of_its_own_run",
     ),
     Mutant(

@@ -282,7 +282,7 @@ def test_a_run_at_azure_ends_at_once_with_how_to_deploy_its_model(azure: Service
     assert ended.model == record["fine_tuned_model"]
     assert words[:5] == ["az", "cognitiveservices", "account", "deployment", "create"]
     assert given == {
-        "--name": "127",
+        "--name": "RESOURCE",
         "--resource-group": "RESOURCE_GROUP",
         "--deployment-name": record["run_id"].replace("_", "-"),
         "--model-name": ended.model,
@@ -559,6 +559,25 @@ def test_two_checkpoints_of_a_run_do_not_share_the_name_of_a_deployment(azure: S
 
     assert results["deployment_of"] == early["model"]
     assert record_of(azure)["deployments"] == {early["model"]: "d"}
+
+
+def test_who_deploys_under_the_name_that_was_proposed_needs_not_tell_it(
+    azure: Service, log: Log
+) -> None:
+    ended = trained(azure)
+    record = record_of(azure)
+    name = record["run_id"].replace("_", "-")
+    (waiting,) = azure.make().list_runs()
+    azure.endpoint.deploy(name, ended.model)
+    results = azure.make().run_evaluation(name, max_test_cases=1)
+    (row,) = (row for row in azure.make().list_runs() if row.run_id == record["run_id"])
+
+    assert waiting.to_be_deployed
+    assert waiting.note == "配置待ち"
+    assert not row.to_be_deployed
+    assert results["deployment_of"] == ended.model
+    assert record_of(azure)["deployments"] == {ended.model: name}
+    assert not any("学習記録がない" in line for line in log())
 
 
 def test_a_deployment_before_the_end_of_training_is_refused(azure: Service) -> None:
@@ -877,11 +896,16 @@ def test_a_job_watched_by_its_id_gives_its_weights_too(
     assert len(list((clean_environment / "w").iterdir())) == 2
 
 
-def test_where_no_weights_are_given_away_that_is_said(azure: Service) -> None:
-    with pytest.raises(ConfigurationError, match="重みのファイルは"):
+def test_where_no_weights_are_given_away_that_is_said_before_anything_is_paid(
+    azure: Service, litellm: Service
+) -> None:
+    with pytest.raises(ConfigurationError, match="重みを渡しません"):
         azure.make().run_full_pipeline(**azure.options, download_weights="w")
+    with pytest.raises(ConfigurationError, match="重みのファイルは"):
+        litellm.make().run_full_pipeline(**litellm.options, download_weights="w")
 
-    assert record_of(azure)["fine_tuned_model"]
+    assert azure.endpoint.exchanges == []
+    assert record_of(litellm)["fine_tuned_model"]
 
 
 # Gateways
