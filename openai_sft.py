@@ -12711,7 +12711,7 @@ def _deployment_told(run: Run, asked: Asked, asker: Asker, runs: Runs) -> Iterat
         speaks, known = asker.settings.speaks, asked.evaluated in asker.missing
         if speaks.deploying is None or not asker.missing:
             raise
-        if known and tuned is not None and asked.evaluated not in tuned.deployments.values():
+        if known and tuned is not None and asked.evaluated in tuned.proposed.values():
             raise _to_be_deployed(run, tuned, asked.evaluated, asker) from error
         name = asked.evaluated if known else next(iter(asker.missing))
         flag = "--deployment か --model-id" if known else "--baseline か --judge"

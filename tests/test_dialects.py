@@ -884,6 +884,16 @@ def test_a_job_that_failed_is_given_back_and_not_searched_for_weights(
     assert not (clean_environment / "w").exists()
 
 
+def test_weights_that_are_asked_where_they_are_not_are_named_like_any_other_model(
+    nebius: Service, clean_environment: Path
+) -> None:
+    target = clean_environment / "w"
+    with pytest.raises(ToBeDeployed):
+        nebius.make().run_full_pipeline(**nebius.options, download_weights=target)
+    with pytest.raises(ConfigurationError, match="--model-id"):
+        nebius.make().run_evaluation(str(target), max_test_cases=1)
+
+
 def test_a_job_watched_by_its_id_gives_its_weights_too(
     nebius: Service, clean_environment: Path
 ) -> None:
