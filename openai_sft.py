@@ -9427,7 +9427,7 @@ class FineTuning:
         changed = {
             name: told[name]
             for name, value in intent.hyperparameters.items()
-            if value != "auto" and told.get(name, value) != value
+            if value != "auto" and not _is_same(told.get(name, value), value)
         }
         if not changed or changed.items() <= self._run.hyperparameters.items():
             return
@@ -9781,6 +9781,14 @@ def _with_asking(training: CostEstimate, before: Mapping[str, Any]) -> CostEstim
     judge = before.get("judge")
     kept["judge"] = JudgeEstimate(**_pick(JudgeEstimate, judge)) if judge else None
     return replace(training, **kept)
+
+
+def _is_same(told: object, asked: object) -> bool:
+    """Whether a hyperparameter is as it was asked for; a service may round it to its own floats."""
+    numbers = _is_told_number(told) and _is_told_number(asked)
+    if not numbers:
+        return told == asked
+    return math.isclose(cast("float", told), cast("float", asked), rel_tol=1e-6)
 
 
 def _settled(job: FineTuningJob) -> Mapping[str, Any]:

@@ -984,6 +984,25 @@ def test_a_job_with_other_hyperparameters_is_told_of_and_its_price_corrected(
     assert results["cost"]["training_usd"] > 0
 
 
+@pytest.mark.parametrize(("rate", "is_told"), [(1.9999999494757503e-05, False), (2.1e-5, True)])
+def test_a_rate_that_was_only_rounded_is_the_one_that_was_asked_for(
+    nebius: Service, log: Log, rate: float, is_told: bool
+) -> None:
+    def serve(request: Request, forward: Forward) -> Reply:
+        reply = forward(request)
+        if not re.fullmatch(rf"{JOBS}(/ftjob-[^/]+)?", request.path) or "data" in reply.json:
+            return reply
+        hyperparameters = {**reply.json["hyperparameters"], "learning_rate": rate}
+        return saying({**reply.json, "hyperparameters": hyperparameters})
+
+    with Gateway(nebius.endpoint, serve) as gateway:
+        sft = nebius.make(client=None, base_url=gateway.url)
+        with pytest.raises(ToBeDeployed):
+            sft.run_full_pipeline(**nebius.options)
+
+    assert any("依頼したものと違います" in line for line in log()) is is_told
+
+
 def test_who_does_not_agree_to_another_job_than_he_asked_for_has_it_cancelled(
     patient: tuple[Service, Waiting],
 ) -> None:
