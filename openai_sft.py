@@ -9431,14 +9431,16 @@ class FineTuning:
         }
         if not changed or changed.items() <= self._run.hyperparameters.items():
             return
+        is_outside = "top" in self._settings.speaks.places
         logger.warning(
             "ジョブ %s の設定が、依頼したものと違います: %s。間のゲートウェイが設定を落としたのかも"
-            "しれません（LiteLLMなら --dialect litellm）。取り消すには: openai-sft --cancel %s%s",
+            "しれません%s。取り消すには: openai-sft --cancel %s%s",
             printable(job.id),
             "、".join(
                 f"{name} {printable(intent.hyperparameters[name])} → {printable(value)}"
                 for name, value in changed.items()
             ),
+            "" if is_outside else "（LiteLLMなら --dialect litellm）",
             shlex.quote(printable(job.id)),
             self._settings.recorded.flags,
         )
