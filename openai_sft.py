@@ -9667,6 +9667,8 @@ class FineTuning:
         place = shlex.quote(str(target))
         folder = folder_flag(self._settings.output_dir)
         logger.info("重みをダウンロードしました: %s", target)
+        if self._settings.rehearse:
+            return
         logger.info(
             "このマシンで答えさせるには（pip install 'openai-sft[local]'）: openai-sft "
             "--evaluate-only --local %s --model-id %s%s",
@@ -12739,6 +12741,12 @@ def _to_be_deployed(run: Run, tuned: Run, model: str, asker: Asker) -> ToBeDeplo
         *_, own = (name for name, proposed in tuned.proposed.items() if proposed == model)
         how = settings.speaks.deploying(model, tuned.settings.model, own, asker.endpoint.url)
         name, lines = how.name, [how.note, f"  {how.command}"]
+    if settings.rehearse:
+        end = (
+            "リハーサルはここまでです。本番では、配置してから --resume --deployment NAME で"
+            "評価します。"
+        )
+        return ToBeDeployed(model, [*lines, end])
     mode = f"--resume {run.run_id}" if run.kind == "pipeline" else "--evaluate-only"
     if run.kind != "pipeline" and run.plan and run.plan.model_id:
         mode += f" --model-id {shlex.quote(printable(model))}"

@@ -1254,3 +1254,5 @@ def test_a_rehearsal_speaks_the_dialect_it_is_told(clean_environment: Path, dial
         sft.run_full_pipeline(**SHORT, **options)
 
     assert ended.value.model
+    assert "リハーサルはここまで" in ended.value.commands[-1]
+    assert not any("openai-sft" in line for line in ended.value.commands)
