@@ -6743,6 +6743,13 @@ def explain_api_error(error: Exception) -> str:
     return f"{remedy}（{printable(label)}: {printable(said)[:500]}）"
 
 
+def _is_named(told: str | None, asked: str) -> bool:
+    """Whether a service's name for a model may be that of the one asked for: a gateway puts a
+    provider's name before it, takes it off or tells none, and a service tells its snapshot."""
+    own, wanted = (name.rpartition("/")[2] for name in (told or asked, asked))
+    return re.fullmatch(rf"{re.escape(wanted)}(-\d{{4}}-\d\d-\d\d)?", own) is not None
+
+
 def _said_by(body: object) -> object:
     """What the body of an error says: OpenAI's ``message``, or the ``detail`` of FastAPI, a text,
     a list of what is wrong where, or as LiteLLM has it an ``error``; else all of it."""
@@ -8253,14 +8260,13 @@ class Endpoint:
         ]
         if ours:
             return ours
-        model, file_id = (intent.request[name] for name in ("model", "training_file"))
-        wanted = (MODEL_ALIASES.get(model, model), file_id)
         return [
             job
             for job in self.jobs(since=intent.since)
             if (job.created_at is None or job.created_at >= intent.since)
             and not job.metadata
-            and (job.model, job.training_file) == wanted
+            and job.training_file == intent.request["training_file"]
+            and _is_named(job.model, intent.request["model"])
         ]
 
     def jobs(

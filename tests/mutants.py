@@ -2129,9 +2129,15 @@ HOUSE = (
     ),
     Mutant(
         "a job of another model is ours",
-        "(job.model, job.training_file) == wanted",
-        "job.training_file == wanted[1]",
+        '            and _is_named(job.model, intent.request["model"])\n',
+        "",
         "test_edges_job.py::test_a_job_of_another_file_or_model_is_not_taken_for_the_one_that_never_arrived",
+    ),
+    Mutant(
+        "a job is another's as soon as its model has a provider before it",
+        'name.rpartition("/")[2] for name in (told or asked, asked)',
+        "name for name in (told or asked, asked)",
+        "test_dialects.py::test_a_job_is_found_again_whatever_a_gateway_puts_before_the_name_of_its_model",
     ),
     Mutant(
         "a job with the token is looked for by this clock alone",

@@ -13,7 +13,7 @@ from typing import Any
 
 import openai
 import pytest
-from edges import Forward, Gateway, Reply, Request, saying
+from edges import Forgetful, Forward, Gateway, Reply, Request, saying
 from endpoint import Fault, Rehearsal
 from faults import CHAT, JOBS, asked, made, until
 from helpers import Ended, posts, read_json, records, training_file, write_jsonl
@@ -1182,6 +1182,36 @@ def test_one_job_is_made_where_its_answer_is_lost_and_no_metadata_is_kept(
 
     assert len(litellm.endpoint.jobs) == 1
     assert results["training"]["job_id"] in litellm.endpoint.jobs
+
+
+@pytest.mark.parametrize(
+    ("asked_for", "told"),
+    [
+        (MINI, f"openai/{MINI}"),
+        (f"openai/{MINI}", MINI),
+        ("openai/gpt-4o-mini", f"azure/{MINI}"),
+        (MINI, None),
+    ],
+)
+def test_a_job_is_found_again_whatever_a_gateway_puts_before_the_name_of_its_model(
+    litellm: Service, asked_for: str, told: str | None
+) -> None:
+    forgetful = Forgetful("answer")
+
+    def serve(request: Request, forward: Forward) -> Reply:
+        if request.line == ("POST", JOBS):
+            body = json.dumps({**request.json, "model": MINI}).encode()
+            return forgetful(request._replace(body=body), forward)
+        reply = forgetful(request, forward)
+        return reply._replace(body=reply.body.replace(f'"model": "{MINI}"'.encode(), renamed))
+
+    renamed = f'"model": {json.dumps(told)}'.encode()
+    with Gateway(litellm.endpoint, serve) as gateway:
+        sft = litellm.make(client=None, base_url=gateway.url, model=asked_for)
+        results = sft.run_full_pipeline(**litellm.options)
+
+    (job_id,) = litellm.endpoint.jobs
+    assert results["training"]["job_id"] == job_id
 
 
 # Refusals
