@@ -690,16 +690,19 @@ class ToBeDeployed(OpenAISFTError):
 
 
 class TrainingNotAvailable(OpenAISFTError):
-    """The endpoint takes no fine-tuning job from this organisation any more (HTTP 403)."""
+    """The endpoint takes no fine-tuning job from this organisation any more (HTTP 403).
 
-    def __init__(self, endpoint: str, deleted: Sequence[str]) -> None:
+    ``said`` is what it says itself.
+    """
+
+    def __init__(self, endpoint: str, deleted: Sequence[str], said: str) -> None:
         self.deleted = list(deleted)
         gone = (
             f"アップロードしたファイル（{'、'.join(deleted)}）は削除しました。" if deleted else ""
         )
         super().__init__(
             f"training_not_available: この組織は {endpoint} で新しいファインチューニングが"
-            f"できません。OpenAIは{LAST_NEW_JOB_DATE}にすべての組織の新規ジョブを終え、"
+            f"できません（{printable(said)}）。OpenAIは{LAST_NEW_JOB_DATE}にすべての組織の新規ジョブを終え、"
             f"{MODEL_SHUTDOWN_DATE}にGPT-4o miniとその学習済みモデルを停止します。{gone}"
             "まだできること: --base-url で別のエンドポイントを使う、作成済みのモデルを "
             "--evaluate-only で評価する、同じJSONLで手元のモデルを学習する。"
@@ -9416,7 +9419,8 @@ class FineTuning:
         except _openai().PermissionDeniedError as error:
             if error.code != "training_not_available":
                 raise
-            raise TrainingNotAvailable(self._endpoint.url, self._delete_uploads()) from error
+            said = str(_said_by(error.body) or error)[:500]
+            raise TrainingNotAvailable(self._endpoint.url, self._delete_uploads(), said) from error
         self._run.save(job_id=job.id)
         told = "ファインチューニングジョブを作成しました: %s"
         _announce(told, printable(job.id), verbose=self._settings.verbose)
@@ -12745,7 +12749,10 @@ def _to_be_deployed(run: Run, tuned: Run, model: str, asker: Asker) -> ToBeDeplo
     name, lines = "NAME", list[str]()
     if settings.speaks.deploying is not None:
         *_, own = (name for name, proposed in tuned.proposed.items() if proposed == model)
-        how = settings.speaks.deploying(model, tuned.settings.model, own, asker.endpoint.url)
+        # Where weights are given away, those are what is deployed, whatever else names the model.
+        sources = {c.model: f"{tuned.job_id}:{c.id}" for c in tuned.checkpoints if c.files}
+        source, base = sources.get(model, model), tuned.settings.model
+        how = settings.speaks.deploying(source, base, own, asker.endpoint.url)
         name, lines = how.name, [how.note, f"  {how.command}"]
     if settings.rehearse:
         end = (

@@ -1136,8 +1136,8 @@ RECOVERY = (
     ),
     Mutant(
         "a refused job leaves its files",
-        "raise TrainingNotAvailable(self._endpoint.url, self._delete_uploads()) from error",
-        "raise TrainingNotAvailable(self._endpoint.url, []) from error",
+        "raise TrainingNotAvailable(self._endpoint.url, self._delete_uploads(), said) from error",
+        "raise TrainingNotAvailable(self._endpoint.url, [], said) from error",
         "test_recovery.py::test_whatever_goes_wrong_ends_well_or_in_a_clear_error_and_never_in_two_jobs",
     ),
     Mutant(

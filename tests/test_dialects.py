@@ -703,6 +703,27 @@ def test_a_job_without_a_model_name_lists_its_checkpoints_and_says_how_to_deploy
     assert any("--download-weights DIR" in line for line in ended.commands)
 
 
+def test_weights_are_deployed_by_their_checkpoint_even_where_it_has_a_name(nebius: Service) -> None:
+    def serve(request: Request, forward: Forward) -> Reply:
+        reply = forward(request)
+        if not request.path.endswith("/checkpoints"):
+            return reply
+        told = [
+            {**one, "fine_tuned_model_checkpoint": f"llama-{one['step_number']}"}
+            for one in reply.json["data"]
+        ]
+        return saying({**reply.json, "data": told})
+
+    with Gateway(nebius.endpoint, serve) as gateway:
+        ended = trained(nebius, client=None, base_url=gateway.url)
+    last = record_of(nebius)["checkpoints"][0]
+    (command,) = (line for line in ended.commands if "/v0/models" in line)
+
+    assert ended.model == last["model"] == f"llama-{last['step']}"
+    source = json.loads(shlex.split(command)[-1])["source"]
+    assert source == f"{record_of(nebius)['job_id']}:{last['id']}"
+
+
 def test_what_was_deployed_at_nebius_is_evaluated_under_the_name_it_got(
     nebius: Service, sdk: openai.OpenAI
 ) -> None:

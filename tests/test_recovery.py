@@ -563,6 +563,8 @@ def test_a_refused_job_leaves_no_upload_behind_and_says_what_still_works(
 
     assert sft.client.files.list().data == []
     assert len(caught.value.deleted) == 2
+    (refused,) = posts(endpoint, JOBS)
+    assert refused.response["error"]["message"] in text
     for word in ("training_not_available", "2027-01-06", "2027-01-14", "組織", "--base-url"):
         assert word in text
     assert "評価" in text
