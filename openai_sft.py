@@ -9622,7 +9622,7 @@ class FineTuning:
             code, message = _job_error(job)
             raise JobFailed(self._run.known("job_id"), job.status, code, message)
         if not self._run.fine_tuned_model:
-            self._run.save(finished_at=_time_text(self._clock()))
+            self._run.save(training_recorded_at=None)  # its checkpoints may be told yet
             raise BrokenAnswer(
                 f"学習は成功しましたが、エンドポイントはモデル名を返しませんでした（ジョブ "
                 f"{printable(self._run.job_id)}）。重みはチェックポイントのファイルにあるかもしれません。"

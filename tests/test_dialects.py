@@ -703,6 +703,19 @@ def test_a_job_without_a_model_name_lists_its_checkpoints_and_says_how_to_deploy
     assert any("--download-weights DIR" in line for line in ended.commands)
 
 
+def test_a_trained_model_whose_checkpoints_were_not_told_is_asked_for_again(
+    nebius: Service,
+) -> None:
+    nebius.endpoint.inject(Fault("404", "GET", "/fine_tuning/jobs/*/checkpoints"))
+    with pytest.raises(BrokenAnswer, match="モデル名を返しませんでした"):
+        nebius.make().run_full_pipeline(**nebius.options)
+    with pytest.raises(ToBeDeployed) as ended:
+        nebius.make().resume()
+
+    assert ended.value.model == record_of(nebius)["checkpoints"][0]["model"]
+    assert len(nebius.endpoint.jobs) == 1
+
+
 def test_weights_are_deployed_by_their_checkpoint_even_where_it_has_a_name(nebius: Service) -> None:
     def serve(request: Request, forward: Forward) -> Reply:
         reply = forward(request)
