@@ -9471,10 +9471,8 @@ class FineTuning:
             self._ledger.require(estimate, "training")
         except (BudgetError, Declined) as error:
             job = self._endpoint.cancel(job.id)
-            is_cancelled = job.status == "cancelled"
-            declined = self._run.declined if is_cancelled else None  # what was trained is there
-            self._run.save(job_status=job.status, declined=declined)
-            end = "取り消しました" if is_cancelled else "終わっていました"
+            self._run.save(job_status=job.status)
+            end = "取り消しました" if job.status == "cancelled" else "終わっていました"
             raise type(error)(
                 f"{str(error).removesuffix(going)}ジョブ {printable(job.id)} は{end}"
                 f"（{printable(job.status)}）。"

@@ -2115,9 +2115,9 @@ HOUSE = (
         within="_require_or_cancel",
     ),
     Mutant(
-        "a job that has ended is given up",
-        "self._run.declined if is_cancelled else None",
-        "self._run.declined",
+        "a run whose job may have ended meanwhile is closed",
+        'goes_on = "training" in doors and not ended',
+        "goes_on = False",
         "test_dialects.py::test_a_job_that_has_ended_while_he_was_asked_is_there_to_be_evaluated",
     ),
     Mutant(
