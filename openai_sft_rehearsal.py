@@ -1380,6 +1380,7 @@ class _Service:
         max_in_flight: int | None,
     ) -> None:
         self.engine, self.dialect, self.api_key = engine, dialect, api_key
+        self.routes = [*_routes_of(dialect)]
         self.latency, self.max_in_flight = latency, max_in_flight
         self.state = threading.Condition()
         self.closing = threading.Event()
@@ -1430,7 +1431,7 @@ class _Service:
         sent = request.headers.get("Authorization", "").encode()
         if self.api_key and not hmac.compare_digest(sent, f"Bearer {self.api_key}".encode()):
             raise ApiError(401, "Incorrect API key provided.", None, "invalid_api_key")
-        operation, name = _route(request, self.dialect)
+        operation, name = _route(request, self.routes)
         # A chat computes for a while, and touches no shared state.
         with self._chat_slot() if operation is _Service.chat else self.state:
             result = operation(self, request, name)
@@ -2034,6 +2035,7 @@ def _check_chat(body: Json) -> None:
 # --- HTTP -----------------------------------------------------------------------------------------
 
 _Operation = Callable[[_Service, Request, str], Json | Answer]
+_Route = tuple[re.Pattern[str], _Operation]
 _ROUTES: Final[dict[str, _Operation]] = {  # under each root of a dialect
     "GET /models": _Service.list_models,
     "GET /models/**": _Service.retrieve_model,
@@ -2058,22 +2060,24 @@ _ROUTES: Final[dict[str, _Operation]] = {  # under each root of a dialect
 }
 
 
-def _routes_of(dialect: Dialect) -> Iterator[tuple[str, _Operation]]:
-    """All routes whole, as the dialect has them."""
-    yield from dialect.control.items()
+def _routes_of(dialect: Dialect) -> Iterator[_Route]:
+    """All routes whole, as the dialect has them; compiled once, for every request meets them."""
+    routes = [*dialect.control.items()]
     for route, operation in _ROUTES.items():
-        for root in dialect.roots:
-            yield route.replace(" ", f" {root}"), operation
+        roots = [*dialect.roots]
         if dialect.project and " /uploads" not in route:
-            yield route.replace(" ", f" {dialect.project}"), operation
+            roots.append(dialect.project)
+        routes += [(route.replace(" ", f" {root}"), operation) for root in roots]
+    for route, operation in routes:
+        pattern = re.escape(route).replace(r"\*\*", "(.+)").replace(r"\*", "([^/]+)")
+        yield re.compile(pattern), operation
 
 
-def _route(request: Request, dialect: Dialect) -> tuple[_Operation, str]:
+def _route(request: Request, routes: Sequence[_Route]) -> tuple[_Operation, str]:
     """The operation of a request, and the last id or name in its path."""
     path = urlsplit(request.target).path
-    for route, operation in _routes_of(dialect):
-        pattern = re.escape(route).replace(r"\*\*", "(.+)").replace(r"\*", "([^/]+)")
-        if match := re.fullmatch(pattern, f"{request.method} {path.rstrip('/')}"):
+    for pattern, operation in routes:
+        if match := pattern.fullmatch(f"{request.method} {path.rstrip('/')}"):
             return operation, unquote("".join(match.groups()[-1:]))
     raise ApiError(404, f"Invalid URL ({request.method} {path})")
 
