@@ -652,6 +652,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             options.resume is not None or options.evaluate_only,
             "--resume か --evaluate-only",
         ),
+        (
+            options.download_weights,
+            "--download-weights",
+            not any(
+                (
+                    *(options.check, options.check_file, options.list, options.cancel),
+                    *(options.report, options.export, options.data_only, options.evaluate_only),
+                )
+            ),
+            "学習、--resume、--job-id のどれか",
+        ),
         (options.fix, "--fix", options.check_file, "--check-file"),
         (options.report_without_texts, "--report-without-texts", options.report, "--report"),
         (
@@ -663,13 +674,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     ):
         if given and not needed:
             parser.error(f"{flag} は {modes} と一緒に指定してください")
-    if options.download_weights and any(
-        (
-            *(options.check, options.check_file, options.list, options.cancel, options.report),
-            *(options.export, options.data_only, options.evaluate_only),
-        )
-    ):
-        parser.error("--download-weights は、学習するか、--resume、--job-id と指定してください")
     return options
 
 
