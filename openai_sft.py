@@ -5318,6 +5318,10 @@ def _choose_for(splits: Splits, asking: Asking) -> dict[str, list[Case]]:
     return chosen
 
 
+def _last_checkpoint(checkpoints: Iterable[Checkpoint]) -> Checkpoint | None:
+    return max(checkpoints, key=lambda c: c.step or 0, default=None)
+
+
 def _choose_checkpoint(
     wanted: str, model: str, checkpoints: Sequence[Checkpoint], *, tell: bool = False
 ) -> str:
@@ -5330,7 +5334,7 @@ def _choose_checkpoint(
     known = [c for c in checkpoints if c.full_valid_loss is not None and c.step is not None]
     by_loss = sorted(known, key=lambda c: (c.full_valid_loss, -(c.step or 0)))
     best = by_loss[0] if by_loss else None
-    last = max(checkpoints, key=lambda c: c.step or 0, default=None)
+    last = _last_checkpoint(checkpoints)
     if wanted == "best" and best is None:
         raise ConfigurationError(
             f"{printable(model)} のチェックポイントには、検証データ全体での損失の記録がありません。"
@@ -6726,9 +6730,9 @@ def explain_api_error(error: Exception) -> str:
         ),
         400: "リクエストが受け付けられませんでした。指定した値を確認してください。",
         401: "APIキーが正しくありません。OPENAI_API_KEY を確認してください。",
-        413: "送信したものが大きすぎます。",
         403: "この操作は許可されていません。キーの権限と組織の設定を確認してください。",
         404: "見つかりません。モデル・ジョブ・ファイルのIDと --base-url を確認してください。",
+        413: "送信したものが大きすぎます。",
         429: "回数の上限に達しています。しばらく待ってからやり直してください。",
     }
     remedy = remedies.get(code) or remedies.get(status)
@@ -6744,13 +6748,6 @@ def explain_api_error(error: Exception) -> str:
     label = " ".join(str(part) for part in (status, code) if part) or type(error).__name__
     said = _said_by(getattr(error, "body", None)) or error
     return f"{remedy}（{printable(label)}: {printable(said)[:500]}）"
-
-
-def _is_named(told: str | None, asked: str) -> bool:
-    """Whether a service's name for a model may be that of the one asked for: a gateway puts a
-    provider's name before it, takes it off or tells none, and a service tells its snapshot."""
-    own, wanted = (name.rpartition("/")[2] for name in (told or asked, asked))
-    return re.fullmatch(rf"{re.escape(wanted)}(-\d{{4}}-\d\d-\d\d)?", own) is not None
 
 
 def _said_by(body: object) -> object:
@@ -6905,6 +6902,13 @@ def _made_nothing(error: Exception) -> bool:
     cause = type(error.__cause__).__name__
     status = getattr(error, "status_code", None) or 0
     return (400 <= status < 500 and status not in (408, 409)) or cause in unconnected
+
+
+def _is_named(told: str | None, asked: str) -> bool:
+    """Whether a service's name for a model may be that of the one asked for: a gateway puts a
+    provider's name before it, takes it off or tells none, and a service tells its snapshot."""
+    own, wanted = (name.rpartition("/")[2] for name in (told or asked, asked))
+    return re.fullmatch(rf"{re.escape(wanted)}(-\d{{4}}-\d\d-\d\d)?", own) is not None
 
 
 def _is_being_processed(error: Exception) -> bool:
@@ -8760,9 +8764,9 @@ class Ledger:
         with.
         """
         given, base = self._settings.effective_price, self._base_of(model)
-        asking = self._run.plan.asking if self._run.plan else Asking()
-        elsewhere = asking.judge_base_url if model == asking.judge else None
-        prices = self._settings.prices_at(elsewhere)
+        plan = self._run.plan
+        is_judge = plan is not None and model == plan.asking.judge
+        prices = self._settings.prices_at(plan.asking.judge_base_url if plan and is_judge else None)
         if given is not None and model == evaluated:
             return _rates_of(model, model, given, prices)
         is_base = model == (self._base_of(evaluated) or self._settings.model)
@@ -9610,7 +9614,7 @@ class FineTuning:
         """:meth:`watch`, then :meth:`download_weights` where there is a ``target``."""
         job = self.watch(timeout)
         if target is not None and job.status == "succeeded":
-            self.download_weights(Path(target))
+            self.download_weights(target)
         return job
 
     def watch_to_model(self, timeout: float | None) -> None:
@@ -9653,12 +9657,12 @@ class FineTuning:
         if self._settings.speaks.deploying is None:
             self._endpoint.expect(model)
 
-    def download_weights(self, target: Path) -> None:
+    def download_weights(self, folder: str | os.PathLike[str]) -> None:
         """Download the weights of the model that the run evaluates into a folder, file by file;
         their sha256 are recorded. Raises :class:`ConfigurationError` where there are none."""
         checkpoints, plan = self._run.checkpoints, self._run.plan
         wanted = plan.asking.checkpoint if plan else "last"
-        last = max(checkpoints, key=lambda c: c.step or 0, default=None)
+        last = _last_checkpoint(checkpoints)
         name = last and _choose_checkpoint(wanted, last.model, checkpoints)
         chosen = next((c for c in checkpoints if c.model == name), None)
         if chosen is None or not chosen.files:
@@ -9666,6 +9670,7 @@ class FineTuning:
                 f"ジョブ {printable(self._run.job_id)} の重みのファイルは、{self._endpoint.url} に"
                 "ありません。--download-weights の指定を外してください。"
             )
+        target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         for file_id in chosen.files:
             known = {weight.file_id: weight for weight in self._run.weights}
@@ -9673,14 +9678,13 @@ class FineTuning:
             files = {**self._run.files, "weights": str(target)}
             self._run.save(weights=[*known.values()], files=files)
         place = shlex.quote(str(target))
-        folder = folder_flag(self._settings.output_dir)
         logger.info("重みをダウンロードしました: %s", target)
         if self._settings.rehearse:
             return
         logger.info(
             "このマシンで答えさせるには（pip install 'openai-sft[local]'）: openai-sft "
             "--evaluate-only --local %s --model-id %s%s",
-            *(place, place, folder),
+            *(place, place, folder_flag(self._settings.output_dir)),
         )
         self._tell_licence()
 
@@ -9693,7 +9697,7 @@ class FineTuning:
         rows = _merge_metrics(map(_checkpoint_row, checkpoints), heard, results)
         self._save_metrics(rows)
         self._record_checkpoints(checkpoints, _losses_by_step(rows))
-        last = max(self._run.checkpoints, key=lambda c: c.step or 0, default=None)
+        last = _last_checkpoint(self._run.checkpoints)
         if not job.fine_tuned_model and last is not None:
             logger.info("サービスはモデルに名前を付けません。最後のチェックポイントを使います。")
             self._run.save(fine_tuned_model=last.model)
@@ -11580,7 +11584,7 @@ class OpenAISFT:
             self._tuning(run).cancel_surplus()
             while (step := run.next_step) is not None:
                 if step.name == "evaluate" and weights_to is not None:
-                    self._tuning(run).download_weights(Path(weights_to))
+                    self._tuning(run).download_weights(weights_to)
                 results = deeds[step.name]()
                 run.passed.add(step.name)
         if results is None:
